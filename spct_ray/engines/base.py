@@ -1,0 +1,56 @@
+"""What every engine promises: completions for prompts. Leaves out judging; see `spct_ray.judge`.
+
+One engine class serves three homes: Ray Data actors (sampling, evaluation), rollout actors (GRPO), Serve replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from spct_ray.records import Completion, Message, Record
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams(Record):
+    """How to continue one prompt. temperature 0 is greedy. `guide` is a regular expression the text must match."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int | None = None
+    n: int = 1
+    logprobs: bool = False
+    guide: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Record):
+    """One prompt as chat messages; the engine applies the model's chat template with the generation prompt."""
+
+    messages: tuple[Message, ...]
+    params: SamplingParams
+
+
+class Engine(Protocol):
+    """A source of completions. Calls raise RequestError (bad request, engine fine) or EngineError (engine dead)."""
+
+    @property
+    def weight_version(self) -> int:
+        """0 for the weights the engine was started with; set by `reload`, stamped on every completion."""
+
+    def submit(self, request: Request) -> Future[tuple[Completion, ...]]:
+        """Queue one request; the future gives its n completions. Safe to call from any thread."""
+
+    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
+        """Completions of all requests, in order; n of them a request."""
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token of each sequence but its first, under the current weights."""
+
+    def reload(self, weights_dir: str, weight_version: int) -> None:
+        """Replace the weights by those in `weights_dir` (HF safetensors), drop cached prefixes, set the version."""
+
+    def close(self) -> None:
+        """Free the engine; pending futures fail with EngineError."""

@@ -1,0 +1,29 @@
+"""Every exception that the package raises on purpose. Each says what is wrong, where, and what to do."""
+
+
+class SpctError(Exception):
+    """Base of all errors meant to be read by a person."""
+
+
+class ConfigError(SpctError):
+    """A configuration value or key that cannot be used."""
+
+
+class DataError(SpctError):
+    """Input data that cannot be used; the message names file and line."""
+
+
+class EngineError(SpctError):
+    """An inference engine died or could not do its work."""
+
+
+class RequestError(SpctError):
+    """One request that no engine can serve (too long, too many responses); not a fault of the engine."""
+
+
+class ParityError(SpctError):
+    """Trainer and engine disagree about log-probabilities: the engine does not hold the trainer's weights."""
+
+
+class StepError(SpctError):
+    """A step of the job graph failed; the message names step, cause, log file and the command to retry."""
