@@ -76,7 +76,11 @@ class Item(Record):
 
 @dataclass(frozen=True, slots=True)
 class Completion(Record):
-    """One generated continuation of one prompt. `logprobs` has one value a token id, or is empty when not asked for."""
+    """One generated continuation of one prompt. `logprobs` has one value a token id, or is empty when not asked for.
+
+    Ids are empty where the engine does not tell them (a remote endpoint); the two counts are always there. The ids
+    include the end-of-turn token when the completion stopped at it; `text` leaves control tokens out.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -84,6 +88,8 @@ class Completion(Record):
     stop_reason: StopReason
     prompt_token_ids: tuple[int, ...]
     weight_version: int
+    prompt_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

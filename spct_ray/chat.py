@@ -1,0 +1,120 @@
+"""Chat messages to token ids: the one place, used by the engine and by the trainer, so that both see the same prompt.
+
+Text of messages can never turn into control tokens: where a message quotes one ("<|im_end|>"), it is encoded as
+ordinary characters. Leaves out decoding, and loading of tokenizers (any transformers tokenizer fits).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from spct_ray.errors import ConfigError, RequestError
+from spct_ray.records import Message
+
+_MARK = "\U000f5bc7"  # private-use character that stands for the assistant's text while a template is examined
+_FIRST_STAND_IN = 0xF0000  # private-use characters that stand for quoted control tokens while a template is rendered
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the conversation, up to where the assistant starts to write (chat template, generation prompt).
+
+    Raises ConfigError when the tokenizer has no usable chat template, RequestError when the template refuses these
+    messages (some know no system role).
+    """
+    _end_of_prompt(tokenizer)
+    return _encode(tokenizer, messages, generate=True)
+
+
+def encode_example(tokenizer: Any, messages: Sequence[Message], completion: str) -> tuple[list[int], int]:
+    """Token ids of prompt + completion + end-of-turn token, and the prompt's length in tokens."""
+    prompt = encode_prompt(tokenizer, messages)
+    return [*prompt, *_encode_text(tokenizer, completion), end_of_turn(tokenizer)], len(prompt)
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Id of the token that ends an assistant's turn in the chat template (often, but not always, the EOS token)."""
+    _, _, tail = _end_of_prompt(tokenizer)
+    ids = tokenizer.encode(tail, add_special_tokens=False)
+    special = next((i for i in ids if i in _control_tokens(tokenizer).values()), tokenizer.eos_token_id)
+    if special is None:
+        raise ConfigError(f"{_name(tokenizer)}: no special token ends the assistant's turn; set an EOS token")
+    return int(special)
+
+
+def _encode(tokenizer: Any, messages: Sequence[Message], generate: bool) -> list[int]:
+    control = _control_tokens(tokenizer)
+    quoted = sorted({c for c in control for m in messages if c in m.content}, key=len, reverse=True)
+    if not quoted:
+        return list(tokenizer.encode(_render(tokenizer, messages, generate), add_special_tokens=False))
+    stand_ins = _stand_ins(quoted, "".join(m.content for m in messages))
+    hidden = []
+    for message in messages:
+        content = message.content
+        for token, stand_in in stand_ins.items():
+            content = content.replace(token, stand_in)
+        hidden.append(Message(message.role, content))
+    originals = {stand_in: token for token, stand_in in stand_ins.items()}
+    ids: list[int] = []
+    for piece in re.split(f"([{''.join(originals)}])", _render(tokenizer, hidden, generate)):
+        ids += _encode_text(tokenizer, originals[piece]) if piece in originals else _encode_raw(tokenizer, piece)
+    return ids
+
+
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of plain text; control tokens in it are cut after their first character, so none is recognised."""
+    control = sorted(_control_tokens(tokenizer), key=len, reverse=True)
+    ids: list[int] = []
+    start = 0
+    for match in re.finditer("|".join(map(re.escape, control)), text) if control else ():
+        ids += _encode_raw(tokenizer, text[start : match.start() + 1])
+        start = match.start() + 1
+    return ids + _encode_raw(tokenizer, text[start:])
+
+
+def _encode_raw(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _stand_ins(tokens: Sequence[str], text: str) -> dict[str, str]:
+    free = (chr(c) for c in range(_FIRST_STAND_IN, _FIRST_STAND_IN + 0x2000) if chr(c) not in text)
+    return dict(zip(tokens, free, strict=False))
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> str:
+    turns = [{"role": m.role, "content": m.content} for m in messages]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+    except jinja2.TemplateError as error:
+        roles = ", ".join(m.role for m in messages)
+        raise RequestError(f"{_name(tokenizer)}: the chat template refuses turns ({roles}): {error}") from error
+
+
+def _end_of_prompt(tokenizer: Any) -> tuple[str, str, str]:
+    """(prompt, what the template puts between prompt and answer, what it puts after the answer), for a short chat."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{_name(tokenizer)} has no chat template: put a chat_template.jinja into the model directory "
+            "(base models have none; copy it from the instruction-tuned sibling)"
+        )
+    user, answer = Message("user", "a"), Message("assistant", _MARK)
+    prompt = _render(tokenizer, [user], generate=True)
+    head, found, tail = _render(tokenizer, [user, answer], generate=False).partition(_MARK)
+    between = head.removeprefix(prompt)
+    if not found or (between.strip() and prompt == _render(tokenizer, [user], generate=False)):
+        raise ConfigError(
+            f"{_name(tokenizer)}: the chat template ignores add_generation_prompt, so a prompt would not end where "
+            f"the assistant starts; add `{{% if add_generation_prompt %}}{between}{{% endif %}}` at its end"
+        )
+    return prompt, between, tail
+
+
+def _name(tokenizer: Any) -> str:
+    return f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
