@@ -1,0 +1,68 @@
+"""A judge made of an engine, the prompt and the parser; the same in sampling, evaluation and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from spct_ray.engines.base import Engine, Request, SamplingParams
+from spct_ray.judge.judge import JudgeTask, to_trajectory
+from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages
+from spct_ray.records import Completion, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class EngineJudge:
+    """Judges with `engine`. `guided` holds the text to the format by structured output and marks the trajectories."""
+
+    engine: Engine
+    config: JudgeConfig
+    model: str
+    max_tokens: int
+    temperature: float
+    guided: bool = False
+
+    def submit(self, task: JudgeTask) -> Future[Trajectory]:
+        """One judgement; the future fails with RequestError (too long) or EngineError (engine dead)."""
+        result: Future[Trajectory] = Future()
+
+        def finish(done: Future[tuple[Completion, ...]]) -> None:
+            error = done.exception()
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(self._trajectory(task, done.result()[0]))
+
+        self.engine.submit(self._request(task)).add_done_callback(finish)
+        return result
+
+    def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
+        """One trajectory a task, in order."""
+        completions = self.engine.generate([self._request(task) for task in tasks])
+        return [self._trajectory(task, first) for task, (first, *_) in zip(tasks, completions, strict=True)]
+
+    def _request(self, task: JudgeTask) -> Request:
+        return Request(
+            judge_messages(task.item, task.order, self.config, hint=task.hinted),
+            SamplingParams(
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                seed=task.seed % 2**31,
+                guide=guide(len(task.order), self.config) if self.guided else "",
+            ),
+        )
+
+    def _trajectory(self, task: JudgeTask, completion: Completion) -> Trajectory:
+        return to_trajectory(
+            task,
+            self.config,
+            text=completion.text,
+            stop_reason=completion.stop_reason,
+            model=self.model,
+            temperature=self.temperature,
+            guided=self.guided,
+            weight_version=completion.weight_version,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+        )

@@ -1,0 +1,145 @@
+"""What the judge and the meta RM read: the paper's prompt frame in our words, and a short one for tiny judges.
+
+All n responses go into one prompt, in a user turn without a system prompt. `full` carries the general criteria with
+their bands; `compact` is the same frame for models with a context of a few hundred tokens. Responses stand between
+begin and end markers that carry a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spct_ray.judge.parse import Scale
+from spct_ray.records import Item, Message
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The judge's prompt. `single` is the scale for n = 1: binary 0/1 (training template) or 1..10 (test time)."""
+
+    template: Literal["full", "compact"] = "full"
+    single: Literal["binary", "scale"] = "binary"
+
+
+_FULL = """You are a skilled expert at scoring responses. {task}
+
+Scoring is on a scale of {low} to {high}. {anchors}
+Before scoring, analyse step by step, and score as strictly as you can.
+
+#### General criteria ####
+{criteria}
+
+#### Conversation ####
+{conversation}
+{reference}
+#### Responses to be scored ####
+{responses}
+
+#### Output format ####
+Specific Criteria: <further criteria that matter for this query, each with its weight>
+Analysis: <{compare} by the general and the specific criteria>
+Scores: \\boxed{{{box}}}
+"""
+_TASK = (
+    "By the general criteria below, and by further criteria that are specific to the query and that you state first "
+    "with their weights, give {each} an overall score."
+)
+_BANDS = """1. Instruction adherence: 9-10 follows every instruction and constraint; 6-8 follows most, small slips; \
+3-5 misses important parts; 1-2 ignores the instructions.
+2. Usefulness: 9-10 solves the problem fully and correctly; 6-8 helps, with small errors; 3-5 helps little; \
+1-2 is of no use or misleads.
+3. Level of detail: 9-10 as deep as the query needs; 6-8 mostly enough; 3-5 important details are missing; \
+1-2 almost none.
+4. Relevance: 9-10 entirely on topic; 6-8 mostly, some digression; 3-5 often off topic; 1-2 unrelated."""
+_SINGLE_CRITERIA = """1. Instruction adherence: every instruction and constraint of the query is followed.
+2. Clarity: the response is clear and well ordered.
+3. Accuracy: the response is correct, its final answer included."""
+_ANCHORS = "1 means useless or harmful, 6 means acceptable with clear shortcomings, 10 means flawless."
+_BINARY_ANCHORS = "1 means that the response is correct, 0 that it is not."
+
+
+def scale_of(num_responses: int, config: JudgeConfig) -> Scale:
+    """0..1 for a single response under the binary template, else 1..10."""
+    return Scale(0, 1) if num_responses == 1 and config.single == "binary" else Scale(1, 10)
+
+
+def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: bool = False) -> tuple[Message, ...]:
+    """One user turn that asks for principles, critique and scores of the item's responses, shown in `order`.
+
+    With `hint`, the place of the best response (and HelpSteer2's preference strength) is told at the end: for sampling
+    only, never for training targets.
+    """
+    num = len(order)
+    shown = [item.responses[i] for i in order]
+    text = _compact(item, shown, config) if config.template == "compact" else _full(item, shown, config)
+    if hint:
+        text = text.rstrip("\n") + "\n" + _hint(item, order) + "\n"
+    assert num == len(item.responses), f"{item.id}: an order of {num} places for {len(item.responses)} responses"
+    return (Message("user", text),)
+
+
+def _hint(item: Item, order: Sequence[int]) -> str:
+    if len(order) == 1:
+        return f"The correct score is: {int(item.rewards[0])}"
+    strength = f" ({item.strength})" if item.strength else ""
+    return f"The best response is: Response {list(order).index(item.best) + 1}{strength}"
+
+
+def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
+    num, scale = len(shown), scale_of(len(shown), config)
+    binary = scale.high == 1
+    return _FULL.format(
+        task=_TASK.format(each="the response" if num == 1 else f"each of the {num} responses"),
+        low=scale.low,
+        high=scale.high,
+        anchors=_BINARY_ANCHORS if binary else _ANCHORS,
+        criteria=_SINGLE_CRITERIA if binary else _BANDS,
+        conversation=conversation(item.messages),
+        reference=f"\n#### Reference answer ####\n{item.reference}\n" if item.reference else "",
+        responses="\n".join(
+            f"[The Begin of Response {p}]\n{text}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
+        ),
+        compare="judge the response" if num == 1 else "compare the responses",
+        box="x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1)),
+    )
+
+
+def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
+    scale = scale_of(len(shown), config)
+    query = item.messages[0].content if len(item.messages) == 1 else conversation(item.messages)
+    parts = [f"Score {scale.low}-{scale.high}.", f"Query: {query}"]
+    if item.reference:
+        parts.append(f"Reference: {item.reference}")
+    parts += [f"[Response {p}]\n{text}\n[End {p}]" for p, text in enumerate(shown, 1)]
+    return "\n".join(parts) + "\n"
+
+
+def conversation(messages: Sequence[Message]) -> str:
+    """A conversation as text, one labelled turn after the other."""
+    return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in messages)
+
+
+def guide(num_responses: int, config: JudgeConfig) -> str:
+    """A regular expression for the three parts of a judgement, for engines with structured output.
+
+    It bounds the length of each part, so that a model that cannot write the format yet comes to its scores.
+    """
+    low_high = scale_of(num_responses, config)
+    score = "[01]" if low_high.high == 1 else "(10|[1-9])"
+    box = ", ".join([score] * num_responses)
+    line = "[A-Za-z0-9 .,;:'()%\"!?-]"
+    return (
+        f"Specific Criteria:( {line}{{10,120}}\\n){{1,3}}"
+        f"Analysis:( {line}{{10,160}}\\n){{1,{num_responses + 2}}}"
+        f"Scores: \\\\boxed\\{{{box}\\}}"
+    )
+
+
+def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
+    """What the meta RM reads: the query and the responses as the judge saw them, then the judgement as the answer."""
+    shown = "\n".join(f"[Response {p}]\n{item.responses[i]}\n[End {p}]" for p, i in enumerate(order, 1))
+    query = item.messages[0].content if len(item.messages) == 1 else conversation(item.messages)
+    ask = f"Please score the responses.\nQuery: {query}\n{shown}\n"
+    return (Message("user", ask), Message("assistant", judgement))

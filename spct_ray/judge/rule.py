@@ -1,0 +1,22 @@
+"""Eq. 10, the one rule that rejection, the RL reward and the meta-RM labels share."""
+
+from collections.abc import Sequence
+
+
+def is_correct(scores: Sequence[int], rewards: Sequence[float]) -> bool:
+    """Whether predicted `scores` [N] single out the truly best response, both in the item's order (Eq. 10).
+
+    n >= 2: the best response must score strictly above every other (a tie is wrong; the order of the rest is
+    ignored). n == 1: the score must equal the 0/1 reward. Raises ValueError unless the lengths agree.
+    """
+    if len(scores) != len(rewards) or not scores:
+        raise ValueError(f"{len(scores)} scores for {len(rewards)} rewards: both must have one value a response")
+    if len(scores) == 1:
+        return scores[0] == rewards[0]
+    best = max(range(len(rewards)), key=rewards.__getitem__)
+    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+
+
+def reward(scores: Sequence[int], rewards: Sequence[float]) -> float:
+    """Rule-based reward of one rollout (Eq. 11): +1 if correct, else -1; no scores (unparsable) is -1 too."""
+    return 1.0 if scores and is_correct(scores, rewards) else -1.0

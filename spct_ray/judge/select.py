@@ -1,0 +1,45 @@
+"""Rejective selection of the cold start: which judgements become SFT targets and which train the meta RM."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spct_ray.judge.rule import is_correct
+from spct_ray.records import Item, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Of one item: accepted trajectories, unhinted parsed ones with their label (meta RM), and counts by reason."""
+
+    accepted: tuple[Trajectory, ...]
+    labelled: tuple[tuple[Trajectory, bool], ...]
+    counts: dict[str, int]
+
+
+def select(item: Item, trajectories: Sequence[Trajectory]) -> Selection:
+    """Eq. 10 and Section 4.1: reject every incorrect sample, and the whole item when all unhinted ones are correct.
+
+    A hinted sample is rejected only when incorrect (or with its too-easy item). Unparsable samples are rejected under
+    their failure's name and are in neither set.
+    """
+    counts: Counter[str] = Counter()
+    correct = {t.key: not t.failure and is_correct(t.scores, item.rewards) for t in trajectories}
+    unhinted = [t for t in trajectories if not t.hinted]
+    too_easy = bool(unhinted) and all(correct[t.key] for t in unhinted)
+    accepted = []
+    for t in trajectories:
+        kind = "hinted" if t.hinted else "unhinted"
+        if t.failure:
+            counts[f"{kind}_{t.failure}"] += 1
+        elif not correct[t.key]:
+            counts[f"{kind}_incorrect"] += 1
+        elif too_easy:
+            counts[f"{kind}_too_easy"] += 1
+        else:
+            counts[f"{kind}_accepted"] += 1
+            accepted.append(t)
+    labelled = tuple((t, correct[t.key]) for t in unhinted if not t.failure)
+    return Selection(tuple(accepted), labelled, dict(counts))
