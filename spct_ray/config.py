@@ -1,0 +1,183 @@
+"""Configuration files become frozen dataclasses, and dataclasses become plain values.
+
+OmegaConf reads YAML, merges `key=value` overrides and resolves `${...}`. The types are checked here rather than by
+its structured configs, which neither type a `tuple[SomeDataclass, ...]` nor name the key of a bad list element.
+There is no logic in YAML and there are no `_target_` strings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spct_ray.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
+    """Read the YAML file at `path`, apply `key=value` overrides (dotted keys), and build `schema`, a dataclass.
+
+    Relative paths in the file stay as they are, relative to the current directory. Raises ConfigError that names the
+    file or override, the full key, the value and what is allowed.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such configuration file (current directory: {os.getcwd()})")
+    try:
+        tree = OmegaConf.load(path)
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"{path}: expected `key: value` lines at the top, found {type(tree).__name__}")
+        for override in overrides:
+            _apply(tree, override)
+        values = OmegaConf.to_container(tree, resolve=True)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
+    try:
+        return typing.cast(T, _convert(values, schema, ""))
+    except _BadValueError as error:
+        raise ConfigError(f"{_source(error.key, path, overrides)}: {error}") from error
+
+
+def to_plain(value: Any) -> Any:
+    """A config as JSON values: dataclasses and mappings become dicts, tuples lists, whole floats integers.
+
+    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError.
+    """
+    if isinstance(value, enum.Enum):
+        return to_plain(value.value)
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise ConfigError("a configuration value is NaN, which equals nothing, not even itself")
+        return int(value) if value.is_integer() else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    raise ConfigError(f"a configuration holds {value!r} of type {type(value).__name__}, which is not a plain value")
+
+
+class _BadValueError(Exception):
+    """A value at `key` that the schema does not take."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key or 'the whole file'}: {message}")
+        self.key = key
+
+
+def _apply(tree: DictConfig, override: str) -> None:
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write it as key=value, e.g. grpo.beta=0.1")
+    try:
+        value = OmegaConf.from_dotlist([f"value{override[len(key) :]}"]).value
+        OmegaConf.update(tree, key, value, merge=True, force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
+
+
+def _source(key: str, path: str, overrides: Sequence[str]) -> str:
+    for override in reversed(overrides):
+        name = override.partition("=")[0]
+        if key == name or key.startswith(f"{name}.") or name.startswith(f"{key}."):
+            return f"override {override!r}"
+    return path
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """`value` as the annotated type `kind`; raises _BadValueError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, arguments, key)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        raise _BadValueError(key, f"{value!r} is not one of {', '.join(repr(choice) for choice in arguments)}")
+    if origin is tuple:
+        return _convert_tuple(value, arguments, key)
+    if origin is dict:
+        if isinstance(value, dict):
+            return {str(name): _convert(item, arguments[1], _join(key, name)) for name, item in value.items()}
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif dataclasses.is_dataclass(kind):
+        return _convert_dataclass(value, typing.cast(type, kind), key)
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is kind:
+        return value
+    hint = "; write it in quotes" if kind is str and isinstance(value, int | float) else ""
+    raise _BadValueError(key, f"expected {_describe(kind)}, found {value!r}{hint}")
+
+
+def _convert_union(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
+    problems = []
+    for kind in kinds:
+        try:
+            return _convert(value, kind, key)
+        except _BadValueError as error:
+            problems.append(error)
+    real = [problem for kind, problem in zip(kinds, problems, strict=True) if kind is not type(None)]
+    if len(real) == 1 and value is not None:
+        raise real[0]
+    raise _BadValueError(key, f"expected {' or '.join(_describe(kind) for kind in kinds)}, found {value!r}")
+
+
+def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _BadValueError(key, f"expected a list such as [1, 2], found {value!r}")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _BadValueError(key, f"expected a list of {len(kinds)}, found {len(value)}: {value!r}")
+    return tuple(_convert(v, kind, f"{key}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
+
+
+def _convert_dataclass(value: Any, schema: type, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise _BadValueError(key, f"expected `key: value` lines, found {value!r}")
+    hints, fields = typing.get_type_hints(schema), [f for f in dataclasses.fields(schema) if f.init]
+    names = [f.name for f in fields]
+    for name in value:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+            hint = f"did you mean {_join(key, close[0])!r}?" if close else f"known keys: {', '.join(names)}"
+            raise _BadValueError(_join(key, name), f"unknown key; {hint}")
+    for f in fields:
+        if f.name not in value and f.default is f.default_factory is dataclasses.MISSING:
+            raise _BadValueError(_join(key, f.name), f"missing; expected {_describe(hints[f.name])}")
+    arguments = {name: _convert(item, hints[name], _join(key, name)) for name, item in value.items()}
+    try:
+        return schema(**arguments)
+    except (ValueError, ConfigError) as error:  # a check across fields in __post_init__
+        raise _BadValueError(key, str(error)) from error
+
+
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _describe(kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    return plain.get(kind, str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind)))

@@ -1,0 +1,111 @@
+"""What a step of the job graph is, and what its function is given. Pure data: Ray is known only to `graph/runner.py`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PROGRESS_SECONDS = 5.0  # least time between two progress lines of one phase
+
+
+@dataclass(frozen=True)
+class Demand:
+    """CPUs and GPUs that a step's own workers take while it runs; the runner never starts steps that exceed the sum."""
+
+    cpus: float
+    gpus: float = 0.0
+
+
+@dataclass
+class _Meter:
+    """One phase of progress: where and when this attempt began it, and when it last printed."""
+
+    first_done: int
+    started: float
+    last_done: int
+    last_printed: float
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the runner gives a step's function: where to write, what to read, how to report. Pickles; usable in workers.
+
+    Lines go to `log_file`, from where the driver prints them on its console; without a log file, to stdout.
+    """
+
+    name: str
+    seed: int
+    out: str  # this step's own directory; a killed step finds its own partial files here again
+    inputs: Mapping[str, str]  # role -> directory of a finished step
+    command: str  # the shell command that retries the run
+    log_file: str = ""
+    _meters: dict[str, _Meter] = field(default_factory=dict, repr=False, compare=False)
+
+    def log(self, message: str) -> None:
+        """Write one message, a line a line, each beginning with the step's name."""
+        lines = "".join(f"{log_prefix(self.name)}{line}\n" for line in message.splitlines() or [""])
+        if not self.log_file:
+            print(lines, end="", flush=True)
+            return
+        descriptor = os.open(self.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, lines.encode())
+        finally:
+            os.close(descriptor)
+
+    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        """Report `done` of `total` units, with rate and ETA of this attempt; at most a line every 5 s, and the last."""
+        now = time.monotonic()
+        meter = self._meters.get(unit)
+        if meter is None or done < meter.last_done:  # a new phase, or the same one again
+            meter = self._meters[unit] = _Meter(first_done=done, started=now, last_done=done, last_printed=-1e9)
+        finished_again = done >= total and meter.last_done >= total and meter.last_printed > 0
+        meter.last_done = done
+        if finished_again or (done < total and now - meter.last_printed < PROGRESS_SECONDS):
+            return
+        meter.last_printed = now
+        rate = (done - meter.first_done) / max(now - meter.started, 1e-9)
+        speed = (
+            f", {rate:.3g} {unit}/s, {format_seconds((total - done) / rate)} left" if 0 < rate and done < total else ""
+        )
+        self.log(f"{done}/{total} {unit}{speed}{'; ' + note if note else ''}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of the graph. What it is (function, version, config, inputs) makes its id; where it runs does not.
+
+    `function(context, config, resources) -> metrics` lives at the top level of a module, so that a worker can import
+    it; `inputs` names, for each role, the step whose finished directory is read.
+    """
+
+    name: str
+    function: Callable[[StepContext, Any, Any], dict[str, Any]]
+    version: int
+    config: Any
+    resources: Any
+    demand: Demand
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def function_name(self) -> str:
+        """`module:qualname` of the function."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
+
+
+def log_prefix(name: str) -> str:
+    """How each line that a step wrote through its context begins, in its log file and on the console."""
+    return f"[{name}] "
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
