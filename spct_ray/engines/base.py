@@ -1,4 +1,6 @@
-"""What every engine promises: completions for prompts. Leaves out judging; see `spct_ray.judge`.
+"""What every engine promises: completions for prompts, and the settings of one (importable without vLLM and Ray).
+
+Leaves out judging; see `spct_ray.judge`.
 
 One engine class serves three homes: Ray Data actors (sampling, evaluation), rollout actors (GRPO), Serve replicas.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from spct_ray.records import Completion, Message, Record
 
@@ -31,6 +33,29 @@ class Request(Record):
 
     messages: tuple[Message, ...]
     params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes of one vLLM engine. They change speed and memory, not what is generated, except `max_model_len`."""
+
+    max_model_len: int = 4096  # prompt + completion, tokens
+    max_num_seqs: int = 256  # sequences in one forward pass
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    tensor_parallel: int = 1  # GPUs of one replica
+    gpu_memory_utilization: float = 0.85  # GPU only: share of memory for weights and cache
+    enforce_eager: bool = False  # GPU only: no compilation and CUDA graphs (the CPU engine never has them)
+    kv_cache_gib: float = 2.0  # CPU only
+    threads: int = 0  # CPU only: OpenMP threads; 0 keeps the process's own number
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResources:
+    """How many engines run and where. `gpus_per_replica` is 0 on CPU, else the engine's `tensor_parallel`."""
+
+    num_replicas: int = 1
+    cpus_per_replica: float = 1
+    gpus_per_replica: int = 0
 
 
 class Engine(Protocol):
