@@ -118,8 +118,9 @@ class Trajectory(Record):
 
     @property
     def key(self) -> str:
-        """Unique among the trajectories of one sampling run."""
-        return f"{self.item_id}/{'h' if self.hinted else 's'}{self.sample}"
+        """Unique among the trajectories of one sampling run, e.g. "vif-17/s2" (h: hinted, g: greedy, s: sampled)."""
+        kind = "h" if self.hinted else "s" if self.temperature else "g"
+        return f"{self.item_id}/{kind}{self.sample}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,8 +279,8 @@ def test_meta_prompt_ends_with_the_judgement():
 @given(st.permutations(range(4)), st.lists(st.integers(1, 10), min_size=4, max_size=4))
 def test_shuffling_responses_permutes_scores(order, by_item):
     text = f"\\boxed{{{', '.join(str(by_item[index]) for index in order)}}}"
-    task = JudgeTask(item(4), tuple(order), 0, False, 7)
-    made = to_trajectory(task, JudgeConfig(), text=text, stop_reason="stop", model="m", temperature=0.0)
+    task = JudgeTask(item(4), tuple(order), 0, temperature=0.0, seed=7)
+    made = to_trajectory(task, JudgeConfig(), text=text, stop_reason="stop", model="m")
     assert made.scores == tuple(by_item)
     assert made.failure == ""
 

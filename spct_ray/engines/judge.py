@@ -20,7 +20,6 @@ class EngineJudge:
     config: JudgeConfig
     model: str
     max_tokens: int
-    temperature: float
     guided: bool = False
 
     def submit(self, task: JudgeTask) -> Future[Trajectory]:
@@ -47,7 +46,7 @@ class EngineJudge:
             judge_messages(task.item, task.order, self.config, hint=task.hinted),
             SamplingParams(
                 max_tokens=self.max_tokens,
-                temperature=self.temperature,
+                temperature=task.temperature,
                 seed=task.seed % 2**31,
                 guide=guide(len(task.order), self.config) if self.guided else "",
             ),
@@ -60,7 +59,6 @@ class EngineJudge:
             text=completion.text,
             stop_reason=completion.stop_reason,
             model=self.model,
-            temperature=self.temperature,
             guided=self.guided,
             weight_version=completion.weight_version,
             prompt_tokens=completion.prompt_tokens,

@@ -14,13 +14,14 @@ from spct_ray.records import Item, Record, StopReason, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class JudgeTask(Record):
-    """One judgement to be made: this item, its responses in this order, this sample number and seed."""
+    """One judgement to be made: this item, its responses in this order, at this temperature, with this seed."""
 
     item: Item
     order: tuple[int, ...]
     sample: int
-    hinted: bool
+    temperature: float
     seed: int
+    hinted: bool = False
 
 
 class Judge(Protocol):
@@ -36,7 +37,6 @@ def to_trajectory(
     text: str,
     stop_reason: StopReason,
     model: str,
-    temperature: float,
     guided: bool = False,
     weight_version: int = 0,
     prompt_tokens: int = 0,
@@ -54,7 +54,7 @@ def to_trajectory(
         failure=failure,
         hinted=task.hinted,
         guided=guided,
-        temperature=temperature,
+        temperature=task.temperature,
         seed=task.seed,
         model=model,
         weight_version=weight_version,
