@@ -27,6 +27,8 @@ class EngineJudge:
         result: Future[Trajectory] = Future()
 
         def finish(done: Future[tuple[Completion, ...]]) -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             error = done.exception()
             if error is not None:
                 result.set_exception(error)

@@ -1,0 +1,138 @@
+"""The Ray Serve application: judge and meta RM as two deployments behind one HTTP gateway, each scaled on its own.
+
+Plain classes do the work (gateway.py, backends.py); here they become deployments. Leaves out authentication: the
+host is the loopback unless the configuration says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from spct_ray.engines.vllm import VllmEngine
+from spct_ray.errors import EngineError, RequestError
+from spct_ray.judge.judge import JudgeTask
+from spct_ray.records import Message, Trajectory
+from spct_ray.serve.backends import LocalJudge, LocalMeta
+from spct_ray.serve.config import ReplicaConfig, ServeConfig
+from spct_ray.serve.gateway import Gateway, build_app
+
+APP_NAME = "spct"
+HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
+
+T = TypeVar("T")
+
+
+class JudgeReplica(LocalJudge):
+    """One engine, loaded from `config.judge_model`."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        super().__init__(VllmEngine(config.judge_model, config.resources.engine), config)
+
+
+class MetaReplica(LocalMeta):
+    """One meta RM, loaded from `config.meta_model`."""
+
+
+class GatewayReplica:
+    """The HTTP ingress: validation, seeds, fan-out, vote."""
+
+    def __init__(self, config: ServeConfig, judge: DeploymentHandle, meta: DeploymentHandle | None) -> None:
+        self._gateway = Gateway(config, _RemoteJudge(judge), _RemoteMeta(meta) if meta else None)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._gateway, judge_is_ready)
+
+
+class _RemoteJudge:
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
+        """All tasks on one replica, where they share the cached prompt; once more when that replica dies on the way."""
+
+        async def attempt() -> list[Trajectory]:
+            return await _call("judge", lambda: self._handle.judge.remote(tasks))
+
+        try:
+            return await attempt()
+        except _ReplicaDied:
+            return await attempt()
+
+
+class _RemoteMeta:
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        return await _call("meta RM", lambda: self._handle.score.remote(conversations))
+
+
+class _ReplicaDied(EngineError):
+    """The replica or its engine died with the request in it; the work can be done again elsewhere."""
+
+
+async def _call(name: str, send: Callable[[], Awaitable[T]]) -> T:
+    """Await a call to a deployment, its errors turned into ours."""
+    try:
+        return await send()
+    except RayTaskError as error:
+        if isinstance(error.cause, RequestError):
+            raise error.cause from None
+        if isinstance(error.cause, BackPressureError):
+            raise EngineError(f"the {name}'s queue is full: {error.cause.message}") from error
+        if isinstance(error.cause, EngineError):
+            raise _ReplicaDied(f"the {name} failed: {error.cause}") from error
+        raise
+    except BackPressureError as error:
+        raise EngineError(f"the {name}'s queue is full: {error.message}") from error
+    except DeploymentUnavailableError as error:
+        raise EngineError(f"the {name} is not available: {error.message}") from error
+    except RayActorError as error:
+        raise _ReplicaDied(f"a replica of the {name} died: {error}") from error
+
+
+async def judge_is_ready() -> bool:
+    """Whether a judge replica runs, by Serve's own record, so that a long queue does not look like a death."""
+    status = await asyncio.to_thread(serve.status)
+    replicas = status.applications[APP_NAME].deployments[JudgeReplica.__name__].replica_states
+    return bool(replicas.get("RUNNING", 0))
+
+
+def application(config: ServeConfig) -> Any:
+    """The Serve application, ready for `serve.run`."""
+    resources = config.resources
+    judge = _deployment(JudgeReplica, resources.judge).bind(config)
+    meta = _deployment(MetaReplica, resources.meta).bind(config.meta_model) if config.meta_model else None
+    return _deployment(serve.ingress()(GatewayReplica), resources.gateway).bind(config, judge, meta)
+
+
+def start(config: ServeConfig) -> str:
+    """Deploy on the connected Ray cluster, wait until it is healthy, and return its URL."""
+    http_options = {"host": config.resources.host, "port": config.resources.port}
+    serve.start(proxy_location="HeadOnly", http_options=http_options)
+    serve.run(application(config), name=APP_NAME, route_prefix="/")
+    return f"http://{config.resources.host}:{config.resources.port}"
+
+
+def _deployment(cls: type, replicas: ReplicaConfig) -> Any:
+    return serve.deployment(
+        cls,
+        name=cls.__name__,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        max_ongoing_requests=replicas.max_ongoing_requests,
+        max_queued_requests=replicas.max_queued_requests,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        autoscaling_config={
+            "min_replicas": replicas.min_replicas,
+            "max_replicas": replicas.max_replicas,
+            "target_ongoing_requests": replicas.target_ongoing_requests,
+        },
+    )

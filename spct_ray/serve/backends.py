@@ -1,0 +1,59 @@
+"""The two models behind a verdict, as plain classes: the judge around an engine, and the meta RM. Leaves out Ray.
+
+Both are asynchronous at the edge and never block the event loop that calls them: the engine batches continuously on
+its own thread, the meta RM scores on a worker thread, one batch at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from spct_ray.engines.base import Engine
+from spct_ray.engines.judge import EngineJudge
+from spct_ray.errors import EngineError
+from spct_ray.judge.judge import JudgeTask
+from spct_ray.records import Message, Trajectory
+from spct_ray.serve.config import ServeConfig
+
+
+class JudgeBackend(Protocol):
+    """Raises RequestError (prompt too long) or EngineError (engine dead, no replica, queue full)."""
+
+    async def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]: ...
+
+
+class MetaBackend(Protocol):
+    """Raw meta-RM logits, one a conversation of `meta_messages`. Raises EngineError when it cannot answer."""
+
+    async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]: ...
+
+
+class LocalJudge:
+    """A judge with its engine in this process."""
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self._judge = EngineJudge(engine, config.judge, config.name, config.max_tokens, guided=config.guided)
+        self._death = ""
+
+    async def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
+        """One trajectory a task, all in flight at once. The first error counts, after all tasks have ended."""
+        try:
+            futures = [asyncio.wrap_future(self._judge.submit(task)) for task in tasks]
+            done = await asyncio.gather(*futures, return_exceptions=True)
+            return [_value(result) for result in done]
+        except EngineError as error:
+            self._death = str(error)
+            raise
+
+    def check_health(self) -> None:
+        """Raises EngineError once the engine has died; Ray Serve then replaces the replica."""
+        if self._death:
+            raise EngineError(self._death)
+
+
+def _value(result: Trajectory | BaseException) -> Trajectory:
+    if isinstance(result, BaseException):
+        raise result
+    return result

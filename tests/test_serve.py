@@ -1,0 +1,288 @@
+"""The gateway over HTTP (ASGI, no Ray) with an engine that writes given scores: validation, votes, failures, errors."""
+
+import json
+import re
+from concurrent.futures import Future
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spct_ray.engines.base import SamplingParams
+from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Completion
+from spct_ray.serve.backends import LocalJudge
+from spct_ray.serve.config import ServeConfig, from_run, from_run_or_model
+from spct_ray.serve.gateway import MAX_BODY_BYTES, Gateway, build_app
+
+RESPONSES = ["alpha", "beta"]
+OK = {"messages": [{"role": "user", "content": "Which word?"}], "responses": RESPONSES}
+
+
+class Engine:
+    """Answers request number i with `texts[i]`; a tuple of scores in the item's order is written in prompt order."""
+
+    weight_version = 3
+
+    def __init__(self, *texts, error=None, silent=False):
+        self.texts, self.error, self.silent = list(texts), error, silent
+        self.params: list[SamplingParams] = []
+        self.orders: list[tuple[int, ...]] = []
+
+    def submit(self, request):
+        future: Future = Future()
+        shown = re.findall(r"\[Response \d+\]\n(.*)\n\[End \d+\]", request.messages[0].content)
+        order = tuple(RESPONSES.index(r) if r in RESPONSES else 0 for r in shown)
+        if self.error:
+            future.set_exception(self.error)
+        elif not self.silent:
+            text = self.texts[len(self.params) % len(self.texts)]
+            if isinstance(text, tuple):
+                text = f"Scores: \\boxed{{{', '.join(str(text[i]) for i in order)}}}"
+            future.set_result((Completion(text, (1, 2), (), "stop", (1, 2, 3), self.weight_version, 3, 2),))
+        self.params.append(request.params)
+        self.orders.append(order)
+        return future
+
+
+class Meta:
+    """Gives `logits` in turn, or raises `error`."""
+
+    def __init__(self, *logits, error=None):
+        self.logits, self.error, self.asked = logits, error, []
+
+    async def score(self, conversations):
+        self.asked += conversations
+        if self.error:
+            raise self.error
+        return list(self.logits)
+
+
+def client(engine, meta=None, ready=True, **config):
+    settings = ServeConfig("unused", name="grpo", judge=JudgeConfig(template="compact"), **config)
+
+    async def judge_is_ready():
+        return ready
+
+    return TestClient(build_app(Gateway(settings, LocalJudge(engine, settings), meta), judge_is_ready))
+
+
+def ask(engine, meta=None, /, **request):
+    reply = client(engine, meta).post("/v1/judge", json={**OK, **request})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+TABLE_17 = ((8, 8), (5, 9), (7, 10))
+
+
+def test_plain_vote_sums_all_samples_in_the_requests_order():
+    answer = ask(Engine(*TABLE_17), k=3)
+    assert (answer["scores"], answer["winner"], answer["winners"], answer["tie"]) == ([20, 27], 1, [1], False)
+    assert answer["mean_scores"] == [20 / 3, 9]
+    assert answer["used"] == [0, 1, 2]
+    assert (answer["voting"], answer["voting_reason"]) == ("plain", "no meta RM is served")
+    assert (answer["model"], answer["weight_version"], answer["scale"]) == ("grpo", 3, [1, 10])
+    assert [s["scores"] for s in answer["samples"]] == [list(scores) for scores in TABLE_17]
+    assert {tuple(s["order"]) for s in answer["samples"]} == {(0, 1), (1, 0)}
+    assert [(s["prompt_tokens"], s["completion_tokens"]) for s in answer["samples"]] == [(3, 2)] * 3
+
+
+def test_meta_vote_keeps_the_best_samples():
+    answer = ask(Engine(*TABLE_17), Meta(-15.7781, 1.3126, 1.6739), k=3, k_meta=2)
+    assert (answer["scores"], answer["winner"], answer["voting"], answer["voting_reason"]) == ([12, 19], 1, "meta", "")
+    assert [s["kept"] for s in answer["samples"]] == [False, True, True]
+    assert [s["meta_logit"] for s in answer["samples"]] == [-15.7781, 1.3126, 1.6739]
+
+
+def test_k_meta_defaults_to_half():
+    answer = ask(Engine((1, 2), (1, 3), (1, 4), (1, 5)), Meta(4.0, 3.0, 2.0, 1.0), k=4)
+    assert answer["used"] == [0, 1]
+
+
+def test_a_judge_that_likes_the_first_place_is_balanced_out():
+    engine = Engine()
+    engine.texts = ["Scores: \\boxed{9, 2}"]  # the first shown wins, whatever it is
+    answer = ask(engine, k=8)
+    assert answer["scores"] == [44, 44]
+    assert answer["tie"]
+    assert answer["winners"] == [0, 1]
+    assert answer["winner"] in (0, 1)
+
+
+def test_unparsable_samples_are_named_and_left_out():
+    meta = Meta(0.5, -0.5)
+    answer = ask(Engine((4, 6), "no box here", "\\boxed{1}", (2, 9)), meta, k=4, k_meta=4)
+    assert answer["scores"] == [6, 15]
+    assert answer["failures"] == {"no_box": 1, "wrong_count": 1}
+    assert answer["used"] == [0, 3]
+    assert [s["failure"] for s in answer["samples"]] == [None, "no_box", "wrong_count", None]
+    assert [s["meta_logit"] for s in answer["samples"]] == [0.5, None, None, -0.5]
+    assert [s["scores"] for s in answer["samples"]][1:3] == [None, None]
+    assert len(meta.asked) == 2
+
+
+def test_without_a_usable_sample_there_is_no_score():
+    answer = ask(Engine("nothing"), Meta(), k=2)
+    assert (answer["scores"], answer["mean_scores"], answer["winner"], answer["winners"]) == (None, None, None, [])
+    assert answer["failures"] == {"no_box": 2}
+    assert (answer["voting"], answer["voting_reason"]) == ("plain", "no usable sample to score")
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        (Meta(error=EngineError("the meta RM's replica died")), "the meta RM failed: the meta RM's replica died"),
+        (Meta(float("nan"), 1.0), "the meta RM gave a logit that is not finite"),
+    ],
+)
+def test_without_a_working_meta_rm_the_vote_is_plain_and_says_so(meta, reason):
+    answer = ask(Engine((3, 5)), meta, k=2, k_meta=1)
+    assert (answer["scores"], answer["voting"], answer["voting_reason"]) == ([6, 10], "plain", reason)
+
+
+def test_a_single_response_has_scores_and_no_winner():
+    answer = ask(Engine("Scores: \\boxed{1}"), k=3, responses=["alpha"])
+    assert (answer["scores"], answer["scale"], answer["winner"], answer["winners"]) == ([3], [0, 1], None, [])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**53), k=st.integers(1, 12))
+def test_the_same_seed_gives_the_same_orders_and_sampling_seeds(seed, k):
+    first, second = Engine((5, 5)), Engine((5, 5))
+    answers = [ask(engine, k=k, seed=seed, temperature=0.7) for engine in (first, second)]
+    assert first.orders == second.orders
+    assert first.params == second.params
+    assert {p.temperature for p in first.params} == {0.7}
+    assert len({p.seed for p in first.params}) == k
+    assert answers[0]["winner"] == answers[1]["winner"]
+    assert answers[0]["seed"] == seed
+
+
+def test_a_seed_is_chosen_and_told_when_none_is_given():
+    one, two = ask(Engine((5, 4))), ask(Engine((5, 4)))
+    assert one["seed"] != two["seed"]
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"temprature": 1}, "temprature"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
+        ({"messages": [USER, {"role": "assistant", "content": "b"}]}, "messages"),
+        ({"messages": [{**USER, "name": "x"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": " \n"}]}, "messages.0.content"),
+        ({"responses": []}, "responses"),
+        ({"responses": ["a"] * 65}, "responses"),
+        ({"responses": ["a", ""]}, "responses.1"),
+        ({"responses": ["a", 3]}, "responses.1"),
+        ({"responses": "ab"}, "responses"),
+        ({"k": 0}, "k"),
+        ({"k": 65}, "k"),
+        ({"k": "8"}, "k"),
+        ({"k": True}, "k"),
+        ({"k": 2, "k_meta": 3}, "k_meta"),
+        ({"k_meta": 0}, "k_meta"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**53 + 1}, "seed"),
+        ({"reference": None}, "reference"),
+        ({"responses": ["a", "\ud800"]}, "body"),
+    ],
+)
+def test_bad_requests_are_refused_with_the_path(change, path):
+    engine = Engine((1, 2))
+    reply = client(engine).post("/v1/judge", content=json.dumps({**OK, **change}))
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], [d["path"] for d in error["details"]]) == (422, "invalid_request", [path])
+    assert not engine.params
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
+def test_bodies_that_are_no_request_are_refused(body):
+    reply = client(Engine((1, 2))).post("/v1/judge", content=body)
+    assert (reply.status_code, reply.json()["error"]["details"][0]["path"]) == (422, "body")
+
+
+def test_duplicate_responses_and_unicode_are_allowed():
+    answer = ask(Engine("\\boxed{4, 4}"), responses=["é 😀", "é 😀"], k=2)
+    assert answer["scores"] == [8, 8]
+
+
+def test_too_long_requests_are_413():
+    error = RequestError("a prompt of 5000 tokens + max_tokens 100 exceeds the engine's max_model_len of 4096")
+    reply = client(Engine(error=error)).post("/v1/judge", json=OK)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (413, str(error))
+    reply = client(Engine((1, 2))).post("/v1/judge", json={**OK, "reference": "x" * MAX_BODY_BYTES})
+    assert reply.status_code == 413
+    assert str(MAX_BODY_BYTES) in reply.json()["error"]["message"]
+
+
+def test_a_dead_engine_is_503_and_fails_the_health_check():
+    engine = Engine(error=EngineError("the engine died: out of memory"))
+    settings = ServeConfig("unused")
+    judge = LocalJudge(engine, settings)
+    judge.check_health()
+
+    async def ready():
+        return True
+
+    reply = TestClient(build_app(Gateway(settings, judge, None), ready)).post("/v1/judge", json=OK)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (503, "unavailable")
+    assert int(reply.headers["retry-after"]) > 0
+    with pytest.raises(EngineError, match="out of memory"):
+        judge.check_health()
+
+
+def test_a_judge_that_never_answers_is_504():
+    reply = client(Engine(silent=True), judge_timeout_s=0.01).post("/v1/judge", json=OK)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (504, "timeout")
+
+
+def test_other_routes():
+    http = client(Engine((1, 2)), Meta())
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert [m["role"] for m in http.get("/v1/models").json()["models"]] == ["judge", "meta"]
+    assert http.get("/v1/judge").status_code == 405
+    assert http.get("/nothing").json()["error"]["type"] == "http"
+    assert client(Engine(), ready=False).get("/healthz").status_code == 503
+
+
+def record(root, step, finished_at, **config):
+    directory = root / "steps" / f"{step}-{finished_at}"
+    (directory / "model").mkdir(parents=True)
+    (directory / "record.json").write_text(
+        json.dumps({"name": step, "id": "x", "finished_at": finished_at, "config": config})
+    )
+    return str(directory / "model")
+
+
+def test_a_run_serves_its_newest_judge_and_meta_rm(tmp_path):
+    evaluated = {"judge": {"template": "compact", "single": "binary"}, "max_tokens": 96}
+    with pytest.raises(ConfigError, match="no finished grpo or rft step"):
+        from_run(str(tmp_path))
+    rft = record(tmp_path, "rft", 1.0)
+    with pytest.raises(ConfigError, match="evaluate"):
+        from_run(str(tmp_path))
+    record(tmp_path, "evaluate_rft", 2.0, **evaluated)
+    assert (from_run(str(tmp_path)).judge_model, from_run(str(tmp_path)).meta_model) == (rft, None)
+    record(tmp_path, "grpo", 3.0)
+    newest = record(tmp_path, "grpo", 10.0)
+    meta = record(tmp_path, "meta", 5.0)
+    record(tmp_path, "meta_scores", 6.0)
+    (tmp_path / "steps" / "grpo-unfinished").mkdir()
+    config = from_run_or_model(str(tmp_path))
+    assert (config.judge_model, config.meta_model, config.name) == (newest, meta, "grpo")
+    assert (config.judge, config.max_tokens) == (JudgeConfig(template="compact"), 96)
+
+
+def test_a_path_that_is_neither_run_nor_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="neither a run"):
+        from_run_or_model(str(tmp_path))
