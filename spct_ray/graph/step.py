@@ -1,4 +1,4 @@
-"""What a step of the job graph is, and what its function is given. Pure data: Ray is known only to `graph/runner.py`."""
+"""What a step of the job graph is, and what its function is given. Pure data; Ray is known only to the runner."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class StepContext:
         meter.last_printed = now
         rate = (done - meter.first_done) / max(now - meter.started, 1e-9)
         speed = (
-            f", {rate:.3g} {unit}/s, {format_seconds((total - done) / rate)} left" if 0 < rate and done < total else ""
+            f", {rate:.3g} {unit}/s, {format_seconds((total - done) / rate)} left" if rate > 0 and done < total else ""
         )
         self.log(f"{done}/{total} {unit}{speed}{'; ' + note if note else ''}")
 

@@ -1,0 +1,134 @@
+"""The command `spct`: run a job graph, say what a run would do, judge one query, serve a run.
+
+Importing this file, `spct --help` and `spct plan` load neither torch, Ray nor vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from spct_ray.config import load
+from spct_ray.errors import SpctError
+from spct_ray.graph.explain import format_plan, plan
+from spct_ray.graph.lock import hold, holder, is_held
+from spct_ray.graph.record import local_root, read_record, write_atomically
+from spct_ray.graph.step import Step
+
+if TYPE_CHECKING:
+    from spct_ray.stages.recipe import Recipe
+
+REPORT_FILES = ("index.html", "summary.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `spct`. Returns the exit status: 0 fine, 2 an error meant to be read, 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parsed = _parser().parse_args(arguments)
+    return guarded(lambda: parsed.handler(parsed), shlex.join(["spct", *arguments]))
+
+
+def guarded(command_function: Any, command: str) -> int:
+    """Call the function; turn an error meant for a person, or an interrupt, into a message and an exit status."""
+    try:
+        command_function()
+    except SpctError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished work is kept, the same command goes on: {command}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config_path: str, overrides: Sequence[str], command: str) -> None:
+    """Run the graph of a configuration file to its end, and publish its report. Shared with jobs/pipeline.py."""
+    recipe, steps, root = _graph(config_path, overrides)
+    with hold(os.path.join(root, ".lock"), command, _say):
+        planned = plan(steps, root, recipe.seed)
+        _say(f"{config_path} -> {root}\n{format_plan(planned)}")
+        if any(step.state != "done" for step in planned):
+            from spct_ray.cluster import session
+            from spct_ray.graph.runner import run_steps
+
+            with session.start(recipe.resources.cluster):
+                signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
+                run_steps(steps, root, recipe.seed, command, _say)
+        _publish(steps, {s.name: s.directory for s in planned}, root)
+
+
+def _graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Step], str]:
+    from spct_ray.stages.recipe import Recipe, build_steps
+
+    recipe = load(Recipe, config_path, overrides)
+    return recipe, build_steps(recipe), local_root(recipe.root)
+
+
+def _show_plan(parsed: argparse.Namespace) -> None:
+    recipe, steps, root = _graph(parsed.config, parsed.overrides)
+    _say(f"{parsed.config} -> {root}\n{format_plan(plan(steps, root, recipe.seed))}")
+    lock = os.path.join(root, ".lock")
+    if is_held(lock):
+        _say(f"now running: {holder(lock)}")
+
+
+def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -> None:
+    """Print what the steps that no other step reads have to say, and copy their reports to `<root>/report/`."""
+    read = {source for step in steps for source in step.inputs.values()}
+    for step in steps:
+        if step.name in read:
+            continue
+        record = read_record(directories[step.name])
+        if record is None:
+            continue
+        if "summary_text" in record.metrics:
+            _say(record.metrics["summary_text"])
+        for name in REPORT_FILES:
+            source = os.path.join(directories[step.name], name)
+            if os.path.exists(source):
+                target = os.path.join(root, "report", name)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with open(source, "rb") as file:
+                    write_atomically(target, file.read())
+                _say(f"{target}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spct", description="Self-Principled Critique Tuning as one job graph on Ray."
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    overrides_help = "change one value of the file, e.g. grpo.beta=0.1"
+    for name, handler, words in (
+        ("run", _run, "run the graph of a configuration; finished steps are kept, a killed run resumes"),
+        ("plan", _show_plan, "say for each step whether it is done, resumes or runs, and why"),
+    ):
+        command = subparsers.add_parser(name, help=words, description=words)
+        command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. conf/demo.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help=overrides_help)
+        command.set_defaults(handler=handler)
+    from spct_ray.serve.commands import add_parsers
+
+    add_parsers(subparsers)
+    return parser
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    run(parsed.config, parsed.overrides, shlex.join(["spct", "run", parsed.config, *parsed.overrides]))
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Connects to Ray, or starts it on this machine, and ends only what it started. Leaves out what runs on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # else Ray Train warns every second where there is no dashboard
+}
+
+
+@dataclass(frozen=True)
+class ClusterResources:
+    """Where Ray is. The last two count only for a local Ray; null means all CPUs and Ray's own default."""
+
+    address: str | None = None  # of an existing cluster, e.g. "auto"; RAY_ADDRESS wins, as in a submitted job
+    num_cpus: int | None = None
+    object_store_gib: float | None = None
+
+
+@contextlib.contextmanager
+def start(resources: ClusterResources) -> Iterator[None]:
+    """Be connected to Ray inside the `with` block.
+
+    In order: a Ray that this process is connected to already; RAY_ADDRESS (set inside submitted jobs) or
+    `resources.address`; else a new local Ray without dashboard, which ends with the block.
+    """
+    address = os.environ.get("RAY_ADDRESS") or resources.address
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not address:  # the network port of a local Ray is this machine's own; Ray would ask its children for a token
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+    import ray  # after the environment is set; and `spct plan` imports this file, but never Ray
+
+    if ray.is_initialized():
+        yield
+        return
+    environment: dict[str, Any] = {"worker_process_setup_hook": "spct_ray.cluster.session.exit_with_raylet"}
+    if address:
+        environment["env_vars"] = {name: os.environ[name] for name in QUIET}
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
+    else:
+        gib = resources.object_store_gib
+        ray.init(
+            address="local",
+            num_cpus=resources.num_cpus,
+            object_store_memory=None if gib is None else int(gib * 2**30),
+            include_dashboard=False,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()  # a cluster that was there before goes on
+
+
+def exit_with_raylet() -> None:
+    """Called by Ray in each worker process: end it when its raylet is gone.
+
+    Ray lets a busy worker finish its call first, so after the death of a node or of a local driver its orphans would
+    go on writing beside the resumed run.
+    """
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="exit-with-raylet", daemon=True).start()

