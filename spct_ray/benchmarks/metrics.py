@@ -1,0 +1,100 @@
+"""Statistics of a judge's results: bootstrap intervals, AUC, calibration, paired differences.
+
+Everything is resampled over items, never over samples of one item, because samples of one item are not independent.
+Leaves out how results are made from judgements; see `spct_ray.benchmarks.curves`. Axes: I items, B bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from spct_ray.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Mean of a - b over the same items, its bootstrap interval, and the p-value of "there is no difference"."""
+
+    difference: float
+    ci: tuple[float, float]
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """The predictions with `low` < p <= `high` (the first bin also holds 0): how sure, and how right, they were."""
+
+    low: float
+    high: float
+    count: int
+    mean_probability: float
+    share_positive: float
+
+
+def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise DataError(f"{name}: expected a non-empty list of numbers, got shape {array.shape}")
+    if bad := int((~np.isfinite(array)).sum()):
+        raise DataError(f"{name}: {bad} of {array.size} values are NaN or infinite; leave failed judgements out first")
+    return array
+
+
+def bootstrap_ci(values: ArrayLike, seed: int, num: int = 1000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` [I] (0/1, or expected accuracies in between)."""
+    values_I = _finite(values, "bootstrap values")
+    rng = np.random.default_rng(seed)
+    means = values_I[rng.integers(0, values_I.size, size=(num, values_I.size))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, num: int = 1000, level: float = 0.95) -> Difference:
+    """a [I] against b [I] on the same items: bootstrap interval, and a sign-flip permutation test's two-sided p."""
+    a_I, b_I = _finite(a, "paired values a"), _finite(b, "paired values b")
+    if a_I.size != b_I.size:
+        raise DataError(f"paired values differ in length: {a_I.size} and {b_I.size}; compare the same items")
+    delta_I = a_I - b_I
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(num, delta_I.size))
+    as_large = np.abs(signs @ delta_I) >= abs(delta_I.sum()) - 1e-9
+    ci = bootstrap_ci(delta_I, seed, num, level)
+    return Difference(float(delta_I.mean()), ci, float((1 + as_large.sum()) / (1 + num)))
+
+
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
+    """Probability that a positive scores above a negative, ties counted half. Raises DataError with one class only."""
+    scores_I, labels_I = _finite(scores, "AUC scores"), _finite(labels, "AUC labels") > 0.5
+    num_positive, num_negative = int(labels_I.sum()), int((~labels_I).sum())
+    if not num_positive or not num_negative:
+        raise DataError(f"AUC needs both classes, got {num_positive} positives and {num_negative} negatives")
+    _, inverse, counts = np.unique(scores_I, return_inverse=True, return_counts=True)
+    ranks_I = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # tied scores share their mean rank
+    above = ranks_I[labels_I].sum() - num_positive * (num_positive + 1) / 2
+    return float(above / (num_positive * num_negative))
+
+
+def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:
+    """The non-empty ones of `bins` equal-width bins."""
+    probabilities_I, labels_I = _finite(probabilities, "probabilities"), _finite(labels, "labels") > 0.5
+    if probabilities_I.min() < 0 or probabilities_I.max() > 1:
+        raise DataError(
+            f"probabilities span {probabilities_I.min():.3g}..{probabilities_I.max():.3g}; "
+            "expected 0..1: apply the sigmoid to logits first"
+        )
+    bin_I = np.clip(np.ceil(probabilities_I * bins).astype(int) - 1, 0, bins - 1)
+    rows = []
+    for b in np.unique(bin_I):
+        inside = bin_I == b
+        p, y = float(probabilities_I[inside].mean()), float(labels_I[inside].mean())
+        rows.append(ReliabilityBin(float(b / bins), float((b + 1) / bins), int(inside.sum()), p, y))
+    return rows
+
+
+def ece(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> float:
+    """Expected calibration error: mean over the predictions of |confidence - share right| of their bin."""
+    rows = reliability(probabilities, labels, bins)
+    total = sum(r.count for r in rows)
+    return sum(r.count * abs(r.mean_probability - r.share_positive) for r in rows) / total

@@ -1,0 +1,164 @@
+"""The report's plots, drawn by matplotlib without a display and returned as SVG text.
+
+Leaves out where the numbers come from (`spct_ray.benchmarks.curves`, the steps' metrics) and the page around the plots
+(`spct_ray.benchmarks.page`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spct_ray.benchmarks.terminal import LABELS
+
+COLOURS = {"base": "#8a94a6", "rft": "#2f6fde", "grpo": "#e0662b"}
+_RIGHT, _WRONG, _INK, _GRID = "#2a9d6f", "#d1495b", "#3b4454", "#e6e9ef"
+_STYLE = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#c3c9d4",
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "spct-ray",  # equal data give equal files
+    "figure.constrained_layout.use": True,
+}
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
+    return figure, list(axes[0])
+
+
+def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over_tokens: bool) -> str:
+    """Accuracy of vote (solid) and meta vote (dashed) over k, or over the tokens written per decision, with 95 % bands.
+
+    `models` has the shape of summary.json's "models". A model that wrote nothing parsable is named, not drawn.
+    """
+    with plt.rc_context(_STYLE):
+        figure, (axes,) = _figure(5.6, 3.9)
+        ticks: set[int] = set()
+        for name, block in models.items():
+            if not block["parse_rate"]:
+                axes.plot([], [], color=COLOURS[name], label=f"{LABELS[name]}: nothing parsed")
+                continue
+            for kind, line, marker in (("vote", "-", "o"), ("meta_vote", "--", "D")):
+                points = sorted((int(k), entry) for k, entry in block[kind].items())
+                if not points:
+                    continue
+                ticks |= {k for k, _ in points}
+                x = [entry["tokens"] if over_tokens else k for k, entry in points]
+                low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
+                label = f"{LABELS[name]}, {'vote' if kind == 'vote' else 'meta vote'}"
+                y = [entry["accuracy"] for _, entry in points]
+                axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
+                axes.plot(x, y, line, marker=marker, markersize=4.5, color=COLOURS[name], label=label)
+            if over_tokens and (greedy := block["greedy"]):
+                axes.plot(greedy["tokens"], greedy["accuracy"], "*", markersize=11, color=COLOURS[name], mec="white")
+        axes.axhline(chance, color=_INK, linewidth=1, linestyle=":", label="chance")
+        if over_tokens:
+            axes.plot([], [], "*", color=_INK, markersize=9, label="greedy")
+        axes.set_xscale("log", base=10 if over_tokens else 2)
+        if not over_tokens:
+            axes.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+        axes.minorticks_off()
+        axes.set_xlabel("generated tokens per decision" if over_tokens else "samples k")
+        axes.set_ylabel("accuracy")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return _svg(figure)
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], colour: str) -> str:
+    """One panel a title, over the training step; each draws those of its metrics that `rows` (metrics.jsonl) have."""
+    with plt.rc_context(_STYLE):
+        shown = {t: [k for k in keys if any(_is_number(r.get(k)) for r in rows)] for t, keys in panels.items()}
+        shown = {title: keys for title, keys in shown.items() if keys}
+        figure, all_axes = _figure(max(5.6, 3.2 * len(shown)), 2.8, max(1, len(shown)))
+        shades = (colour, _INK, _WRONG, _RIGHT, "#a06cd5", "#c2a83e")
+        for axes, (title, keys) in zip(all_axes, shown.items(), strict=False):
+            for key, shade in zip(keys, shades, strict=False):
+                points = [(r.get("step", i), r[key]) for i, r in enumerate(rows) if _is_number(r.get(key))]
+                x, y = np.array(points, dtype=float).T
+                window = max(1, len(y) // 25)
+                smooth = np.convolve(
+                    np.pad(y, (window // 2, (window - 1) // 2), "edge"), np.ones(window) / window, "valid"
+                )
+                axes.plot(x, y, color=shade, alpha=0.25 if window > 1 else 0, linewidth=0.8)
+                axes.plot(x, smooth, color=shade, linewidth=1.6, label=key.replace("_", " "))
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            if len(keys) > 1:
+                axes.legend(loc="best", fontsize=8)
+        return _svg(figure)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def score_histograms(histograms: Mapping[str, Mapping[str, int]]) -> str:
+    """Share of each score among the parsed samples with n >= 2, a panel a model."""
+    with plt.rc_context(_STYLE):
+        figure, all_axes = _figure(5.6, 3.0, max(1, len(histograms)), sharey=True)
+        for axes, (name, histogram) in zip(all_axes, histograms.items(), strict=False):
+            total = max(1, sum(histogram.values()))
+            axes.bar(range(1, 11), [histogram.get(str(s), 0) / total for s in range(1, 11)], color=COLOURS[name])
+            axes.set_title(LABELS[name])
+            axes.set_xticks([1, 4, 7, 10])
+            axes.set_xlim(0.3, 10.7)
+            axes.grid(axis="x", visible=False)
+        all_axes[0].set_ylabel("share of scores")
+        figure.supxlabel("score", fontsize=10, color=_INK)
+        return _svg(figure)
+
+
+def meta_reliability(
+    bins: Sequence[Mapping[str, float]], right_logits: Sequence[float], wrong_logits: Sequence[float]
+) -> str:
+    """Left: predicted probability against share right, a dot a bin, area by count. Right: logits by outcome."""
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = _figure(5.6, 3.2, 2)
+        left.plot([0, 1], [0, 1], ":", color=_INK, linewidth=1)
+        largest = max((b["count"] for b in bins), default=1)
+        x, y = [b["mean_probability"] for b in bins], [b["share_positive"] for b in bins]
+        left.plot(x, y, color=COLOURS["grpo"], linewidth=1.2)
+        left.scatter(x, y, s=[12 + 110 * b["count"] / largest for b in bins], color=COLOURS["grpo"], alpha=0.75)
+        left.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
+        left.set_title("Reliability")
+        if joined := [*right_logits, *wrong_logits]:
+            edges = np.linspace(min(joined), max(joined) + 1e-6, 31)
+            right.hist(right_logits, edges, color=_RIGHT, alpha=0.6, label="right")
+            right.hist(wrong_logits, edges, color=_WRONG, alpha=0.6, label="wrong")
+        right.set_title("Logits by outcome")
+        right.set(xlabel="meta-RM logit", ylabel="samples")
+        right.legend(loc="best")
+        return _svg(figure)
