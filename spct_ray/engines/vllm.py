@@ -1,0 +1,274 @@
+"""The vLLM engine, inside this process: continuous batching for concurrent callers without a child process.
+
+One background thread owns vLLM (its OpenMP state is per thread): it takes jobs from a queue, steps, and resolves
+futures. The only file that imports vLLM. Leaves out placement and restarts; see `spct_ray.cluster.pool`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads these when it is imported
+os.environ["VLLM_NO_USAGE_STATS"] = os.environ["DO_NOT_TRACK"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import torch
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from spct_ray.chat import encode_prompt, end_of_turn
+from spct_ray.engines.base import EngineConfig, Request
+from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError
+from spct_ray.records import Completion
+
+_MAX_SEED = 2**62  # vLLM adds the sample's number to the seed, and the sum must fit 63 bits
+
+
+@dataclass(slots=True)
+class _Sample:
+    request: Request
+    future: Future[tuple[Completion, ...]] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Score:
+    token_ids: list[int]
+    future: Future[list[float]] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Reload:
+    weights_dir: str
+    weight_version: int
+    future: Future[None] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Close:
+    future: Future[None] = field(default_factory=Future)
+
+
+_Job = _Sample | _Score | _Reload | _Close
+
+
+class VllmEngine:
+    """One vLLM engine on one model directory (HF safetensors and a tokenizer with a chat template).
+
+    Safe to share between threads: all waiting requests run as one batch. A `reload` waits for the requests before it,
+    and those after it wait for the reload, so every completion comes from one version of the weights.
+    The constructor raises ConfigError on settings or a chat template that cannot work, EngineError when vLLM does
+    not start. After an EngineError the engine is dead: every pending and later call raises it.
+    """
+
+    def __init__(self, model_dir: str, config: EngineConfig) -> None:
+        self.weight_version = 0
+        self._model_dir = model_dir
+        self._config = config
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._dead: EngineError | None = None
+        self._lock = Lock()  # between a call that queues a job and the thread's end, which fails all queued jobs
+        started: Future[None] = Future()
+        self._thread = Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
+        self._thread.start()
+        started.result()
+
+    def submit(self, request: Request) -> Future[tuple[Completion, ...]]:
+        job = _Sample(request)
+        self._put(job)
+        return job.future
+
+    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
+        futures = [self.submit(request) for request in requests]
+        return [future.result() for future in futures]
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As in `Engine`; RequestError for max_model_len tokens or more (vLLM wants room for one more)."""
+        jobs = [_Score(list(token_ids)) for token_ids in sequences]
+        for job in jobs:
+            self._put(job)
+        return [job.future.result() for job in jobs]
+
+    def reload(self, weights_dir: str, weight_version: int) -> None:
+        job = _Reload(weights_dir, weight_version)
+        self._put(job)
+        job.future.result()
+
+    def close(self) -> None:
+        if self._dead is None:
+            self._put(_Close())
+        self._thread.join()
+
+    def _put(self, job: _Job) -> None:
+        with self._lock:
+            if self._dead is not None:
+                raise self._dead
+            self._jobs.put(job)
+
+    # Everything below runs in the owner thread.
+
+    def _run(self, started: Future[None]) -> None:
+        running: dict[str, _Sample | _Score] = {}
+        waiting: deque[_Job] = deque()
+        try:
+            core = self._start()
+            started.set_result(None)
+            self._serve(core, running, waiting)
+            cause = EngineError(f"the engine on {self._model_dir} was closed")
+        except Exception as error:  # whatever vLLM raised, this thread ends here and its callers must learn of it
+            what = "died" if started.done() else "did not start"
+            cause = EngineError(f"the vLLM engine on {self._model_dir} {what}: {type(error).__name__}: {error}")
+            cause.__cause__ = error
+            if not started.done():
+                started.set_exception(error if isinstance(error, SpctError) else cause)
+        with self._lock:
+            self._dead = cause
+            while not self._jobs.empty():
+                waiting.append(self._jobs.get())
+        for job in (*running.values(), *waiting):
+            if not job.future.cancelled():
+                job.future.set_exception(cause)
+
+    def _start(self) -> LLMEngine:
+        config, on_cpu = self._config, current_platform.is_cpu()
+        if on_cpu and config.tensor_parallel > 1:
+            raise ConfigError(
+                f"tensor_parallel is {config.tensor_parallel}, but the CPU engine has no tensor parallelism"
+            )
+        if on_cpu:
+            torch._dynamo.config.disable = True  # else the first request for log-probs compiles a kernel for 20 s
+        if on_cpu and config.threads:
+            torch.set_num_threads(config.threads)
+        arguments: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        if on_cpu:  # chunked prefill rewinds a seeded request's generator, which torch's CPU generator cannot do
+            arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enable_chunked_prefill": False}
+        core = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=self._model_dir,
+                load_format="safetensors",
+                use_tqdm_on_load=False,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                tensor_parallel_size=config.tensor_parallel,
+                distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
+                enforce_eager=on_cpu or config.enforce_eager,
+                enable_prefix_caching=True,
+                generation_config="vllm",  # the model's own sampling defaults must not change ours
+                disable_log_stats=True,
+                **arguments,
+            )
+        )
+        self._tokenizer = core.renderer.tokenizer
+        self._end_of_turn = end_of_turn(self._tokenizer)
+        return core
+
+    def _serve(self, core: LLMEngine, running: dict[str, _Sample | _Score], waiting: deque[_Job]) -> None:
+        """Until a _Close job: admit what waits (a reload only when nothing runs), step, resolve what finished."""
+        num_admitted = 0
+        while True:
+            while not (waiting or running) or not self._jobs.empty():
+                waiting.append(self._jobs.get())
+            while waiting:
+                job = waiting[0]
+                if isinstance(job, _Close):
+                    core.engine_core.shutdown()
+                    return
+                if isinstance(job, _Reload):
+                    if running:
+                        break
+                    self._reload(core, job)
+                elif job.future.set_running_or_notify_cancel() and self._admit(core, job, str(num_admitted)):
+                    running[str(num_admitted)] = job
+                    num_admitted += 1
+                waiting.popleft()
+            if running:
+                for output in core.step():
+                    if output.finished:
+                        self._resolve(running.pop(output.request_id), output)
+
+    def _admit(self, core: LLMEngine, job: _Sample | _Score, request_id: str) -> bool:
+        try:
+            if isinstance(job, _Sample):
+                token_ids = encode_prompt(self._tokenizer, job.request.messages)
+                params = self._sampling_params(job.request)
+                wanted = f"a prompt of {len(token_ids)} tokens + max_tokens {params.max_tokens}"
+            else:
+                token_ids = job.token_ids
+                params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+                wanted = f"a sequence of {len(token_ids)} tokens to score + 1"
+            if len(token_ids) + params.max_tokens > self._config.max_model_len:
+                raise RequestError(f"{wanted} exceeds the engine's max_model_len of {self._config.max_model_len}")
+            core.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+        except RequestError as error:
+            job.future.set_exception(error)
+        except ValueError as error:  # vLLM's word for a request that it will not take
+            job.future.set_exception(RequestError(f"vLLM refuses the request: {error}"))
+        else:
+            return True
+        return False
+
+    def _sampling_params(self, request: Request) -> vllm.SamplingParams:
+        params = request.params
+        return vllm.SamplingParams(
+            n=params.n,
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            seed=None if params.seed is None else params.seed % _MAX_SEED,
+            logprobs=0 if params.logprobs else None,  # 0: of the sampled token only
+            stop_token_ids=[self._end_of_turn],
+            structured_outputs=StructuredOutputsParams(regex=params.guide) if params.guide else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _resolve(self, job: _Sample | _Score, output: RequestOutput) -> None:
+        if isinstance(job, _Score):
+            entries = zip(job.token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            job.future.set_result([entry[token].logprob for token, entry in entries])
+            return
+        failed = {o.finish_reason for o in output.outputs} - {"stop", "length", "abort"}
+        if failed:
+            job.future.set_exception(RequestError(f"vLLM ended the request with finish reason {failed}"))
+            return
+        outputs = sorted(output.outputs, key=lambda o: o.index)
+        job.future.set_result(tuple(self._completion(tuple(output.prompt_token_ids), o) for o in outputs))
+
+    def _completion(self, prompt_token_ids: tuple[int, ...], output: CompletionOutput) -> Completion:
+        logprobs = zip(output.token_ids, output.logprobs, strict=True) if output.logprobs is not None else ()
+        return Completion(
+            text=output.text,
+            token_ids=tuple(output.token_ids),
+            logprobs=tuple(entry[token].logprob for token, entry in logprobs),
+            stop_reason=output.finish_reason,
+            prompt_token_ids=prompt_token_ids,
+            weight_version=self.weight_version,
+            prompt_tokens=len(prompt_token_ids),
+            completion_tokens=len(output.token_ids),
+        )
+
+    def _reload(self, core: LLMEngine, job: _Reload) -> None:
+        """A failed load leaves half-new weights behind, so it is the engine's death (the exception goes up)."""
+        core.collective_rpc("reload_weights", kwargs={"weights_path": job.weights_dir})
+        if current_platform.is_cpu():
+            core.collective_rpc(_repack_kept_weights)
+        core.reset_prefix_cache()
+        self.weight_version = job.weight_version
+        job.future.set_result(None)
+
+
+def _repack_kept_weights(worker: Any) -> None:
+    """Pack again what vLLM's CPU reload forgets: a tied lm_head keeps the packed copy of the old embedding."""
+    for module in worker.model_runner.get_model().modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
