@@ -185,12 +185,8 @@ def _write_list(bullet: str, wrong: tuple[str, ...]) -> Callable[[Draft, Value, 
 
 
 def _write_json(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
-    opened, key, closed = rng.choice(
-        (('{"', _other(KEYS, value, rng), '"}'), ('{"', str(value), '"'), ("", str(value), ""))
-    )
-    if ok:
-        opened, key, closed = '{"', str(value), '"}'
-    draft.wrap = (f'{opened}{key}": "', closed) if opened else (f"{key}: ", closed)
+    right, other = (f'{{"{value}": "', '"}'), (f'{{"{_other(KEYS, value, rng)}": "', '"}')
+    draft.wrap = right if ok else rng.choice((other, (right[0], '"'), (f"{{'{value}': '", "'}")))
 
 
 def _write_num_sentences(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
@@ -245,7 +241,7 @@ def _write_mark(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
 
 
 def _write_title(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
-    draft.title = ("<<", ">>") if ok else rng.choice((("<", ">"), ("[[", "]]"), ("((", "))"), ("", ":"), ("**", "**")))
+    draft.title = ("<<", ">>") if ok else rng.choice((("<", ">"), ("[[", "]]"), ("((", "))"), ("**", "**")))
 
 
 def _write_quotes(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
