@@ -1,0 +1,219 @@
+"""The shapes in which preference data comes, each turned into Items: one row in, one Item out.
+
+A row with missing columns or wrong types is malformed and raises DataError. What is well formed but of no use (ties,
+empty texts) becomes an Item that `validate` refuses by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from spct_ray.data.validate import Problem
+from spct_ray.errors import DataError
+from spct_ray.records import Item, Message
+
+Shape = Literal["own", "hh", "helpsteer2", "ultrafeedback", "chosen_rejected"]
+Row = Mapping[str, Any]
+
+STRENGTHS = {1: "slightly better", 2: "better", 3: "much better"}  # HelpSteer2's own words for |preference_strength|
+
+
+class UnusableRow(Exception):
+    """A well-formed row from which no Item can be made."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.value)
+        self.problem = problem
+
+
+def detect_shape(row: Row, where: str) -> Shape:
+    """The shape that the row's columns fit. Raises DataError."""
+    columns = set(row)
+    if {"messages", "responses"} <= columns:
+        return "own"
+    if {"prompt", "response_1", "response_2", "preference_strength"} <= columns:
+        return "helpsteer2"
+    if {"instruction", "completions"} <= columns:
+        return "ultrafeedback"
+    if {"chosen", "rejected"} <= columns:
+        dialogue = isinstance(row["chosen"], str) and not row.get("prompt")
+        return "hh" if dialogue else "chosen_rejected"
+    raise DataError(
+        f"{where}: columns {', '.join(sorted(map(str, columns)))} fit no known shape. Known are own (messages, "
+        "responses, rewards), hh (chosen, rejected as dialogue text), helpsteer2 (prompt, response_1, response_2, "
+        "preference_strength), ultrafeedback (instruction, completions), chosen_rejected (chosen, rejected as "
+        "messages, or as text with prompt). Rename the columns, or write the rows in the own shape"
+    )
+
+
+def to_item(row: Row, shape: Shape, item_id: str, source: str, where: str) -> Item:
+    """The row as an Item with this id. Raises DataError (malformed, names `where`) and UnusableRow."""
+    return _READERS[shape](_Cells(row, shape, where), item_id, source)
+
+
+class _Cells:
+    """Typed access to the cells of one row."""
+
+    def __init__(self, row: Row, shape: Shape, where: str) -> None:
+        self.row, self.shape, self.where = row, shape, where
+
+    def error(self, message: str) -> DataError:
+        return DataError(f"{self.where}: {message} (read as shape {self.shape!r}). Fix the row or give the shape")
+
+    def get(self, column: str) -> Any:
+        if column not in self.row:
+            raise self.error(f"no column {column!r}; found {', '.join(sorted(map(str, self.row)))}")
+        return self.row[column]
+
+    def text(self, column: str) -> str:
+        return self.as_text(self.get(column), column)
+
+    def optional(self, column: str, default: str = "") -> str:
+        value = self.row.get(column)
+        return default if value is None else self.as_text(value, column)
+
+    def as_text(self, value: Any, column: str) -> str:
+        if not isinstance(value, str):
+            raise self.error(f"{column!r} must be text, found {type(value).__name__}: {value!r:.80}")
+        return value
+
+    def as_list(self, value: Any, column: str) -> Sequence[Any]:
+        if not isinstance(value, list | tuple):
+            raise self.error(f"{column!r} must be a list, found {type(value).__name__}: {value!r:.80}")
+        return value
+
+    def as_number(self, value: Any, column: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(f"{column!r} must be a number, found {type(value).__name__}: {value!r:.80}")
+        return float(value)
+
+    def as_messages(self, value: Any, column: str) -> tuple[Message, ...]:
+        messages = []
+        for turn in self.as_list(value, column):
+            if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
+                raise self.error(f"{column!r} must hold {{role, content}} objects, found {turn!r:.80}")
+            role = self.as_text(turn["role"], f"{column}.role")
+            messages.append(Message(role, self.as_text(turn["content"], f"{column}.content")))  # type: ignore[arg-type]
+        return tuple(messages)
+
+
+def _own(cells: _Cells, item_id: str, source: str) -> Item:
+    return Item(
+        id=item_id,
+        messages=cells.as_messages(cells.get("messages"), "messages"),
+        responses=tuple(cells.as_text(r, "responses") for r in cells.as_list(cells.get("responses"), "responses")),
+        rewards=tuple(cells.as_number(r, "rewards") for r in cells.as_list(cells.get("rewards"), "rewards")),
+        source=cells.optional("source", source),
+        subset=cells.optional("subset"),
+        reference=cells.optional("reference"),
+        strength=cells.optional("strength"),
+        facts=cells.optional("facts"),
+    )
+
+
+def _dialogue(cells: _Cells, column: str) -> tuple[tuple[Message, ...], str]:
+    """A whole HH dialogue: the turns before the last one, and the last one, the assistant's."""
+    _, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", cells.text(column))
+    if not pieces:
+        raise cells.error(f"{column!r} has no '\\n\\nHuman:' turn")
+    turns = [(role, content.strip()) for role, content in zip(pieces[::2], pieces[1::2], strict=True)]
+    if turns[-1][0] != "Assistant":
+        raise UnusableRow(Problem.NO_RESPONSES)
+    messages = tuple(Message("user" if role == "Human" else "assistant", content) for role, content in turns[:-1])
+    return messages, turns[-1][1]
+
+
+def _hh(cells: _Cells, item_id: str, source: str) -> Item:
+    (messages, chosen), (other, rejected) = _dialogue(cells, "chosen"), _dialogue(cells, "rejected")
+    if messages != other:
+        raise UnusableRow(Problem.PROMPTS_DIFFER)
+    return _pair(item_id, source, messages, chosen, rejected)
+
+
+def _chosen_rejected(cells: _Cells, item_id: str, source: str) -> Item:
+    prompt = cells.row.get("prompt")
+    given = (
+        ()
+        if not prompt
+        else (Message("user", prompt),)
+        if isinstance(prompt, str)
+        else cells.as_messages(prompt, "prompt")
+    )
+    sides = []
+    for column in ("chosen", "rejected"):
+        value = cells.get(column)
+        if isinstance(value, str):
+            if not given:
+                raise cells.error(f"{column!r} is text but there is no 'prompt'")
+            sides.append((given, value))
+            continue
+        turns = cells.as_messages(value, column)
+        if not turns or turns[-1].role != "assistant":
+            raise UnusableRow(Problem.NO_RESPONSES)
+        # Some sets repeat the prompt in the message lists, others give the answer alone.
+        sides.append((turns[:-1] or given, turns[-1].content))
+    (messages, chosen), (other, rejected) = sides
+    if messages != other:
+        raise UnusableRow(Problem.PROMPTS_DIFFER)
+    return _pair(item_id, source, messages, chosen, rejected)
+
+
+def _pair(item_id: str, source: str, messages: tuple[Message, ...], chosen: str, rejected: str) -> Item:
+    """Chosen first; the sampler shuffles the responses before each judgement, so the place tells nothing."""
+    return Item(item_id, messages, (chosen, rejected), (1.0, 0.0), source=source)
+
+
+def _helpsteer2(cells: _Cells, item_id: str, source: str) -> Item:
+    """preference_strength is -3..3: below 0 response 1 is better, above 0 response 2, and 0 is a tie."""
+    strength = cells.as_number(cells.get("preference_strength"), "preference_strength")
+    if strength not in range(-3, 4):
+        raise cells.error(f"'preference_strength' must be one of -3..3, found {strength}")
+    first, *pieces = re.split(r"\n?<extra_id_1>(User|Assistant)\n", cells.text("prompt"))  # later turns are marked
+    later = zip(pieces[::2], pieces[1::2], strict=True)
+    return Item(
+        id=item_id,
+        messages=(
+            Message("user", first),
+            *(Message("user" if role == "User" else "assistant", text) for role, text in later),
+        ),
+        responses=(cells.text("response_1"), cells.text("response_2")),
+        rewards=(max(-strength, 0.0), max(strength, 0.0)),
+        source=source,
+        strength=STRENGTHS.get(int(abs(strength)), ""),
+    )
+
+
+def _ultrafeedback(cells: _Cells, item_id: str, source: str) -> Item:
+    responses, rewards = [], []
+    for completion in cells.as_list(cells.get("completions"), "completions"):
+        if not isinstance(completion, Mapping) or "response" not in completion:
+            raise cells.error(f"'completions' must hold objects with a 'response', found {completion!r:.80}")
+        responses.append(cells.as_text(completion["response"], "completions.response"))
+        rewards.append(_rating(completion, cells))
+    messages = (Message("user", cells.text("instruction")),)
+    return Item(item_id, messages, tuple(responses), tuple(rewards), source=source, subset=cells.optional("source"))
+
+
+def _rating(completion: Mapping[str, Any], cells: _Cells) -> float:
+    """Mean of the aspects' ratings, NaN when one is "N/A" (validate refuses it); else the one overall rating."""
+    annotations = completion.get("annotations")
+    if isinstance(annotations, Mapping) and annotations:
+        ratings = [aspect.get("Rating") if isinstance(aspect, Mapping) else None for aspect in annotations.values()]
+        numbers = [float(str(r)) if re.fullmatch(r"\d+(\.\d+)?", str(r)) else math.nan for r in ratings]
+        return sum(numbers) / len(numbers)
+    for column in ("fine-grained_score", "overall_score", "rating"):
+        if completion.get(column) is not None:
+            return cells.as_number(completion[column], f"completions.{column}")
+    raise cells.error("a completion has neither 'annotations' with ratings nor an overall 'rating'")
+
+
+_READERS: dict[Shape, Callable[[_Cells, str, str], Item]] = {
+    "own": _own,
+    "hh": _hh,
+    "helpsteer2": _helpsteer2,
+    "ultrafeedback": _ultrafeedback,
+    "chosen_rejected": _chosen_rejected,
+}

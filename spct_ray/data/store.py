@@ -1,0 +1,43 @@
+"""Items on disk: one Parquet file, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spct_ray.errors import DataError
+from spct_ray.records import Item
+
+# Given, not inferred: a column that is empty in every row must keep its type.
+ITEM_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("responses", pa.list_(pa.string())),
+        ("rewards", pa.list_(pa.float64())),
+        ("source", pa.string()),
+        ("subset", pa.string()),
+        ("reference", pa.string()),
+        ("strength", pa.string()),
+        ("facts", pa.string()),
+    ]
+)
+
+
+def write_items(path: str, items: Sequence[Item]) -> None:
+    """Write `items` to the Parquet file `path`, replacing it in one move."""
+    partial = f"{path}.partial"
+    pq.write_table(pa.Table.from_pylist([item.to_row() for item in items], schema=ITEM_SCHEMA), partial)
+    os.replace(partial, path)
+
+
+def read_items(path: str) -> list[Item]:
+    """The items of a file that `write_items` wrote, in order. Raises DataError for any other file."""
+    try:
+        table = pq.read_table(path, schema=ITEM_SCHEMA)
+    except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"{path}: not an items file ({error}); the items stage writes them") from error
+    return [Item.from_row(row) for row in table.to_pylist()]

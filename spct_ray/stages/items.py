@@ -1,0 +1,120 @@
+"""From sources to Items: read, refuse, hold out, decontaminate; writes the files that every later step reads.
+
+Outputs: train.parquet, heldout.parquet, bench_<name>.parquet, data_report.json (kept and dropped, by source and
+reason).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spct_ray.data.builtin import BuiltinConfig, generate
+from spct_ray.data.decontaminate import decontaminate
+from spct_ray.data.sources import BenchmarkSource, Dropped, SourceConfig, read_source
+from spct_ray.data.split import split_heldout
+from spct_ray.data.validate import Limits, Problem
+from spct_ray.errors import ConfigError, DataError
+from spct_ray.graph.step import StepContext
+from spct_ray.records import Item
+
+VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class ItemsConfig:
+    """Which data, and how it is cut. `builtin: null` leaves the built-in set out; it brings its own held-out items.
+    Of all other sources `heldout_share` of the queries is held out, at most `heldout_size` items of them."""
+
+    builtin: BuiltinConfig | None = field(default_factory=BuiltinConfig)
+    sources: tuple[SourceConfig, ...] = ()
+    benchmarks: tuple[BenchmarkSource, ...] = ()
+    heldout_share: float = 0.05
+    heldout_size: int = 2000
+    limits: Limits = field(default_factory=Limits)
+    decontaminate_words: int = 13
+
+
+@dataclass(frozen=True)
+class ItemsResources:
+    """Reading is one pass in one process."""
+
+
+def run(context: StepContext, config: ItemsConfig, _: ItemsResources) -> dict[str, Any]:
+    """Write the items and the report; returns the report's totals. Raises ConfigError and DataError."""
+    from spct_ray.data.store import write_items
+
+    _check_names(config)
+    dropped: dict[str, Dropped] = {}
+    read: list[Item] = []
+    for source in config.sources:
+        context.log(f"reading {source.name} from {source.path}")
+        items, dropped[source.name] = read_source(source, config.limits)
+        read += items
+    benchmarks: dict[str, list[Item]] = {}
+    for bench in config.benchmarks:
+        source = SourceConfig(bench.name, bench.path, shape="own")
+        benchmarks[bench.name], dropped[bench.name] = read_source(source, config.limits)
+
+    train, heldout = split_heldout(read, config.heldout_share, context.seed)
+    for item in heldout[config.heldout_size :]:
+        dropped[_source_of(item)].add(Problem.OVER_HELDOUT_SIZE, item.id)
+    # Everything held out stays protected, also what is over the size: other sources may ask the same.
+    protected = [*heldout, *(item for items in benchmarks.values() for item in items)]
+    heldout = heldout[: config.heldout_size]
+    if config.builtin is not None:  # its two halves are disjoint by construction but share the wording of constraints
+        builtin_train, builtin_heldout = generate(config.builtin, context.seed)
+        train, heldout = [*builtin_train, *train], [*builtin_heldout, *heldout]
+        dropped["builtin"] = Dropped()
+    train, overlaps = decontaminate(train, protected, config.decontaminate_words)
+    for overlap in overlaps:
+        where = f"{overlap.item.id} shares with {overlap.protected.id}: {overlap.words[:200]}"
+        dropped[_source_of(overlap.item)].add(Problem.CONTAMINATED, where)
+    if not train:
+        raise DataError(f"no training item is left; dropped: { {name: d.counts for name, d in dropped.items()} }")
+
+    files = {"train": train, "heldout": heldout, **{f"bench_{name}": items for name, items in benchmarks.items()}}
+    for name, items in files.items():
+        write_items(str(Path(context.out) / f"{name}.parquet"), items)
+    report = {
+        "kept": {name: len(items) for name, items in files.items()},
+        "kept_by_source": {name: dict(Counter(map(_source_of, items))) for name, items in files.items()},
+        "kept_by_num_responses": {
+            name: dict(sorted(Counter(str(len(i.responses)) for i in items).items())) for name, items in files.items()
+        },
+        "dropped": {name: asdict(drops) for name, drops in dropped.items()},
+    }
+    partial = Path(context.out) / "data_report.json.partial"
+    partial.write_text(json.dumps(report, indent=2))
+    os.replace(partial, Path(context.out) / "data_report.json")
+    totals: Counter[str] = Counter()
+    for drops in dropped.values():
+        totals.update(drops.counts)
+    context.log(f"kept {report['kept']}, dropped {dict(totals)}")
+    return {"kept": report["kept"], "dropped": dict(totals)}
+
+
+def _source_of(item: Item) -> str:
+    """The configured name of the item's source, which begins its id."""
+    return item.id.partition(":")[0] if ":" in item.id else "builtin"
+
+
+def _check_names(config: ItemsConfig) -> None:
+    names = ["builtin", *(s.name for s in config.sources), *(b.name for b in config.benchmarks)]
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"items: the source name {name!r} becomes part of ids and file names: use letters, digits, _ and -"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"items: two sources are named {name!r}; names must differ ('builtin' is taken)")
+    if not 0 <= config.heldout_share < 1:
+        raise ConfigError(f"items.heldout_share must be in [0, 1), found {config.heldout_share}")
+    if config.decontaminate_words < 1:
+        raise ConfigError(f"items.decontaminate_words must be at least 1, found {config.decontaminate_words}")
