@@ -175,16 +175,21 @@ def vote_curve_point(table: ScoreTable, k: int, seed: int, k_meta: int | None = 
 
 def correct_samples(table: ScoreTable) -> Bools:
     """[I, K] True where a sample is right by Eq. 10 (strict: a tie is wrong, and so is an unparsable sample)."""
-    winners_IKO = _winners(table.scores_IKO, table.option_IO)
-    truth_first = np.take_along_axis(winners_IKO, table.truth_I[:, None, None], axis=-1)[..., 0]
-    return np.asarray(table.used_IK & truth_first & (winners_IKO.sum(axis=-1) == 1))
+    truth_first = np.take_along_axis(
+        _winners(table.scores_IKO, table.option_IO), table.truth_I[:, None, None], axis=-1
+    )[..., 0]
+    return np.asarray(table.used_IK & truth_first & ~tied_samples(table))
+
+
+def tied_samples(table: ScoreTable) -> Bools:
+    """[I, K] True where a parsed sample gives its highest score to more than one option."""
+    return np.asarray(table.used_IK & (_winners(table.scores_IKO, table.option_IO).sum(axis=-1) > 1))
 
 
 def tie_rate(table: ScoreTable) -> float | None:
     """Share of the parsed samples of items with n >= 2 whose highest score is shared; None without such samples."""
-    tied_IK = _winners(table.scores_IKO, table.option_IO).sum(axis=-1) > 1
     counted_IK = table.used_IK & (table.num_responses_I > 1)[:, None]
-    return float(tied_IK[counted_IK].mean()) if counted_IK.any() else None
+    return float(tied_samples(table)[counted_IK].mean()) if counted_IK.any() else None
 
 
 def position_consistency(table: ScoreTable) -> float | None:

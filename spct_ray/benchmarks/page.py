@@ -182,7 +182,8 @@ def _filters(samples: Sequence[Sample]) -> str:
 
     models = list(dict.fromkeys(s.model for s in samples))
     outcomes = [(o, o) for o in ("right", "wrong", "tied", "failure")]
-    return f"<p class=filters>{group('model', [(m, LABELS[m]) for m in models], models[-1])}{group('outcome', outcomes, '')}</p>"
+    by_model = group("model", [(m, LABELS[m]) for m in models], models[-1] if models else "")
+    return f"<p class=filters>{by_model}{group('outcome', outcomes, '')}</p>"
 
 
 def _cards(summary: Mapping[str, Any], k_max: int) -> str:

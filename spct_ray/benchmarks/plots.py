@@ -99,25 +99,30 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
 
 def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], colour: str) -> str:
     """One panel a title, over the training step; each draws those of its metrics that `rows` (metrics.jsonl) have."""
+    shown = {title: [k for k in keys if any(_is_number(r.get(k)) for r in rows)] for title, keys in panels.items()}
+    shown = {title: keys for title, keys in shown.items() if keys}
+    columns = min(3, max(1, len(shown)))
+    num_rows = max(1, -(-len(shown) // columns))
     with plt.rc_context(_STYLE):
-        shown = {t: [k for k in keys if any(_is_number(r.get(k)) for r in rows)] for t, keys in panels.items()}
-        shown = {title: keys for title, keys in shown.items() if keys}
-        figure, all_axes = _figure(max(5.6, 3.2 * len(shown)), 2.8, max(1, len(shown)))
-        shades = (colour, _INK, _WRONG, _RIGHT, "#a06cd5", "#c2a83e")
-        for axes, (title, keys) in zip(all_axes, shown.items(), strict=False):
-            for key, shade in zip(keys, shades, strict=False):
+        figure, axes_RC = plt.subplots(
+            num_rows, columns, figsize=(max(5.6, 3.8 * columns), 2.5 * num_rows + 0.4), squeeze=False
+        )
+        for axes, (title, keys) in zip(axes_RC.flat, shown.items(), strict=False):
+            for key, shade in zip(keys, (colour, _INK, _WRONG), strict=False):
                 points = [(r.get("step", i), r[key]) for i, r in enumerate(rows) if _is_number(r.get(key))]
                 x, y = np.array(points, dtype=float).T
                 window = max(1, len(y) // 25)
-                smooth = np.convolve(
-                    np.pad(y, (window // 2, (window - 1) // 2), "edge"), np.ones(window) / window, "valid"
-                )
-                axes.plot(x, y, color=shade, alpha=0.25 if window > 1 else 0, linewidth=0.8)
-                axes.plot(x, smooth, color=shade, linewidth=1.6, label=key.replace("_", " "))
+                padded = np.pad(y, (window // 2, (window - 1) // 2), "edge")
+                smooth = np.convolve(padded, np.ones(window) / window, "valid")
+                if window > 1:
+                    axes.plot(x, y, color=shade, alpha=0.25, linewidth=0.8)
+                axes.plot(x, smooth, color=shade, linewidth=1.6, label=key.removeprefix("share_").replace("_", " "))
             axes.set_title(title)
             axes.set_xlabel("step")
             if len(keys) > 1:
                 axes.legend(loc="best", fontsize=8)
+        for axes in axes_RC.flat[len(shown) :]:
+            axes.set_axis_off()
         return _svg(figure)
 
 
@@ -155,7 +160,7 @@ def meta_reliability(
         left.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
         left.set_title("Reliability")
         if joined := [*right_logits, *wrong_logits]:
-            edges = np.linspace(min(joined), max(joined) + 1e-6, 31)
+            edges = np.linspace(min(joined), max(joined) + 1e-6, 31).tolist()
             right.hist(right_logits, edges, color=_RIGHT, alpha=0.6, label="right")
             right.hist(wrong_logits, edges, color=_WRONG, alpha=0.6, label="wrong")
         right.set_title("Logits by outcome")
