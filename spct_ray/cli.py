@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spct_ray.cluster import session
+from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import load
 from spct_ray.errors import SpctError
 from spct_ray.graph.explain import format_plan, plan
@@ -49,16 +51,20 @@ def guarded(command_function: Any, command: str) -> int:
 def run(config_path: str, overrides: Sequence[str], command: str) -> None:
     """Run the graph of a configuration file to its end, and publish its report. Shared with jobs/pipeline.py."""
     recipe, steps, root = _graph(config_path, overrides)
-    with hold(os.path.join(root, ".lock"), command, _say):
-        planned = plan(steps, root, recipe.seed)
-        _say(f"{config_path} -> {root}\n{format_plan(planned)}")
-        if any(step.state != "done" for step in planned):
-            from spct_ray.cluster import session
-            from spct_ray.graph.runner import run_steps
+    run_graph(steps, root, recipe.seed, recipe.resources.cluster, command)
 
-            with session.start(recipe.resources.cluster):
+
+def run_graph(steps: Sequence[Step], root: str, seed: int, cluster: ClusterResources, command: str) -> None:
+    """Alone on the root: print the plan, run what is not done (Ray is not started for nothing), print the results."""
+    with hold(os.path.join(root, ".lock"), command, _say):
+        planned = plan(steps, root, seed)
+        _say(f"{root}\n{format_plan(planned)}")
+        if any(step.state != "done" for step in planned):
+            from spct_ray.graph.runner import run_steps  # imports Ray
+
+            with session.start(cluster):
                 signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
-                run_steps(steps, root, recipe.seed, command, _say)
+                run_steps(steps, root, seed, command, _say)
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
 
@@ -71,7 +77,7 @@ def _graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Ste
 
 def _show_plan(parsed: argparse.Namespace) -> None:
     recipe, steps, root = _graph(parsed.config, parsed.overrides)
-    _say(f"{parsed.config} -> {root}\n{format_plan(plan(steps, root, recipe.seed))}")
+    _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed))}")
     lock = os.path.join(root, ".lock")
     if is_held(lock):
         _say(f"now running: {holder(lock)}")

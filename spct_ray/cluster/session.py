@@ -13,7 +13,6 @@ from typing import Any
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",  # else Ray Train warns every second where there is no dashboard
 }
 
 
