@@ -1,0 +1,129 @@
+"""Training checkpoints: fp32 master weights and Adam moments in safetensors, everything else in JSON. No pickle.
+
+Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns under
+its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint is
+`step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Leaves out learning-rate and
+random state: both are functions of the step number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spct_ray.errors import DataError
+
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+_KEEP = 2
+_FILE_NUMEL = 1 << 28  # elements a file (1 GiB): bounds the copies made while writing
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part [start, start + n) of one flattened parameter that this rank owns: a view [n] of each KIND of state."""
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.tensors["fp32"])
+
+
+def checkpoint_dir(directory: str, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return Path(directory) / f"step-{step:08d}"
+
+
+def newest_step(directory: str) -> int | None:
+    """Step number of the newest complete checkpoint."""
+    return max(_complete_steps(directory), default=None)
+
+
+def remove_incomplete(directory: str) -> None:
+    """Delete what killed writers left behind."""
+    for path in Path(directory).glob("step-*"):
+        if not (path / "checkpoint.json").exists():
+            shutil.rmtree(path)
+
+
+def write_fragments(path: Path, rank: int, fragments: Iterator[Fragment]) -> None:
+    """Write this rank's pieces to `rank-R-PART.safetensors` files."""
+    path.mkdir(parents=True, exist_ok=True)
+    pending: list[Fragment] = []
+    part = 0
+    for fragment in fragments:
+        pending.append(fragment)
+        if sum(map(len, pending)) * len(KINDS) >= _FILE_NUMEL:
+            _write_file(path / f"rank-{rank:05d}-{part:05d}.safetensors", pending)
+            pending, part = [], part + 1
+    _write_file(path / f"rank-{rank:05d}-{part:05d}.safetensors", pending)
+
+
+def complete(directory: str, step: int, content: dict[str, Any]) -> None:
+    """Make the checkpoint count, by writing `checkpoint.json`, and delete all but the newest two."""
+    path = checkpoint_dir(directory, step)
+    content = {**content, "step": step, "files": sorted(f.name for f in path.glob("*.safetensors"))}
+    temporary = path / "checkpoint.json.tmp"
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path / "checkpoint.json")
+    for old in sorted(_complete_steps(directory))[:-_KEEP]:
+        (checkpoint_dir(directory, old) / "checkpoint.json").unlink()
+        shutil.rmtree(checkpoint_dir(directory, old))
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What `complete` was given, with `step` and `files`."""
+    content: dict[str, Any] = json.loads((path / "checkpoint.json").read_text())
+    return content
+
+
+def read_fragments(path: Path, files: list[str], fragments: Iterator[Fragment]) -> None:
+    """Fill the views of this rank's fragments from the checkpoint. Raises DataError where the checkpoint has a gap."""
+    readers = [safe_open(path / name, framework="pt") for name in files]
+    pieces: dict[str, list[tuple[int, int, Any]]] = {}
+    for reader in readers:
+        for name, (start, length) in json.loads(reader.metadata()["pieces"]).items():
+            pieces.setdefault(name, []).append((start, length, reader))
+    for fragment in fragments:
+        stop, filled = fragment.start + len(fragment), 0
+        for start, length, reader in pieces.get(fragment.name, ()):
+            low, high = max(start, fragment.start), min(start + length, stop)
+            if low >= high:
+                continue
+            for kind, view in fragment.tensors.items():
+                piece = reader.get_slice(f"{kind}/{fragment.name}")[low - start : high - start]
+                view[low - fragment.start : high - fragment.start].copy_(piece)
+            filled += high - low
+        if filled != len(fragment):
+            raise DataError(
+                f"{path}: parameter {fragment.name} has {filled} of the {len(fragment)} elements needed from "
+                f"{fragment.start} on: the checkpoint is of another model; delete it or point to the right run"
+            )
+
+
+def _write_file(path: Path, fragments: list[Fragment]) -> None:
+    # Cloned: safetensors refuses views of one storage.
+    tensors = {
+        f"{kind}/{f.name}": t.detach().to("cpu", torch.float32, copy=True)
+        for f in fragments
+        for kind, t in f.tensors.items()
+    }
+    pieces = {f.name: (f.start, len(f)) for f in fragments}
+    save_file(tensors, path, metadata={"pieces": json.dumps(pieces)})
+
+
+def _complete_steps(directory: str) -> list[int]:
+    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(directory).glob("step-*/checkpoint.json"))
+    return [int(match[1]) for match in found if match]

@@ -1,0 +1,353 @@
+"""One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU (gloo) and CUDA (nccl).
+
+Weights are bf16 with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the number of
+ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller brings,
+and starting processes (see `spct_ray.cluster.train`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spct_ray.errors import ConfigError, SpctError
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn import checkpoint
+from spct_ray.learn.batch import Batch, make_batch
+from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+
+_GATHER_NUMEL = 1 << 28  # elements gathered at once under ZeRO-3
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. The learning rate warms up linearly, then stays or falls to 0 at the last step.
+
+    `dtype` float32 is for CPUs without fast bf16, and for exact comparisons; checkpoints hold fp32 either way.
+    """
+
+    lr: float = 5e-6
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class TrainResources:
+    """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a padded micro-batch.
+
+    `offload_optimizer` keeps master weights and moments in CPU memory (compiles DeepSpeedCPUAdam on first use).
+    """
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: int = 0
+    zero_stage: Literal[1, 2, 3] = 1
+    offload_optimizer: bool = False
+    micro_tokens: int = 4096
+    threads: int = 0
+    max_failures: int = 2
+    gradient_checkpointing: bool = False
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of update number `step` (from 0)."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.lr * (1 - progress) if optim.schedule == "linear" else optim.lr
+
+
+class Trainer:
+    """One rank of data-parallel training. All methods but the attributes are collective: every rank calls them alike.
+
+    Uses the process group that is there, or makes one of its own for a single process. Head "lm" drives `logprobs`,
+    head "scalar" drives `scores`. `steps_done` counts updates, also over resumes.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        head: Head,
+        optim: OptimConfig,
+        resources: TrainResources,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        deepspeed = _import_deepspeed(resources)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        self.optim, self.total_steps, self.seed, self.steps_done = optim, total_steps, seed, 0
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+        self._zero_stage = resources.zero_stage
+        self._dtype = torch.bfloat16 if optim.dtype == "bfloat16" else torch.float32
+        config = _deepspeed_config(optim, resources)
+        torch.manual_seed(derive_seed(seed, "weights"))  # a new scalar head is drawn at random, alike on all ranks
+        if resources.zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            active = HfDeepSpeedConfig(config)  # makes from_pretrained partition the weights while this object lives
+            self.model = load_model(model_dir, head, self._dtype)
+            del active
+        else:
+            self.model = load_model(model_dir, head, self._dtype)
+        self.model.train()
+        if resources.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        module = TokenLogprobs(self.model) if head == "lm" else LastTokenScore(self.model)
+        if isinstance(module, TokenLogprobs):
+            deepspeed.utils.set_z3_leaf_module(module.head, True)
+        self._optimizer = _make_optimizer(list(module.parameters()), optim, resources)
+        self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """Log p [B, T-1] (fp32) of each next token where `batch.loss_mask` is True, and 0 elsewhere.
+
+        Only masked positions pass through the output layer: a judge's prompt is several times its completion.
+        """
+        return self._forward(batch)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Raw logits [B] (fp32) of the scalar head, read at the last real token."""
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.device)
+        output: Tensor = self._engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        return output
+
+    def step(self, micro_batches: Sequence[Batch], loss_fn: Callable[[Batch], Tensor]) -> dict[str, float]:
+        """One update with the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
+
+        `loss_fn` calls `logprobs` (or `scores`) once and divides by the normaliser of the whole update. Ranks may hold
+        different numbers of micro-batches, also none. Returns the summed loss, the gradient's norm before clipping and
+        the learning rate. Raises SpctError when the gradient is not finite (the weights are then of no use: restart
+        from the last checkpoint).
+        """
+        torch.manual_seed(derive_seed(self.seed, "step", self.steps_done, self.rank))
+        lr = learning_rate(self.optim, self.steps_done, self.total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        count = int(self._reduce(torch.tensor(len(micro_batches)), dist.ReduceOp.MAX))
+        loss_sum = torch.zeros((), device=self.device)
+        for i in range(count):
+            self._engine.set_gradient_accumulation_boundary(i == count - 1)
+            loss = loss_fn(micro_batches[i]) if i < len(micro_batches) else self._empty_loss()
+            self._engine.backward(loss * self.world_size)  # DeepSpeed takes the mean over ranks
+            loss_sum += loss.detach()
+        self._engine.step()
+        grad_norm = float(self._engine.get_global_grad_norm())
+        loss_value = float(self._reduce(loss_sum, dist.ReduceOp.SUM))
+        if not math.isfinite(grad_norm):
+            raise SpctError(
+                f"update {self.steps_done}: gradient norm {grad_norm}, loss {loss_value}: training diverged; "
+                f"lower the learning rate (now {lr:.2e}) or look at the data of this step"
+            )
+        self.steps_done += 1
+        return {"loss": loss_value, "grad_norm": grad_norm, "lr": lr}
+
+    def save(self, directory: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint of this step and the caller's JSON `state`; keeps the newest two complete ones."""
+        path = checkpoint.checkpoint_dir(directory, self.steps_done)
+        if self.rank == 0:
+            checkpoint.remove_incomplete(directory)
+        dist.barrier()
+        self._create_moments()
+        checkpoint.write_fragments(path, self.rank, self._fragments())
+        dist.barrier()
+        if self.rank == 0:
+            checkpoint.complete(directory, self.steps_done, {"state": state, "num_ranks": self.world_size})
+        dist.barrier()
+
+    def resume(self, directory: str) -> dict[str, Any] | None:
+        """Load the newest complete checkpoint, whatever number of ranks wrote it; None when there is none."""
+        newest = checkpoint.newest_step(directory) if self.rank == 0 else None
+        chosen = torch.tensor(-1 if newest is None else newest)
+        step = int(self._reduce(chosen if self.rank == 0 else torch.tensor(-1), dist.ReduceOp.MAX))
+        if step < 0:
+            return None
+        path = checkpoint.checkpoint_dir(directory, step)
+        content = checkpoint.read_content(path)
+        self._create_moments()
+        for master in self._masters():
+            counter = self._optimizer.state[master]["step"]
+            self._optimizer.state[master]["step"] = (
+                torch.full_like(counter, step) if isinstance(counter, Tensor) else step
+            )
+        with torch.no_grad():
+            checkpoint.read_fragments(path, content["files"], self._fragments())
+            self._update_weights()
+        self.steps_done = step
+        state: dict[str, Any] = content["state"]
+        return state
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under their HF names, tied ones once; every rank must iterate to the end.
+
+        Under ZeRO-3 they are gathered bucket by bucket and are copies; else they are the live weights, valid until the
+        next `step`.
+        """
+        named = list(self.model.named_parameters())
+        if self._zero_stage < 3:
+            yield from ((name, p.detach()) for name, p in named)
+            return
+        import deepspeed
+
+        while named:
+            bucket = [named.pop(0)]
+            while named and sum(p.ds_numel for _, p in bucket) + named[0][1].ds_numel <= _GATHER_NUMEL:
+                bucket.append(named.pop(0))
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                weights = [(name, p.detach().clone()) for name, p in bucket]
+            yield from weights
+
+    def export(self, directory: str) -> None:
+        """Write model, config, generation config, tokenizer and chat template for transformers and vLLM.
+
+        The directory appears whole or not at all. Rank 0 holds all weights in CPU memory for it.
+        """
+        weights: dict[str, Tensor] = {}
+        for name, weight in self.named_weights():
+            if self.rank == 0:
+                weights[name] = weight.cpu()
+        if self.rank == 0:
+            temporary, old = Path(f"{directory}.tmp"), Path(f"{directory}.old")
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self.model.save_pretrained(temporary, state_dict=weights)
+            self.tokenizer.save_pretrained(temporary)
+            if Path(directory).exists():
+                os.rename(directory, old)
+            os.rename(temporary, directory)
+            shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum of a number over all ranks, e.g. for a global token count."""
+        return float(self._reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM))
+
+    def _reduce(self, value: Tensor, operation: Any) -> Tensor:
+        value = value.to(self.device)
+        dist.all_reduce(value, op=operation)
+        return value
+
+    def _empty_loss(self) -> Tensor:
+        """A loss of 0 that runs the whole network, for ranks that have fewer micro-batches than others."""
+        return self._forward(make_batch([[0, 0]], [1])).sum() * 0.0
+
+    def _masters(self) -> list[Tensor]:
+        """The flat fp32 tensors that the optimizer updates (DeepSpeed hides ZeRO-3's from the parameter groups)."""
+        if self._zero_stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _create_moments(self) -> None:
+        """Adam's state as it is before the first update, where there is none yet."""
+        for master in self._masters():
+            state = self._optimizer.state[master]
+            if not state:
+                on_cpu = type(self._optimizer).__name__ == "DeepSpeedCPUAdam"
+                state["step"] = 0 if on_cpu else torch.zeros((), device=master.device)
+                state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
+        if self._zero_stage < 3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _fragments(self) -> Iterator[checkpoint.Fragment]:
+        """Views of the master weights and moments that this rank owns."""
+        zero = self._engine.optimizer
+        for name, param in self.model.named_parameters():
+            keys = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+            if self._zero_stage == 3:
+                start = self.rank * param.partition_numel()
+                length = min(param.partition_numel(), param.ds_numel - start)  # the rest is padding
+                if length > 0:
+                    views = {k: zero._get_fp32_opt_state_partition(param, True, key)[0] for k, key in keys.items()}
+                    yield checkpoint.Fragment(name, start, {k: v.detach()[:length] for k, v in views.items()})
+            elif param._hp_mapping is not None:
+                mapping = param._hp_mapping
+                views = {k: mapping.get_hp_fragment(key) for k, key in keys.items()}
+                start = mapping.lp_fragment_address.start
+                yield checkpoint.Fragment(name, start, {k: v.detach() for k, v in views.items()})
+
+    def _update_weights(self) -> None:
+        """Copy the master weights into the weights that the forward pass uses."""
+        zero = self._engine.optimizer
+        if self._zero_stage < 3:
+            zero.update_lp_params()
+            return
+        zero.checkpoint_event_prologue()
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        zero.checkpoint_event_epilogue()
+
+
+def _import_deepspeed(resources: TrainResources) -> Any:
+    """DeepSpeed, set up for this process: accelerator, process group, threads. It reads the environment when imported."""
+    if resources.gpus_per_worker == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    found = deepspeed.get_accelerator().device_name()
+    wanted = "cuda" if resources.gpus_per_worker else "cpu"
+    if found != wanted:
+        raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
+    if not dist.is_initialized():
+        backend = "nccl" if resources.gpus_per_worker else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_init_required=False)
+    if resources.gpus_per_worker:
+        deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])
+    torch.set_num_threads(resources.threads or max(1, cores))
+    return deepspeed
+
+
+def _deepspeed_config(optim: OptimConfig, resources: TrainResources) -> dict[str, Any]:
+    on_gpu = resources.gpus_per_worker > 0
+    zero: dict[str, Any] = {
+        "stage": resources.zero_stage,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": on_gpu,
+    }
+    if resources.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the boundary is set by hand in `step`
+        "bf16": {"enabled": optim.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": optim.grad_clip,
+        "zero_optimization": zero,
+    }
+
+
+def _make_optimizer(parameters: list[Any], optim: OptimConfig, resources: TrainResources) -> Any:
+    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    if resources.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
