@@ -178,6 +178,8 @@ def test_kinds_can_be_chosen_and_unknown_ones_are_refused() -> None:
     assert {c.kind for item in chosen for c in constraints_of(item)} == {"quotes", "include"}
     with pytest.raises(ConfigError, match="quote_marks"):
         generate(BuiltinConfig(1, 1, kinds=("quote_marks",)), 0)
+    with pytest.raises(ConfigError, match=r"num_responses .* one weight a value"):
+        generate(BuiltinConfig(1, 1, num_responses=(2, 4)), 0)
     with pytest.raises(DataError, match="unknown constraint kind 'rhyme'"):
         Constraint("rhyme")
     with pytest.raises(DataError, match="'hh'"):

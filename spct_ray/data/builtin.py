@@ -47,6 +47,12 @@ def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:
     unknown = set(config.kinds) - set(KINDS)
     if unknown:
         raise ConfigError(f"builtin.kinds names {sorted(unknown)}; known kinds are {', '.join(KINDS)}")
+    for name in ("num_responses", "num_constraints"):
+        values, weights = getattr(config, name), getattr(config, f"{name}_weights")
+        if len(values) != len(weights) or not sum(weights) > 0 or min((*values, *weights)) < 0 or 0 in values:
+            raise ConfigError(
+                f"builtin.{name} {values} needs one weight a value, none below 0 and not all 0; found {weights}"
+            )
     return _generate("train", config.size_train, config, seed), _generate("heldout", config.size_heldout, config, seed)
 
 

@@ -53,8 +53,8 @@ class Dropped:
 
     def add(self, problem: Problem, where: str) -> None:
         """Count one more."""
-        self.counts[problem] = self.counts.get(problem, 0) + 1
-        self.first.setdefault(problem, where)
+        self.counts[problem.value] = self.counts.get(problem.value, 0) + 1
+        self.first.setdefault(problem.value, where)
 
 
 def read_source(config: SourceConfig, limits: Limits) -> tuple[list[Item], Dropped]:
