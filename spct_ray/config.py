@@ -87,8 +87,8 @@ def _apply(tree: DictConfig, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write it as key=value, e.g. grpo.beta=0.1")
     try:
-        value = OmegaConf.from_dotlist([f"value{override[len(key) :]}"]).value
-        OmegaConf.update(tree, key, value, merge=True, force_add=True)
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]), resolve=False)
+        OmegaConf.update(tree, key, typing.cast(dict[str, Any], parsed)["value"], merge=True, force_add=True)
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
 
@@ -149,7 +149,7 @@ def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, .
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         raise _BadValueError(key, f"expected a list of {len(kinds)}, found {len(value)}: {value!r}")
-    return tuple(_convert(v, kind, f"{key}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
+    return tuple(_convert(v, kind, _join(key, i)) for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
 
 
 def _convert_dataclass(value: Any, schema: type, key: str) -> Any:
