@@ -19,7 +19,6 @@ class EngineJudge:
     engine: Engine
     config: JudgeConfig
     model: str
-    max_tokens: int
     guided: bool = False
 
     def submit(self, task: JudgeTask) -> Future[Trajectory]:
@@ -47,7 +46,7 @@ class EngineJudge:
         return Request(
             judge_messages(task.item, task.order, self.config, hint=task.hinted),
             SamplingParams(
-                max_tokens=self.max_tokens,
+                max_tokens=self.config.max_tokens,
                 temperature=task.temperature,
                 seed=task.seed % 2**31,
                 guide=guide(len(task.order), self.config) if self.guided else "",

@@ -6,6 +6,7 @@ futures. The only file that imports vLLM. Leaves out placement and restarts; see
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class VllmEngine:
         job.future.result()
 
     def close(self) -> None:
-        if self._dead is None:
+        with contextlib.suppress(EngineError):  # it may be dead already
             self._put(_Close())
         self._thread.join()
 
@@ -137,7 +138,7 @@ class VllmEngine:
             while not self._jobs.empty():
                 waiting.append(self._jobs.get())
         for job in (*running.values(), *waiting):
-            if not job.future.cancelled():
+            if job.future.running() or job.future.set_running_or_notify_cancel():
                 job.future.set_exception(cause)
 
     def _start(self) -> LLMEngine:

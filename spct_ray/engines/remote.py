@@ -1,0 +1,165 @@
+"""An engine behind an OpenAI-compatible HTTP endpoint, for a sampler that does not run here.
+
+Leaves out what such an endpoint does not tell or do: token ids, log-probabilities, guides, new weights.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from threading import Event
+from typing import Any, NoReturn
+
+import httpx
+
+from spct_ray.engines.base import Request
+from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.records import Completion, StopReason
+
+_WORTH_ANOTHER_TRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_STOP_REASONS: dict[str, StopReason] = {"stop": "stop", "length": "length"}
+_LONGEST_WAIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteConfig:
+    """Where the endpoint is. The API key itself stays out of configs: `api_key_env` names the variable holding it."""
+
+    base_url: str  # up to and with the version, e.g. "https://api.example.com/v1"
+    model: str
+    api_key_env: str = ""  # empty: no key is sent
+    concurrency: int = 16  # requests in flight
+    timeout_s: float = 300.0  # of one attempt
+    max_attempts: int = 6
+    first_wait_s: float = 1.0  # doubled after each attempt, unless the endpoint says how long to wait
+
+
+class RemoteEngine:
+    """`POST {base_url}/chat/completions`. Busy, failing and slow answers are tried again, then raise EngineError.
+
+    Ids are empty on its completions. For n > 1 the endpoint counts the tokens of all samples together; the sum is
+    shared out by length of text.
+    """
+
+    weight_version = 0
+
+    def __init__(self, config: RemoteConfig) -> None:
+        headers = {}
+        if config.api_key_env:
+            if not (key := os.environ.get(config.api_key_env)):
+                raise ConfigError(f"the environment variable {config.api_key_env} (api_key_env) is not set")
+            headers["Authorization"] = f"Bearer {key}"
+        self._config = config
+        self._url = f"{config.base_url.rstrip('/')}/chat/completions"
+        limits = httpx.Limits(max_connections=config.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=config.timeout_s, limits=limits)
+        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="remote-engine")
+        self._closed = Event()
+
+    def submit(self, request: Request) -> Future[tuple[Completion, ...]]:
+        if self._closed.is_set():
+            raise EngineError(f"the engine on {self._url} was closed")
+        return self._threads.submit(self._complete, request)
+
+    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
+        futures = [self.submit(request) for request in requests]
+        return [future.result() for future in futures]
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> NoReturn:
+        raise RequestError("prompt_logprobs is not supported by a remote endpoint")
+
+    def reload(self, weights_dir: str, weight_version: int) -> NoReturn:
+        raise RequestError("reload is not supported by a remote endpoint: its weights are its own")
+
+    def close(self) -> None:
+        self._closed.set()
+        self._threads.shutdown()
+        self._client.close()
+
+    def _complete(self, request: Request) -> tuple[Completion, ...]:
+        params = request.params
+        if params.guide or params.logprobs:
+            raise RequestError("a guide or log-probabilities are not supported by a remote endpoint")
+        body: dict[str, Any] = {
+            "model": self._config.model,
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "n": params.n,
+        }
+        if params.seed is not None:
+            body["seed"] = params.seed
+        answer = self._post(body)
+        try:
+            texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
+            stops = [_STOP_REASONS.get(choice["finish_reason"], "abort") for choice in answer["choices"]]
+            prompt_tokens = int(answer["usage"]["prompt_tokens"])
+            completion_tokens = int(answer["usage"]["completion_tokens"])
+        except (KeyError, TypeError) as error:
+            raise EngineError(
+                f"{self._url}: not an answer of the chat completions API, {error!r} is missing"
+            ) from error
+        if len(texts) != params.n:
+            raise EngineError(f"{self._url}: {len(texts)} samples instead of n = {params.n}")
+        counts = _share(completion_tokens, [len(text) for text in texts])
+        return tuple(
+            Completion(text, (), (), stop, (), self.weight_version, prompt_tokens, count)
+            for text, stop, count in zip(texts, stops, counts, strict=True)
+        )
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        """The endpoint's JSON answer; RequestError when it refuses the request, EngineError when it cannot work."""
+        config, last = self._config, ""
+        for attempt in range(config.max_attempts):
+            wait_s = min(config.first_wait_s * 2**attempt * random.uniform(0.5, 1.0), _LONGEST_WAIT_S)
+            if self._closed.is_set():
+                raise EngineError(f"the engine on {self._url} was closed")
+            try:
+                response = self._client.post(self._url, json=body)
+            except httpx.TransportError as error:  # no connection, or no answer within the timeout
+                last = f"{type(error).__name__}: {error}"
+            else:
+                if response.is_success:
+                    return _json(response, self._url)
+                last = f"HTTP {response.status_code}: {response.text[:300]}"
+                if response.status_code in (401, 403, 404):
+                    raise EngineError(f"{self._url}, model {config.model}: {last}; check base_url, model, api_key_env")
+                if response.status_code not in _WORTH_ANOTHER_TRY:
+                    raise RequestError(f"{self._url} refuses the request: {last}")
+                wait_s = _retry_after(response, wait_s)
+            if attempt + 1 < config.max_attempts:
+                self._closed.wait(wait_s)
+        raise EngineError(f"{self._url}: no answer after {config.max_attempts} attempts, the last: {last}")
+
+
+def _json(response: httpx.Response, url: str) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise EngineError(f"{url}: the answer is not JSON: {response.text[:300]}") from error
+
+
+def _retry_after(response: httpx.Response, default_s: float) -> float:
+    """Seconds to wait: the Retry-After header (seconds or a date) up to a minute, else the default."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return default_s
+    return min(max(seconds, 0.0), _LONGEST_WAIT_S)
+
+
+def _share(total: int, lengths: Sequence[int]) -> list[int]:
+    """`total` shared out in proportion to `lengths`, in whole numbers with the right sum."""
+    if not any(lengths):
+        lengths = [1] * len(lengths)
+    ends = [round(total * sum(lengths[: i + 1]) / sum(lengths)) for i in range(len(lengths))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
