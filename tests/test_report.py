@@ -223,7 +223,7 @@ def test_text_is_aligned_and_narrow(whole: tuple[dict[str, Any], str, str]) -> N
     text = whole[2]
     assert max(map(len, text.splitlines())) <= WIDTH
     assert text.startswith("One judged example (GRPO)")
-    table = text[text.index("Held-out accuracy") :].splitlines()[1:]
+    table = text[text.index("Held-out: accuracy on 24 items") :].splitlines()[1:]
     assert [row.split()[0] for row in table[2:5]] == ["base", "RFT", "GRPO"]
     assert len({len(row) for row in table[:5]}) == 1
     assert f"chance {whole[0]['chance']:.3f}" in text

@@ -60,9 +60,7 @@ def _bars(values: Mapping[str, float], unit: str = "") -> str:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int) or value == int(value):
-        return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def _percent(value: float | None) -> str:
@@ -222,7 +220,6 @@ def render(
     ]
     tables = [
         _panel("Is the difference real?", _paired(summary["paired"])),
-        _panel("By kind of item", _subsets(models, k_max)),
         _panel("Failed judgements", _failures(models)),
     ]
     if selection:
@@ -245,8 +242,11 @@ def render(
         + f"<div class=cards>{_cards(summary, k_max)}</div><div class=grid>"
         + _panel("Accuracy", _headline(summary), wide=True)
         + _panel("How the samples behave", _rates(summary), wide=True)
-        + benchmarks
         + "".join(drawn)
         + "".join(tables)
-        + f"</div><h2>Judgements</h2>{shown}</main><script>{SCRIPT}</script></body></html>\n"
+        + _panel("By kind of item", _subsets(models, k_max), wide=True)
+        + benchmarks
+        + "</div><h2>Judgements</h2><p class=note>First samples on items drawn by the seed, dealt so that right, wrong, "
+        "tied and failed ones of the last judge take turns: not in proportion. Responses stand in the order in which "
+        f"the judge saw them.</p>{shown}</main><script>{SCRIPT}</script></body></html>\n"
     )

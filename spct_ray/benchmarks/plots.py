@@ -66,7 +66,7 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
     """
     with plt.rc_context(_STYLE):
         figure, (axes,) = _figure(5.6, 3.9)
-        ticks: set[int] = set()
+        last_x: list[float] = []
         for name, block in models.items():
             if not block["parse_rate"]:
                 axes.plot([], [], color=COLOURS[name], label=f"{LABELS[name]}: nothing parsed")
@@ -75,22 +75,26 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
                 points = sorted((int(k), entry) for k, entry in block[kind].items())
                 if not points:
                     continue
-                ticks |= {k for k, _ in points}
                 x = [entry["tokens"] if over_tokens else k for k, entry in points]
+                last_x = x
                 low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
                 label = f"{LABELS[name]}, {'vote' if kind == 'vote' else 'meta vote'}"
                 y = [entry["accuracy"] for _, entry in points]
                 axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
-                axes.plot(x, y, line, marker=marker, markersize=4.5, color=COLOURS[name], label=label)
+                axes.plot(
+                    x, y, line, marker=marker, markersize=4 if kind == "vote" else 5.5, color=COLOURS[name], label=label
+                )
             if over_tokens and (greedy := block["greedy"]):
-                axes.plot(greedy["tokens"], greedy["accuracy"], "*", markersize=11, color=COLOURS[name], mec="white")
+                axes.plot(
+                    greedy["tokens"], greedy["accuracy"], "*", markersize=12, color=COLOURS[name], mec=_INK, zorder=5
+                )
         axes.axhline(chance, color=_INK, linewidth=1, linestyle=":", label="chance")
         if over_tokens:
             axes.plot([], [], "*", color=_INK, markersize=9, label="greedy")
-        axes.set_xscale("log", base=10 if over_tokens else 2)
-        if not over_tokens:
-            axes.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(last_x, [f"{x:,.0f}" for x in last_x])
         axes.minorticks_off()
+        axes.margins(x=0.06)
         axes.set_xlabel("generated tokens per decision" if over_tokens else "samples k")
         axes.set_ylabel("accuracy")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -26,15 +26,18 @@ box-shadow:0 1px 2px rgba(16,24,40,.04)}
 .panel img{display:block;width:100%;height:auto}
 .note{color:var(--soft);font-size:13px;line-height:1.45;margin:10px 0 0}
 .scroll{overflow-x:auto}
+.scroll+.note+.scroll{margin-top:20px}
+h2+.note{margin:-4px 0 14px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:7px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:500;font-size:12.5px}
-th:first-child{text-align:left;padding-left:0}
+th:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere;min-width:110px}
 tbody th{font-weight:500}
 tbody tr:last-child>*{border-bottom:0}
 td b{font-weight:650}
 td i{font-style:normal;color:var(--soft);font-size:12px;margin-left:3px}
-.bars th{width:1%}.bars td{width:1%}.bars .barcell{width:auto;text-align:left;padding-right:0}
+.bars th:first-child{width:1%;white-space:nowrap}
+.bars td{width:1%}.bars .barcell{width:auto;text-align:left;padding-right:0}
 .bar{display:block;height:10px;border-radius:3px;background:#9db9ee;min-width:1px}
 .dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px;background:var(--grey)}
 .dot.rft{background:var(--blue)}.dot.grpo{background:var(--orange)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from spct_ray.benchmarks.curves import right_option
@@ -21,32 +21,18 @@ def cell(entry: Mapping[str, Any] | None) -> str:
     return f"{entry['accuracy']:.3f} +- {(high - low) / 2:.3f}"
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """The headline table of summary.json."""
-    models = summary["models"]
-    k_max = max((int(k) for block in models.values() for k in block["vote"]), default=1)
-    head = ["judge", "greedy", "one sample", f"vote@{k_max}", f"meta vote@{k_max}", "parsed"]
-    rows = [head]
-    for name, block in models.items():
-        votes = (block["greedy"], block["vote"].get("1"), block["vote"].get(str(k_max)))
-        meta = block["meta_vote"].get(str(k_max))
-        rows.append([LABELS[name], *(cell(v) for v in (*votes, meta)), f"{block['parse_rate']:.1%}"])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(head))]
-    lines = [
-        "  ".join(v.ljust(w) if c == 0 else v.rjust(w) for c, (v, w) in enumerate(zip(r, widths, strict=True)))
-        for r in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    auc = summary["meta_rm"]["auc"]
-    return "\n".join(
-        [
-            f"Held-out accuracy on {summary['num_items']} items (+- half the 95 % bootstrap interval)",
-            *lines,
-            f"chance {summary['chance']:.3f}; an item without a parsed judgement counts as wrong"
-            + (f"; meta RM: AUC {auc:.3f}, ECE {summary['meta_rm']['ece']:.3f}" if auc is not None else ""),
-            *(f"missing: {what}" for what in summary["missing"]),
-        ]
-    )
+def table(block: Mapping[str, Any], title: str) -> str:
+    """The headline table of the held-out items or of a benchmark: a row a judge."""
+    models = block["models"]
+    k_max = max((int(k) for model in models.values() for k in model["vote"]), default=1)
+    rows = [["judge", "greedy", "one sample", f"vote@{k_max}", f"meta vote@{k_max}", "parsed"]]
+    for name, model in models.items():
+        votes = (model["greedy"], model["vote"]["1"], model["vote"][str(k_max)], model["meta_vote"].get(str(k_max)))
+        rows.append([LABELS[name], *map(cell, votes), f"{model['parse_rate']:.1%}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
+    heading = f"{title}: accuracy on {block['num_items']} items (+- half the 95 % bootstrap interval)"
+    return "\n".join([heading, lines[0], "-" * len(lines[0]), *lines[1:], f"chance {block['chance']:.3f}"])
 
 
 def example(model: str, item: Item, judgement: Trajectory, verdict: Verdict, decision: int | None) -> str:
@@ -72,6 +58,11 @@ def example(model: str, item: Item, judgement: Trajectory, verdict: Verdict, dec
     return "\n".join([f"One judged example ({LABELS[model]})", *parts, block("verdict", judged)])
 
 
-def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
-    """Examples, an empty line each, then the table."""
-    return "\n\n".join([*examples, table(summary)])
+def summary_text(summary: Mapping[str, Any], example_text: str) -> str:
+    """The example, then a table for the held-out items and for each benchmark, and what the run did not have."""
+    tables = [table(block, f"Benchmark {name}") for name, block in summary["benchmarks"].items()]
+    notes = ["An item without a parsed judgement counts as wrong; ties are broken at random with the seed."]
+    if (auc := summary["meta_rm"]["auc"]) is not None:
+        notes.append(f"Meta RM on the last judge's samples: AUC {auc:.3f}, ECE {summary['meta_rm']['ece']:.3f}.")
+    notes += [f"Missing: {what}." for what in summary["missing"]]
+    return "\n\n".join([example_text, *tables, table(summary, "Held-out"), "\n".join(notes)])

@@ -108,7 +108,7 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
     _write(Path(context.out, "index.html"), html)
     _write(Path(context.out, "summary.json"), json.dumps(result, indent=2, allow_nan=False) + "\n")
     example = _text_example(final, heldout[final], max(counting.ks), scale, seed)
-    return {"summary_text": terminal.summary_text(result, [example]), "num_items": result["num_items"]}
+    return {"summary_text": terminal.summary_text(result, example), "num_items": result["num_items"]}
 
 
 def _item_sets(directory: str) -> dict[str, tuple[Item, ...]]:
@@ -162,7 +162,7 @@ def _seconds(inputs: Mapping[str, str]) -> dict[str, float]:
     from spct_ray.graph.record import read_record
 
     records = [record for directory in set(inputs.values()) if (record := read_record(directory))]
-    return {r.name: round(r.seconds, 1) for r in sorted(records, key=lambda r: (r.finished_at, r.name))}
+    return {r.name: round(float(r.seconds), 1) for r in sorted(records, key=lambda r: (r.finished_at, r.name))}
 
 
 def _missing(inputs: Mapping[str, str]) -> list[str]:
@@ -206,9 +206,10 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
     if meta["num_samples"]:
         logits, labels = meta_logits(final)
         svg = plots.meta_reliability(meta["reliability"], logits[labels == 1].tolist(), logits[labels == 0].tolist())
-        within = meta["auc_within_item"]
+        areas = {f"{name}'s samples": area for name, area in meta["auc_by_judge"].items()}
+        areas["pairs of the final judge's samples of one item"] = meta["auc_within_item"]
         caption = f"{meta['num_samples']:,} parsed samples of the final judge, {meta['share_right']:.0%} of them right."
-        caption += f" AUC among samples of one item {within:.3f}." if within is not None else ""
+        caption += "".join(f" AUC on {what} {area:.3f}." for what, area in areas.items() if area is not None)
         charts.append(Chart("Meta RM", caption, svg))
     return charts
 
