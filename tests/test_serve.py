@@ -10,41 +10,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spct_ray.engines.base import SamplingParams
+from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.records import Completion
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ServeConfig, from_run, from_run_or_model
+from spct_ray.serve.config import ServeConfig, resolve
 from spct_ray.serve.gateway import MAX_BODY_BYTES, Gateway, build_app
 
 RESPONSES = ["alpha", "beta"]
 OK = {"messages": [{"role": "user", "content": "Which word?"}], "responses": RESPONSES}
 
 
-class Engine:
+class Script:
     """Answers request number i with `texts[i]`; a tuple of scores in the item's order is written in prompt order."""
 
-    weight_version = 3
-
-    def __init__(self, *texts, error=None, silent=False):
-        self.texts, self.error, self.silent = list(texts), error, silent
+    def __init__(self, *texts):
+        self.texts = texts
         self.params: list[SamplingParams] = []
         self.orders: list[tuple[int, ...]] = []
 
-    def submit(self, request):
-        future: Future = Future()
+    def __call__(self, request):
         shown = re.findall(r"\[Response \d+\]\n(.*)\n\[End \d+\]", request.messages[0].content)
         order = tuple(RESPONSES.index(r) if r in RESPONSES else 0 for r in shown)
-        if self.error:
-            future.set_exception(self.error)
-        elif not self.silent:
-            text = self.texts[len(self.params) % len(self.texts)]
-            if isinstance(text, tuple):
-                text = f"Scores: \\boxed{{{', '.join(str(text[i]) for i in order)}}}"
-            future.set_result((Completion(text, (1, 2), (), "stop", (1, 2, 3), self.weight_version, 3, 2),))
+        text = self.texts[len(self.params) % len(self.texts)]
+        if isinstance(text, tuple):
+            text = f"Scores: \\boxed{{{', '.join(str(text[i]) for i in order)}}}"
         self.params.append(request.params)
         self.orders.append(order)
-        return future
+        return [text]
+
+
+class SilentEngine(ScriptedEngine):
+    """Takes requests and never answers."""
+
+    def submit(self, request):
+        return Future()
+
+
+def refuse(request):
+    raise RequestError(TOO_LONG)
+
+
+TOO_LONG = "a prompt of 5000 tokens + max_tokens 100 exceeds the engine's max_model_len of 4096"
 
 
 class Meta:
@@ -60,7 +68,8 @@ class Meta:
         return list(self.logits)
 
 
-def client(engine, meta=None, ready=True, **config):
+def client(script, meta=None, ready=True, engine=None, **config):
+    engine = engine or ScriptedEngine(script)
     settings = ServeConfig("unused", name="grpo", judge=JudgeConfig(template="compact"), **config)
 
     async def judge_is_ready():
@@ -69,8 +78,8 @@ def client(engine, meta=None, ready=True, **config):
     return TestClient(build_app(Gateway(settings, LocalJudge(engine, settings), meta), judge_is_ready))
 
 
-def ask(engine, meta=None, /, **request):
-    reply = client(engine, meta).post("/v1/judge", json={**OK, **request})
+def ask(script, meta=None, /, **request):
+    reply = client(script, meta).post("/v1/judge", json={**OK, **request})
     assert reply.status_code == 200, reply.text
     return reply.json()
 
@@ -79,33 +88,31 @@ TABLE_17 = ((8, 8), (5, 9), (7, 10))
 
 
 def test_plain_vote_sums_all_samples_in_the_requests_order():
-    answer = ask(Engine(*TABLE_17), k=3)
+    answer = ask(Script(*TABLE_17), k=3)
     assert (answer["scores"], answer["winner"], answer["winners"], answer["tie"]) == ([20, 27], 1, [1], False)
     assert answer["mean_scores"] == [20 / 3, 9]
     assert answer["used"] == [0, 1, 2]
     assert (answer["voting"], answer["voting_reason"]) == ("plain", "no meta RM is served")
-    assert (answer["model"], answer["weight_version"], answer["scale"]) == ("grpo", 3, [1, 10])
+    assert (answer["model"], answer["weight_version"], answer["scale"]) == ("grpo", 0, [1, 10])
     assert [s["scores"] for s in answer["samples"]] == [list(scores) for scores in TABLE_17]
     assert {tuple(s["order"]) for s in answer["samples"]} == {(0, 1), (1, 0)}
-    assert [(s["prompt_tokens"], s["completion_tokens"]) for s in answer["samples"]] == [(3, 2)] * 3
+    assert [s["completion_tokens"] for s in answer["samples"]] == [len(s["text"]) for s in answer["samples"]]
 
 
 def test_meta_vote_keeps_the_best_samples():
-    answer = ask(Engine(*TABLE_17), Meta(-15.7781, 1.3126, 1.6739), k=3, k_meta=2)
+    answer = ask(Script(*TABLE_17), Meta(-15.7781, 1.3126, 1.6739), k=3, k_meta=2)
     assert (answer["scores"], answer["winner"], answer["voting"], answer["voting_reason"]) == ([12, 19], 1, "meta", "")
     assert [s["kept"] for s in answer["samples"]] == [False, True, True]
     assert [s["meta_logit"] for s in answer["samples"]] == [-15.7781, 1.3126, 1.6739]
 
 
 def test_k_meta_defaults_to_half():
-    answer = ask(Engine((1, 2), (1, 3), (1, 4), (1, 5)), Meta(4.0, 3.0, 2.0, 1.0), k=4)
+    answer = ask(Script((1, 2), (1, 3), (1, 4), (1, 5)), Meta(4.0, 3.0, 2.0, 1.0), k=4)
     assert answer["used"] == [0, 1]
 
 
 def test_a_judge_that_likes_the_first_place_is_balanced_out():
-    engine = Engine()
-    engine.texts = ["Scores: \\boxed{9, 2}"]  # the first shown wins, whatever it is
-    answer = ask(engine, k=8)
+    answer = ask(Script("Scores: \\boxed{9, 2}"), k=8)  # the first shown wins, whatever it is
     assert answer["scores"] == [44, 44]
     assert answer["tie"]
     assert answer["winners"] == [0, 1]
@@ -114,7 +121,7 @@ def test_a_judge_that_likes_the_first_place_is_balanced_out():
 
 def test_unparsable_samples_are_named_and_left_out():
     meta = Meta(0.5, -0.5)
-    answer = ask(Engine((4, 6), "no box here", "\\boxed{1}", (2, 9)), meta, k=4, k_meta=4)
+    answer = ask(Script((4, 6), "no box here", "\\boxed{1}", (2, 9)), meta, k=4, k_meta=4)
     assert answer["scores"] == [6, 15]
     assert answer["failures"] == {"no_box": 1, "wrong_count": 1}
     assert answer["used"] == [0, 3]
@@ -125,7 +132,7 @@ def test_unparsable_samples_are_named_and_left_out():
 
 
 def test_without_a_usable_sample_there_is_no_score():
-    answer = ask(Engine("nothing"), Meta(), k=2)
+    answer = ask(Script("nothing"), Meta(), k=2)
     assert (answer["scores"], answer["mean_scores"], answer["winner"], answer["winners"]) == (None, None, None, [])
     assert answer["failures"] == {"no_box": 2}
     assert (answer["voting"], answer["voting_reason"]) == ("plain", "no usable sample to score")
@@ -139,20 +146,20 @@ def test_without_a_usable_sample_there_is_no_score():
     ],
 )
 def test_without_a_working_meta_rm_the_vote_is_plain_and_says_so(meta, reason):
-    answer = ask(Engine((3, 5)), meta, k=2, k_meta=1)
+    answer = ask(Script((3, 5)), meta, k=2, k_meta=1)
     assert (answer["scores"], answer["voting"], answer["voting_reason"]) == ([6, 10], "plain", reason)
 
 
 def test_a_single_response_has_scores_and_no_winner():
-    answer = ask(Engine("Scores: \\boxed{1}"), k=3, responses=["alpha"])
+    answer = ask(Script("Scores: \\boxed{1}"), k=3, responses=["alpha"])
     assert (answer["scores"], answer["scale"], answer["winner"], answer["winners"]) == ([3], [0, 1], None, [])
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**53), k=st.integers(1, 12))
 def test_the_same_seed_gives_the_same_orders_and_sampling_seeds(seed, k):
-    first, second = Engine((5, 5)), Engine((5, 5))
-    answers = [ask(engine, k=k, seed=seed, temperature=0.7) for engine in (first, second)]
+    first, second = Script((5, 5)), Script((5, 5))
+    answers = [ask(script, k=k, seed=seed, temperature=0.7) for script in (first, second)]
     assert first.orders == second.orders
     assert first.params == second.params
     assert {p.temperature for p in first.params} == {0.7}
@@ -162,7 +169,7 @@ def test_the_same_seed_gives_the_same_orders_and_sampling_seeds(seed, k):
 
 
 def test_a_seed_is_chosen_and_told_when_none_is_given():
-    one, two = ask(Engine((5, 4))), ask(Engine((5, 4)))
+    one, two = ask(Script((5, 4))), ask(Script((5, 4)))
     assert one["seed"] != two["seed"]
 
 
@@ -198,37 +205,35 @@ USER = {"role": "user", "content": "a"}
     ],
 )
 def test_bad_requests_are_refused_with_the_path(change, path):
-    engine = Engine((1, 2))
-    reply = client(engine).post("/v1/judge", content=json.dumps({**OK, **change}))
+    script = Script((1, 2))
+    reply = client(script).post("/v1/judge", content=json.dumps({**OK, **change}))
     error = reply.json()["error"]
     assert (reply.status_code, error["type"], [d["path"] for d in error["details"]]) == (422, "invalid_request", [path])
-    assert not engine.params
+    assert not script.params
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
 def test_bodies_that_are_no_request_are_refused(body):
-    reply = client(Engine((1, 2))).post("/v1/judge", content=body)
+    reply = client(Script((1, 2))).post("/v1/judge", content=body)
     assert (reply.status_code, reply.json()["error"]["details"][0]["path"]) == (422, "body")
 
 
 def test_duplicate_responses_and_unicode_are_allowed():
-    answer = ask(Engine("\\boxed{4, 4}"), responses=["é 😀", "é 😀"], k=2)
+    answer = ask(Script("\\boxed{4, 4}"), responses=["é 😀", "é 😀"], k=2)
     assert answer["scores"] == [8, 8]
 
 
 def test_too_long_requests_are_413():
-    error = RequestError("a prompt of 5000 tokens + max_tokens 100 exceeds the engine's max_model_len of 4096")
-    reply = client(Engine(error=error)).post("/v1/judge", json=OK)
-    assert (reply.status_code, reply.json()["error"]["message"]) == (413, str(error))
-    reply = client(Engine((1, 2))).post("/v1/judge", json={**OK, "reference": "x" * MAX_BODY_BYTES})
+    reply = client(refuse).post("/v1/judge", json=OK)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (413, TOO_LONG)
+    reply = client(Script((1, 2))).post("/v1/judge", json={**OK, "reference": "x" * MAX_BODY_BYTES})
     assert reply.status_code == 413
     assert str(MAX_BODY_BYTES) in reply.json()["error"]["message"]
 
 
 def test_a_dead_engine_is_503_and_fails_the_health_check():
-    engine = Engine(error=EngineError("the engine died: out of memory"))
     settings = ServeConfig("unused")
-    judge = LocalJudge(engine, settings)
+    judge = LocalJudge(ScriptedEngine(Script((1, 2)), calls_to_live=3), settings)
     judge.check_health()
 
     async def ready():
@@ -237,52 +242,83 @@ def test_a_dead_engine_is_503_and_fails_the_health_check():
     reply = TestClient(build_app(Gateway(settings, judge, None), ready)).post("/v1/judge", json=OK)
     assert (reply.status_code, reply.json()["error"]["type"]) == (503, "unavailable")
     assert int(reply.headers["retry-after"]) > 0
-    with pytest.raises(EngineError, match="out of memory"):
+    with pytest.raises(EngineError, match="end of its life"):
         judge.check_health()
 
 
 def test_a_judge_that_never_answers_is_504():
-    reply = client(Engine(silent=True), judge_timeout_s=0.01).post("/v1/judge", json=OK)
+    reply = client(None, engine=SilentEngine(refuse), judge_timeout_s=0.01).post("/v1/judge", json=OK)
     assert (reply.status_code, reply.json()["error"]["type"]) == (504, "timeout")
 
 
 def test_other_routes():
-    http = client(Engine((1, 2)), Meta())
+    http = client(Script((1, 2)), Meta())
     assert http.get("/healthz").json() == {"status": "ok"}
     assert [m["role"] for m in http.get("/v1/models").json()["models"]] == ["judge", "meta"]
     assert http.get("/v1/judge").status_code == 405
     assert http.get("/nothing").json()["error"]["type"] == "http"
-    assert client(Engine(), ready=False).get("/healthz").status_code == 503
+    assert client(refuse, ready=False).get("/healthz").status_code == 503
 
 
-def record(root, step, finished_at, **config):
-    directory = root / "steps" / f"{step}-{finished_at}"
+def finish(root, name, step_id, inputs=(), stage="", **config):
+    """Commit a step as the runner does; later calls are newer."""
+    finish.count = getattr(finish, "count", 0) + 1
+    directory = root / "steps" / f"{name}-{step_id}"
     (directory / "model").mkdir(parents=True)
-    (directory / "record.json").write_text(
-        json.dumps({"name": step, "id": "x", "finished_at": finished_at, "config": config})
+    (directory / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 640}))
+    record = StepRecord(
+        name=name,
+        id=step_id,
+        function=f"spct_ray.stages.{stage or name}:run",
+        version=1,
+        seed=0,
+        config=config,
+        inputs={f"input{i}": {"step": source, "id": source} for i, source in enumerate(inputs)},
+        resources={},
+        finished_at=f"2026-01-01T00:00:{finish.count:02d}",
     )
+    write_record(str(directory), record)
     return str(directory / "model")
 
 
-def test_a_run_serves_its_newest_judge_and_meta_rm(tmp_path):
-    evaluated = {"judge": {"template": "compact", "single": "binary"}, "max_tokens": 96}
+EVALUATED = {
+    "judge": {"template": "compact", "single": "binary", "max_tokens": 96},
+    "single": "scale",
+    "temperature": 0.7,
+}
+
+
+def test_a_run_serves_its_newest_judge_with_the_meta_rm_trained_on_it(tmp_path):
+    (tmp_path / "steps").mkdir()
     with pytest.raises(ConfigError, match="no finished grpo or rft step"):
-        from_run(str(tmp_path))
-    rft = record(tmp_path, "rft", 1.0)
-    with pytest.raises(ConfigError, match="evaluate"):
-        from_run(str(tmp_path))
-    record(tmp_path, "evaluate_rft", 2.0, **evaluated)
-    assert (from_run(str(tmp_path)).judge_model, from_run(str(tmp_path)).meta_model) == (rft, None)
-    record(tmp_path, "grpo", 3.0)
-    newest = record(tmp_path, "grpo", 10.0)
-    meta = record(tmp_path, "meta", 5.0)
-    record(tmp_path, "meta_scores", 6.0)
+        resolve(str(tmp_path))
+    rft = finish(tmp_path, "rft_2", "r1", stage="rft")
+    with pytest.raises(ConfigError, match="no finished evaluation of rft_2"):
+        resolve(str(tmp_path))
+    finish(tmp_path, "evaluate_rft", "e1", ["r1"], stage="evaluate", **EVALUATED)
+    assert (resolve(str(tmp_path)).judge_model, resolve(str(tmp_path)).meta_model) == (rft, None)
+    finish(tmp_path, "grpo", "g1", ["r1"])
+    grpo = finish(tmp_path, "grpo", "g2", ["r1"])
+    finish(tmp_path, "onpolicy", "o1", ["g1"], stage="sample")
+    finish(tmp_path, "meta", "m1", ["o1", "r1"])
+    finish(tmp_path, "evaluate_grpo", "e2", ["g2"], stage="evaluate", **EVALUATED)
     (tmp_path / "steps" / "grpo-unfinished").mkdir()
-    config = from_run_or_model(str(tmp_path))
-    assert (config.judge_model, config.meta_model, config.name) == (newest, meta, "grpo")
-    assert (config.judge, config.max_tokens) == (JudgeConfig(template="compact"), 96)
+    config = resolve(str(tmp_path))
+    assert (config.judge_model, config.name) == (grpo, "grpo")
+    assert config.meta_model is None  # m1 was trained on the older judge g1
+    assert config.judge == JudgeConfig(template="compact", single="scale", max_tokens=96)
+    assert config.temperature == 0.7
+    assert config.resources.engine.max_model_len == 640
+    finish(tmp_path, "onpolicy", "o2", ["g2"], stage="sample")
+    meta = finish(tmp_path, "meta", "m2", ["o2", "r1"])
+    assert resolve(str(tmp_path)).meta_model == meta
 
 
-def test_a_path_that_is_neither_run_nor_model_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="neither a run"):
-        from_run_or_model(str(tmp_path))
+def test_a_model_directory_or_a_configuration_can_be_served(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    config = resolve(str(tmp_path))
+    assert (config.judge_model, config.name, config.judge.max_tokens) == (str(tmp_path), tmp_path.name, 256)
+    assert resolve("conf/serve.yaml").resources.host == "127.0.0.1"
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="no run"):
+        resolve(str(tmp_path))

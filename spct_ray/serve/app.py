@@ -7,7 +7,8 @@ host is the loopback unless the configuration says otherwise.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -16,8 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from spct_ray.engines.vllm import VllmEngine
-from spct_ray.errors import EngineError, RequestError
+from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.records import Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
@@ -34,6 +34,8 @@ class JudgeReplica(LocalJudge):
     """One engine, loaded from `config.judge_model`."""
 
     def __init__(self, config: ServeConfig) -> None:
+        from spct_ray.engines.vllm import VllmEngine  # here, so that only these replicas load vLLM
+
         super().__init__(VllmEngine(config.judge_model, config.resources.engine), config)
 
 
@@ -114,12 +116,29 @@ def application(config: ServeConfig) -> Any:
     return _deployment(serve.ingress()(GatewayReplica), resources.gateway).bind(config, judge, meta)
 
 
-def start(config: ServeConfig) -> str:
-    """Deploy on the connected Ray cluster, wait until it is healthy, and return its URL."""
-    http_options = {"host": config.resources.host, "port": config.resources.port}
-    serve.start(proxy_location="HeadOnly", http_options=http_options)
-    serve.run(application(config), name=APP_NAME, route_prefix="/")
-    return f"http://{config.resources.host}:{config.resources.port}"
+@contextlib.contextmanager
+def serving(config: ServeConfig) -> Iterator[str]:
+    """Serve `config` on the connected Ray cluster; yields the URL once all deployments are healthy.
+
+    At the end the application goes, and Ray Serve itself where it was started here. Raises ConfigError when Serve
+    already runs with another address, or already serves an application of ours; EngineError when a model will not load.
+    """
+    resources = config.resources
+    found = serve.status()
+    if APP_NAME in found.applications:
+        raise ConfigError(f"this Ray cluster already serves {APP_NAME!r}; stop that `spct serve` first")
+    serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
+    try:
+        try:
+            serve.run(application(config), name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise EngineError(f"Ray Serve could not start {config.judge_model}: {error}") from error
+        yield f"http://{resources.host}:{resources.port}"
+    finally:
+        if found.proxies:
+            serve.delete(APP_NAME)
+        else:
+            serve.shutdown()
 
 
 def _deployment(cls: type, replicas: ReplicaConfig) -> Any:

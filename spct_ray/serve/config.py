@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from spct_ray.cluster.session import ClusterResources
+from spct_ray.config import load
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
+from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
 from spct_ray.judge.prompt import JudgeConfig
 
 
@@ -37,6 +41,7 @@ class ServeResources:
     judge: ReplicaConfig = field(default_factory=ReplicaConfig)
     meta: ReplicaConfig = field(default_factory=ReplicaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    cluster: ClusterResources = field(default_factory=ClusterResources)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,7 @@ class ServeConfig:
     judge_model: str
     meta_model: str | None = None
     name: str = "judge"  # stamped on answers
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    max_tokens: int = 1024
+    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(single="scale"))
     temperature: float = 0.5  # paper: 0.5 for voting
     guided: bool = False  # hold judgements to the format by structured output
     judge_timeout_s: float = 120.0  # a request that takes longer is answered 504
@@ -55,49 +59,77 @@ class ServeConfig:
     resources: ServeResources = field(default_factory=ServeResources)
 
 
-def from_run(root: str) -> ServeConfig:
-    """The newest finished judge (GRPO, else RFT) and meta RM of a run, with the prompt that the run evaluated.
+def resolve(target: str) -> ServeConfig:
+    """What `target` says to serve: a YAML file of a ServeConfig, the root of a run, or a model directory."""
+    path = Path(target)
+    if path.suffix in (".yaml", ".yml"):
+        return load(ServeConfig, target)
+    if (path / "steps").is_dir():
+        return from_run(target)
+    if (path / "config.json").is_file():
+        return from_model(target)
+    raise ConfigError(
+        f"{target} is no configuration (*.yaml), no run (no steps/ in it) and no model directory (no config.json in it)"
+    )
 
-    Raises ConfigError when `root` has no finished judge or no evaluation that says how to prompt it.
+
+def from_run(root: str) -> ServeConfig:
+    """The newest finished judge of a run (GRPO, else RFT), used as it was evaluated, with the meta RM trained on it.
+
+    Raises ConfigError when `root` has no finished judge, or no finished evaluation of it.
     """
-    records = sorted(_records(root), key=lambda found: found[1]["finished_at"])
-    newest = {_kind(record["name"]): (step, record) for step, record in records}
-    judge = newest.get("grpo") or newest.get("rft")
+    root = local_root(root)
+    records = finished_records(root)
+    judge = _newest(records, "grpo") or _newest(records, "rft")
     if judge is None:
         raise ConfigError(f"{root}: no finished grpo or rft step under steps/; finish the run (`spct run`) first")
-    if "evaluate" not in newest:
-        raise ConfigError(f"{root}: no finished evaluate step to take the judge's prompt from; finish the run first")
-    how = newest["evaluate"][1]["config"]
-    meta = newest.get("meta")
+    after = [record for record in records if _descends(record, judge.id, records)]
+    evaluate, meta = _newest(after, "evaluate"), _newest(after, "meta")
+    if evaluate is None:
+        raise ConfigError(f"{root}: no finished evaluation of {judge.name} ({judge.id[:12]}), whose prompt to use")
+    model = _model(root, judge)
     return ServeConfig(
-        judge_model=str(judge[0] / "model"),
-        meta_model=str(meta[0] / "model") if meta else None,
-        name=judge[1]["name"],
-        judge=JudgeConfig(**how["judge"]),
-        max_tokens=how["max_tokens"],
+        judge_model=model,
+        meta_model=_model(root, meta) if meta else None,
+        name=judge.name,
+        judge=JudgeConfig(**evaluate.config["judge"] | {"single": evaluate.config["single"]}),
+        temperature=evaluate.config["temperature"],
+        resources=ServeResources(engine=_engine(model)),
     )
 
 
 def from_model(directory: str) -> ServeConfig:
-    """A judge from a model directory alone, with the full prompt and no meta RM."""
-    return ServeConfig(judge_model=str(Path(directory).resolve()), name=Path(directory).resolve().name)
+    """A judge from a model directory alone: the full prompt, no meta RM, half of a short context for the judgement."""
+    model = os.path.abspath(directory)
+    engine = _engine(model)
+    return ServeConfig(
+        judge_model=model,
+        name=os.path.basename(model),
+        judge=JudgeConfig(single="scale", max_tokens=min(JudgeConfig.max_tokens, engine.max_model_len // 2)),
+        resources=ServeResources(engine=engine),
+    )
 
 
-def from_run_or_model(path: str) -> ServeConfig:
-    """`path` is the root of a run (it has steps/) or a model directory (it has config.json)."""
-    if (Path(path) / "steps").is_dir():
-        return from_run(path)
-    if (Path(path) / "config.json").is_file():
-        return from_model(path)
-    raise ConfigError(f"{path} is neither a run (no steps/ in it) nor a model directory (no config.json in it)")
+def _newest(records: Sequence[StepRecord], stage: str) -> StepRecord | None:
+    return next((r for r in reversed(records) if r.function == f"spct_ray.stages.{stage}:run"), None)
 
 
-def _records(root: str) -> list[tuple[Path, dict[str, Any]]]:
-    files = (Path(root).resolve() / "steps").glob("*/record.json")
-    return [(file.parent, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+def _descends(record: StepRecord, ancestor: str, records: Sequence[StepRecord]) -> bool:
+    """Whether the step with id `ancestor` is among the inputs of `record`, or of its inputs."""
+    ids = {source["id"] for source in record.inputs.values()}
+    return ancestor in ids or any(_descends(r, ancestor, records) for r in records if r.id in ids)
 
 
-def _kind(step_name: str) -> str:
-    """evaluate_grpo -> evaluate, rft_2 -> rft; but meta_scores is no meta RM."""
-    kind, _, rest = step_name.partition("_")
-    return kind if kind == "evaluate" or not rest or rest.isdigit() else step_name
+def _model(root: str, record: StepRecord) -> str:
+    return os.path.join(step_directory(root, record.name, record.id), "model")
+
+
+def _engine(model: str) -> EngineConfig:
+    """The default engine, cut to the model's own context length."""
+    try:
+        config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model}: no readable config.json of a model: {error}") from error
+    default = EngineConfig()
+    context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
+    return EngineConfig(max_model_len=min(default.max_model_len, context))

@@ -1,0 +1,119 @@
+"""Serving for real: Ray Serve, vLLM on a tiny random model, a random meta RM, HTTP. The rest is in test_serve.py."""
+
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from spct_ray.cluster import session
+from spct_ray.engines.base import EngineConfig
+from spct_ray.errors import ConfigError
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Message
+from spct_ray.serve.client import JudgeClient, ServerError
+from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from tests.tiny import make_tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+
+OK = {"messages": [{"role": "user", "content": "Name a prime."}], "responses": ["4", "7"]}
+MAX_MODEL_LEN = 1024
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    judge, meta = (tmp_path_factory.mktemp(name) for name in ("judge", "meta"))
+    make_tiny_model(judge)
+    tiny = AutoConfig.from_pretrained(judge, num_labels=1)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(tiny, dtype=torch.bfloat16).save_pretrained(meta)
+    AutoTokenizer.from_pretrained(judge).save_pretrained(meta)
+    return ServeConfig(
+        judge_model=str(judge),
+        meta_model=str(meta),
+        name="tiny",
+        judge=JudgeConfig(template="compact", single="scale", max_tokens=880),
+        guided=True,
+        resources=ServeResources(
+            port=free_port(),
+            judge=ReplicaConfig(num_cpus=1),
+            meta=ReplicaConfig(num_cpus=0.5),
+            engine=EngineConfig(max_model_len=MAX_MODEL_LEN, max_num_seqs=16, kv_cache_gib=0.1),
+            cluster=session.ClusterResources(num_cpus=4, object_store_gib=0.1),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def url(config):
+    from spct_ray.serve import app
+
+    with session.start(config.resources.cluster), app.serving(config) as address:
+        yield address
+
+
+def test_a_verdict_over_http(url):
+    with JudgeClient(url) as client:
+        answer = client.judge([Message("user", "Name a prime.")], ["4", "7"], k=6, k_meta=2, seed=1)
+        again = client.judge([Message("user", "Name a prime.")], ["4", "7"], k=6, k_meta=2, seed=1)
+    usable = [s for s in answer.samples if s.failure is None]
+    assert len(usable) >= 2, answer.failures
+    assert sum(answer.failures.values()) == 6 - len(usable)
+    assert set(answer.failures) <= {"truncated"}  # the guide leaves no other way to fail
+    kept = sorted(usable, key=lambda s: -s.meta_logit)[:2]
+    assert answer.voting == "meta"
+    assert answer.scores == [sum(s.scores[i] for s in kept) for i in (0, 1)]
+    assert (answer.model, answer.weight_version, answer.num_samples) == ("tiny", 0, 6)
+    assert all(s.prompt_tokens > 10 and s.completion_tokens > 10 for s in answer.samples)
+    assert [s.order for s in again.samples] == [s.order for s in answer.samples]
+
+
+def test_refusals_over_http(url):
+    bad = httpx.post(f"{url}/v1/judge", json={**OK, "k": 0})
+    assert (bad.status_code, bad.json()["error"]["details"][0]["path"]) == (422, "k")
+    with JudgeClient(url) as client, pytest.raises(ServerError) as raised:
+        client.judge([Message("user", "long " * 400)], ["a", "b"], k=2)
+    assert (raised.value.status, raised.value.kind) == (413, "too_long")
+    assert str(MAX_MODEL_LEN) in str(raised.value)
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    assert [m["role"] for m in httpx.get(f"{url}/v1/models").json()["models"]] == ["judge", "meta"]
+
+
+def test_one_cluster_serves_once(url, config):
+    from spct_ray.serve import app
+
+    with pytest.raises(ConfigError, match="already serves"), app.serving(config):
+        pass
+
+
+def test_a_killed_judge_is_replaced_and_a_lost_meta_rm_makes_the_vote_plain(url, config):
+    Path(config.meta_model, "model.safetensors").unlink()  # so that no replacement of the meta RM can load
+    kill_replicas()
+    reply = httpx.post(f"{url}/v1/judge", json={**OK, "k": 2}, timeout=150)
+    assert reply.status_code == 200, reply.text
+    answer = reply.json()
+    assert answer["num_samples"] == 2
+    if len(answer["failures"]) < 2:
+        assert (answer["voting"], answer["scores"] is None) == ("plain", False)
+        assert "meta RM" in answer["voting_reason"]
+
+
+def kill_replicas():
+    """End the judge's and the meta RM's processes without warning."""
+    import ray
+
+    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if "SERVE_REPLICA" in a["name"]]
+    doomed = [name for name in names if "JudgeReplica" in name or "MetaReplica" in name]
+    assert len(doomed) == 2
+    for name in doomed:
+        ray.kill(ray.get_actor(name, namespace="serve"))
