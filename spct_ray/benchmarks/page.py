@@ -225,7 +225,7 @@ def render(
     if selection:
         tables.append(_panel("Selection for the cold start", _bars(selection)))
     if summary["seconds"]:
-        tables.append(_panel("Seconds by step", _bars(summary["seconds"], "&thinsp;s")))
+        tables.append(_panel("Seconds by step", _bars(summary["seconds"], "&thinsp;s"), wide=True))
     benchmarks = "".join(
         _panel(f"Benchmark: {name}", _headline(block) + _rates(block), wide=True)
         for name, block in summary["benchmarks"].items()
@@ -246,7 +246,7 @@ def render(
         + "".join(tables)
         + _panel("By kind of item", _subsets(models, k_max), wide=True)
         + benchmarks
-        + "</div><h2>Judgements</h2><p class=note>First samples on items drawn by the seed, dealt so that right, wrong, "
+        + "</div><h2>Judgements</h2><p class=note>First samples of items drawn by the seed, so that right, wrong, "
         "tied and failed ones of the last judge take turns: not in proportion. Responses stand in the order in which "
         f"the judge saw them.</p>{shown}</main><script>{SCRIPT}</script></body></html>\n"
     )

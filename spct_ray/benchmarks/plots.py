@@ -162,6 +162,7 @@ def meta_reliability(
         left.plot(x, y, color=COLOURS["grpo"], linewidth=1.2)
         left.scatter(x, y, s=[12 + 110 * b["count"] / largest for b in bins], color=COLOURS["grpo"], alpha=0.75)
         left.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
+        left.set_xticks([0.2, 0.4, 0.6, 0.8, 1.0])
         left.set_title("Reliability")
         if joined := [*right_logits, *wrong_logits]:
             edges = np.linspace(min(joined), max(joined) + 1e-6, 31).tolist()

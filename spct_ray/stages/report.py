@@ -180,6 +180,7 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
     from spct_ray.benchmarks import plots
     from spct_ray.benchmarks.page import Chart
     from spct_ray.benchmarks.summary import meta_logits
+    from spct_ray.benchmarks.terminal import LABELS
 
     models, chance, meta = result["models"], result["chance"], result["meta_rm"]
     bands = "Bands are 95 % bootstrap intervals over items."
@@ -206,8 +207,8 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
     if meta["num_samples"]:
         logits, labels = meta_logits(final)
         svg = plots.meta_reliability(meta["reliability"], logits[labels == 1].tolist(), logits[labels == 0].tolist())
-        areas = {f"{name}'s samples": area for name, area in meta["auc_by_judge"].items()}
-        areas["pairs of the final judge's samples of one item"] = meta["auc_within_item"]
+        areas = {f"samples of {LABELS[name]}": area for name, area in meta["auc_by_judge"].items()}
+        areas["the final judge's samples of one item, item by item,"] = meta["auc_within_item"]
         caption = f"{meta['num_samples']:,} parsed samples of the final judge, {meta['share_right']:.0%} of them right."
         caption += "".join(f" AUC on {what} {area:.3f}." for what, area in areas.items() if area is not None)
         charts.append(Chart("Meta RM", caption, svg))
