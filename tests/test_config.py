@@ -59,7 +59,7 @@ def test_files_and_overrides_become_dataclasses(file: Path) -> None:
         "grpo.optim.warmup=10",
         "meta.lr=1",
         "sources.0.kind=parquet",
-        "root=${oc.env:HOME}/x",
+        "root=${oc.env:HOME}/${grpo.beta}",
     ]
     recipe = load(Recipe, str(file), overrides)
     assert recipe.root == f"{Path.home()}/0.1"

@@ -1,0 +1,99 @@
+"""The command `spct`, without Ray: what it loads, what it prints, how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from graph_toys import toy_steps
+from test_graph import run_all
+
+from spct_ray.cli import guarded, main, run_graph
+from spct_ray.cluster.session import ClusterResources
+from spct_ray.graph.lock import hold
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed")
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which heavy packages a fresh process has loaded after the code."""
+    report = f"\nimport sys, json; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_help_and_plan_load_nothing_heavy(tmp_path: Path) -> None:
+    assert (
+        loaded_by("import contextlib, spct_ray.cli as c\nwith contextlib.suppress(SystemExit): c.main(['--help'])")
+        == set()
+    )
+    plan = f"import spct_ray.cli as c\nassert c.main(['plan', 'conf/demo.yaml', 'root={tmp_path}/run']) == 0"
+    assert loaded_by(plan) == set()
+
+
+def test_plan_of_a_new_root_runs_everything_and_names_who_works_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    with hold(str(root / ".lock"), "spct run demo", print):
+        assert main(["plan", str(ROOT / "conf" / "demo.yaml"), f"root={root}"]) == 0
+    out = capsys.readouterr().out
+    assert "grpo" in out
+    assert "never ran" in out
+    assert "now running: process" in out
+    assert "(spct run demo, since" in out
+
+
+def test_a_finished_graph_is_not_run_again_but_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_all(tmp_path, toy_steps())
+    before = (tmp_path / "calls").read_text()
+    run_graph(toy_steps(), str(tmp_path), 7, ClusterResources(), "spct run toy")
+    out = capsys.readouterr().out
+    assert out.count(" done") == 3
+    assert out.count("the total is") == 1
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert f"the total is {summary['total']}" in out
+    assert str(tmp_path / "report" / "summary.json") in out
+    assert (tmp_path / "calls").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "nowhere.yaml"], "error: nowhere.yaml: no such configuration file"),
+        (["plan", str(ROOT / "conf/demo.yaml"), "grpo.betta=1"], "grpo.betta: unknown key; did you mean 'grpo.beta'?"),
+        (["run", str(ROOT / "conf/demo.yaml"), "root=s3://bucket/x"], "root: 's3://bucket/x' is a URL"),
+    ],
+)
+def test_errors_for_a_person_have_no_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_corrupt_record_stops_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_all(tmp_path, toy_steps())
+    [record] = (tmp_path / "steps").glob("right-*/record.json")
+    record.write_text("{")
+    code = guarded(lambda: run_graph(toy_steps(), str(tmp_path), 7, ClusterResources(), "x"), "x")
+    assert code == 2
+    assert str(record) in capsys.readouterr().err
+
+
+def test_interrupts_say_that_work_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert guarded(interrupted, "spct run x.yaml") == 130
+    assert "the same command goes on: spct run x.yaml" in capsys.readouterr().err
+
+
+def test_other_exceptions_are_bugs_and_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0, "x")
