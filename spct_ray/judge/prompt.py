@@ -17,10 +17,14 @@ from spct_ray.records import Item, Message
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The judge's prompt. `single` is the scale for n = 1: binary 0/1 (training template) or 1..10 (test time)."""
+    """The judge's prompt and the length of its answer, the same in every stage of a run.
+
+    `single` is the scale for n = 1: binary 0/1 (the paper's training template) or 1..10 (its test time).
+    """
 
     template: Literal["full", "compact"] = "full"
     single: Literal["binary", "scale"] = "binary"
+    max_tokens: int = 1024  # of one judgement; a longer one is the failure "truncated"
 
 
 _FULL = """You are a skilled expert at scoring responses. {task}

@@ -1,0 +1,65 @@
+"""Judgements of held-out items and benchmarks by one model: greedy once, and k_max samples for the votes.
+
+Every smaller k, and meta voting, is computed from these samples by `stages.report`: nothing is generated twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.data.store import read_items
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.judge import JudgeTask
+from spct_ray.judge.orders import balanced_orders
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.records import Item
+from spct_ray.stages.sample import engine_judge
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`k_max` samples an item at `temperature` (paper: 0.5) and one greedy judgement.
+
+    `single` is the scale for n = 1 at test time (paper: 1..10); it replaces the training prompt's.
+    """
+
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    single: Literal["binary", "scale"] = "scale"
+    k_max: int = 8
+    temperature: float = 0.5
+
+
+def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
+    """Judge all held-out and benchmark items; writes trajectories/*.parquet and timing.json."""
+    from spct_ray.cluster.sampling import sample
+
+    items_dir = Path(context.inputs["items"])
+    files = [items_dir / "heldout.parquet", *sorted(items_dir.glob("bench_*.parquet"))]
+    items = [item for file in files for item in read_items(str(file))]
+    tasks = [task for item in items for task in tasks_of(item, config, context.seed)]
+    model = str(Path(context.inputs["judge"]) / "model")
+    name = context.name.removeprefix("evaluate_")
+    judge = replace(config.judge, single=config.single)
+    make_judge = partial(engine_judge, model, resources.engine, judge, name, False)
+    return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
+
+
+def tasks_of(item: Item, config: EvaluateConfig, seed: int) -> list[JudgeTask]:
+    """One greedy and k_max sampled tasks; the same orders and seeds for every model, so that models compare in pairs."""
+    num = len(item.responses)
+    (first,) = balanced_orders(num, 1, derive_seed(seed, item.id, "greedy"))
+    orders = balanced_orders(num, config.k_max, derive_seed(seed, item.id, "vote"))
+    return [
+        JudgeTask(item, first, 0, 0.0, derive_seed(seed, item.id, "greedy", 0)),
+        *(
+            JudgeTask(item, order, k, config.temperature, derive_seed(seed, item.id, "vote", k))
+            for k, order in enumerate(orders)
+        ),
+    ]

@@ -1,0 +1,136 @@
+"""The whole method as one configuration tree, and the job graph that it stands for.
+
+What is done (the method) and where it runs (`resources`) are separate trees: the same recipe runs on a laptop and on a
+cluster with another `resources:` block, and only the former makes a step's identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.cluster.session import ClusterResources
+from spct_ray.engines.base import EngineResources
+from spct_ray.errors import ConfigError
+from spct_ray.graph.step import Demand, Step
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.learn.config import TrainResources
+from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, report, rft, sample, select, student
+
+Inputs = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where each step runs. Steps that are not named here need one process and nothing else."""
+
+    cluster: ClusterResources = field(default_factory=ClusterResources)
+    sample: SamplingResources = field(default_factory=SamplingResources)
+    rft: TrainResources = field(default_factory=TrainResources)
+    grpo: grpo.GrpoResources = field(default_factory=grpo.GrpoResources)
+    onpolicy: SamplingResources = field(default_factory=SamplingResources)
+    meta: TrainResources = field(default_factory=TrainResources)
+    meta_scores: meta_scores.MetaScoresResources = field(default_factory=meta_scores.MetaScoresResources)
+    evaluate: SamplingResources = field(default_factory=SamplingResources)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. `judge` is the prompt of every stage; `rounds` repeats sampling, selection and RFT with the current
+    student as sampler (one round is the paper's)."""
+
+    root: str
+    seed: int = 1
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    items: items.ItemsConfig = field(default_factory=items.ItemsConfig)
+    student: student.StudentConfig = field(default_factory=student.StudentConfig)
+    sample: sample.SampleConfig = field(default_factory=sample.SampleConfig)
+    rounds: int = 1
+    rft: rft.RftConfig = field(default_factory=rft.RftConfig)
+    grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
+    onpolicy: sample.SampleConfig = field(default_factory=lambda: sample.SampleConfig(num_hinted=0))
+    meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
+    evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
+    report: report.ReportConfig = field(default_factory=report.ReportConfig)
+    resources: Resources = field(default_factory=Resources)
+
+
+def build_steps(recipe: Recipe) -> list[Step]:
+    """The graph in an order in which every step comes after its inputs. Raises ConfigError on settings that clash."""
+    if recipe.rounds < 1:
+        raise ConfigError(f"rounds is {recipe.rounds}; RFT needs at least one")
+    if max(recipe.report.ks) > recipe.evaluate.k_max:
+        raise ConfigError(
+            f"report.ks asks for votes of {max(recipe.report.ks)} samples, evaluate.k_max draws {recipe.evaluate.k_max}"
+        )
+    where, steps = recipe.resources, list[Step]()
+
+    def add(name: str, module: Any, config: Any, resources: Any, demand: Demand, inputs: Inputs) -> str:
+        if hasattr(config, "judge"):
+            config = _with_judge(name, config, recipe.judge)
+        steps.append(Step(name, module.run, module.VERSION, config, resources, demand, inputs))
+        return name
+
+    one = Demand(1)
+    add("items", items, recipe.items, items.ItemsResources(), one, {})
+    student_inputs = {"items": "items"} if recipe.student.source == "nano" else {}
+    judge = add("student", student, recipe.student, student.StudentResources(), one, student_inputs)
+    for number in range(1, recipe.rounds + 1):
+        end = "" if number == 1 else f"_{number}"
+        config = recipe.sample if number == 1 else replace(recipe.sample, sampler=sample.SamplerConfig("student"))
+        inputs = {"items": "items"} | ({"judge": judge} if config.sampler.kind == "student" else {})
+        sampled = add(f"sample{end}", sample, config, where.sample, _sampling(where.sample), inputs)
+        chosen = {"items": "items", "sample": sampled}
+        selected = add(f"select{end}", select, select.SelectConfig(), select.SelectResources(), one, chosen)
+        judge = add(
+            f"rft{end}", rft, recipe.rft, where.rft, _training(where.rft), {"student": "student", "select": selected}
+        )
+    rollout, training = where.grpo.rollout, _training(where.grpo.train)
+    both = Demand(training.cpus + _engines(rollout).cpus, training.gpus + _engines(rollout).gpus)
+    add("grpo", grpo, recipe.grpo, where.grpo, both, {"items": "items", "rft": judge})
+    add(
+        "onpolicy",
+        sample,
+        recipe.onpolicy,
+        where.onpolicy,
+        _sampling(where.onpolicy),
+        {"items": "items", "judge": "grpo"},
+    )
+    meta_inputs = {"items": "items", "select": selected, "onpolicy": "onpolicy", "init": _meta_init(recipe.meta, judge)}
+    add("meta", meta, recipe.meta, where.meta, _training(where.meta), meta_inputs)
+    evaluated: Inputs = {}
+    for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
+        name, inputs = f"evaluate_{model}", {"items": "items", "judge": step}
+        evaluated[name] = add(name, evaluate, recipe.evaluate, where.evaluate, _sampling(where.evaluate), inputs)
+    scores = where.meta_scores
+    score_inputs = {"items": "items", "meta": "meta", **evaluated}
+    add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, _engines(scores), score_inputs)
+    read = {name: name for name in ("items", "grpo", "meta", "meta_scores")}
+    read |= {"sample": sampled, "select": selected, "rft": judge, **evaluated}
+    add("report", report, replace(recipe.report, single=recipe.evaluate.single), report.ReportResources(), one, read)
+    return steps
+
+
+def _meta_init(config: meta.MetaConfig, rft_step: str) -> str:
+    return {"student": "student", "rft": rft_step, "grpo": "grpo"}[config.init]
+
+
+def _with_judge(name: str, config: Any, judge: JudgeConfig) -> Any:
+    """The stage's config with the run's one prompt. Raises ConfigError when the stage asks for another."""
+    if config.judge not in (JudgeConfig(), judge):
+        raise ConfigError(f"{name}.judge differs from judge: all stages share one prompt, set it under judge: alone")
+    return replace(config, judge=judge)
+
+
+def _engines(resources: SamplingResources | EngineResources | meta_scores.MetaScoresResources) -> Demand:
+    num = resources.num_replicas
+    return Demand(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
+
+
+_sampling: Callable[[SamplingResources], Demand] = _engines
+
+
+def _training(resources: TrainResources) -> Demand:
+    return Demand(resources.num_workers * resources.cpus_per_worker, resources.num_workers * resources.gpus_per_worker)

@@ -1,0 +1,108 @@
+"""Rejection sampling: several judgements of every training item, with and without a hint (paper, Section 4.1).
+
+The sampler is a choice of its own, apart from the student: the student itself, another model, a remote endpoint, or,
+for the built-in set, the checker program. Leaves out selection; see `stages.select`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.data.program import ProgramConfig, ProgramJudge
+from spct_ray.data.store import read_items
+from spct_ray.engines.base import EngineConfig
+from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.remote import RemoteConfig, RemoteEngine
+from spct_ray.errors import ConfigError
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.judge import Judge, JudgeTask
+from spct_ray.judge.orders import balanced_orders
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from spct_ray.records import Item
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Who judges. `model` is a directory or hub id for kind "model"; "student" reads the step's input "judge"."""
+
+    kind: Literal["student", "model", "endpoint", "program"] = "student"
+    model: str = ""
+    endpoint: RemoteConfig | None = None
+    program: ProgramConfig = field(default_factory=ProgramConfig)
+    guided: bool = False  # hold the text to the format, for models that cannot write it yet
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """N_RFT = 3 unhinted and 1 hinted judgement an item; `num_items` 0 means all training items."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    num_samples: int = 3
+    num_hinted: int = 1
+    temperature: float = 1.0
+    num_items: int = 0
+
+
+SampleResources = SamplingResources
+
+
+def run(context: StepContext, config: SampleConfig, resources: SamplingResources) -> dict[str, Any]:
+    """Judge the training items; writes trajectories/*.parquet and timing.json. Returns the counts."""
+    from spct_ray.cluster.sampling import sample
+
+    items = read_items(str(Path(context.inputs["items"]) / "train.parquet"))
+    items = items[: config.num_items] if config.num_items else items
+    tasks = [task for item in items for task in tasks_of(item, config, derive_seed(context.seed, context.name))]
+    make_judge = judge_factory(config.sampler, config.judge, context.inputs.get("judge", ""), resources.engine)
+    return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
+
+
+def tasks_of(item: Item, config: SampleConfig, seed: int) -> list[JudgeTask]:
+    """The judgements of one item: responses in balanced orders, seeds from (seed, item id, sample number)."""
+    tasks = []
+    for hinted, num in ((False, config.num_samples), (True, config.num_hinted)):
+        orders = balanced_orders(len(item.responses), num, derive_seed(seed, item.id, int(hinted))) if num else []
+        tasks += [
+            JudgeTask(item, order, k, config.temperature, derive_seed(seed, item.id, int(hinted), k), hinted)
+            for k, order in enumerate(orders)
+        ]
+    return tasks
+
+
+def judge_factory(
+    sampler: SamplerConfig, judge: JudgeConfig, student_step: str, engine: EngineConfig
+) -> Callable[[], Judge]:
+    """A picklable function that makes the judge inside a worker. Raises ConfigError when the choice lacks its field."""
+    if sampler.kind == "program":
+        return partial(ProgramJudge, sampler.program, judge)
+    if sampler.kind == "endpoint":
+        if sampler.endpoint is None:
+            raise ConfigError("sampler.kind is endpoint, but sampler.endpoint (base_url, model) is not set")
+        return partial(_remote_judge, sampler.endpoint, judge, sampler.guided)
+    if sampler.kind == "model" and not sampler.model:
+        raise ConfigError("sampler.kind is model, but sampler.model (a directory or hub id) is empty")
+    model = sampler.model if sampler.kind == "model" else str(Path(student_step) / "model")
+    name = sampler.model if sampler.kind == "model" else Path(student_step).name.rsplit("-", 1)[0]
+    return partial(engine_judge, model, engine, judge, name, sampler.guided)
+
+
+def engine_judge(model: str, engine: EngineConfig, judge: JudgeConfig, name: str, guided: bool) -> Judge:
+    """A judge on a vLLM engine of its own, in this process."""
+    from spct_ray.engines.vllm import VllmEngine
+
+    return EngineJudge(VllmEngine(model, engine), judge, name, guided)
+
+
+def _remote_judge(endpoint: RemoteConfig, judge: JudgeConfig, guided: bool) -> Judge:
+    return EngineJudge(RemoteEngine(endpoint), judge, endpoint.model, guided)

@@ -1,0 +1,212 @@
+"""Sampling on a real Ray Data: every task once, also after judges and drivers die; and what selection makes of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.data.builtin import BuiltinConfig, generate
+from spct_ray.data.program import ProgramConfig, ProgramJudge
+from spct_ray.data.store import write_items
+from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.errors import ConfigError, DataError, EngineError
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.rule import is_correct
+from spct_ray.stages import evaluate, sample, select
+
+JUDGE = JudgeConfig(template="compact")
+
+
+def items_dir(tmp_path, num=40):
+    train, heldout = generate(BuiltinConfig(size_train=num, size_heldout=10), 1)
+    directory = tmp_path / "items"
+    directory.mkdir(exist_ok=True)
+    write_items(str(directory / "train.parquet"), train)
+    write_items(str(directory / "heldout.parquet"), heldout)
+    return directory, train
+
+
+def context(tmp_path, name="sample", **inputs):
+    out = tmp_path / name
+    out.mkdir(exist_ok=True)
+    return StepContext(name, 1, str(out), {role: str(d) for role, d in inputs.items()}, "spct run x")
+
+
+def program_config(**changes):
+    sampler = sample.SamplerConfig("program", program=ProgramConfig(**changes))
+    return sample.SampleConfig(sampler=sampler, judge=JUDGE)
+
+
+def test_tasks_are_balanced_and_seeded(tmp_path):
+    _, train = items_dir(tmp_path)
+    item = next(i for i in train if len(i.responses) == 2)
+    tasks = sample.tasks_of(item, sample.SampleConfig(num_samples=4), 7)
+    assert [t.hinted for t in tasks] == [False] * 4 + [True]
+    assert sorted(t.order for t in tasks[:4]) == [(0, 1), (0, 1), (1, 0), (1, 0)]
+    assert len({t.seed for t in tasks}) == 5
+    assert tasks == sample.tasks_of(item, sample.SampleConfig(num_samples=4), 7)
+    assert [t.seed for t in tasks] != [t.seed for t in sample.tasks_of(item, sample.SampleConfig(num_samples=4), 8)]
+    greedy, *votes = evaluate.tasks_of(item, evaluate.EvaluateConfig(k_max=4), 7)
+    assert (greedy.temperature, {v.temperature for v in votes}) == (0.0, {0.5})
+
+
+def test_program_judge_errs_at_its_rates(tmp_path):
+    train, _ = generate(BuiltinConfig(size_train=600, size_heldout=1), 3)
+    config = ProgramConfig(verdict_error=0.25, format_error=0.1)
+    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    made = list(zip(tasks, ProgramJudge(config, JUDGE).judge(tasks), strict=True))
+    failed = [t for _, t in made if t.failure]
+    assert 0.08 < len(failed) / len(made) < 0.12
+    assert len({t.failure for t in failed}) >= 3
+    parsed = [(task, t) for task, t in made if not t.failure]
+    wrong = [t for task, t in parsed if not is_correct(t.scores, task.item.rewards)]
+    assert not [t for t in wrong if t.hinted]
+    assert 0.22 < len(wrong) / len([t for _, t in parsed if not t.hinted]) < 0.28
+
+
+def test_program_judge_without_errors_is_right(tmp_path):
+    _, train = items_dir(tmp_path, 200)
+    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    for task, t in zip(tasks, ProgramJudge(ProgramConfig(0, 0), JUDGE).judge(tasks), strict=True):
+        assert is_correct(t.scores, task.item.rewards), t.text
+
+
+def test_sampler_needs_its_field():
+    with pytest.raises(ConfigError, match=r"sampler\.endpoint"):
+        sample.judge_factory(sample.SamplerConfig("endpoint"), JUDGE, "", None)
+    with pytest.raises(ConfigError, match=r"sampler\.model"):
+        sample.judge_factory(sample.SamplerConfig("model"), JUDGE, "", None)
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=300_000_000,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # workers import this module
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_sample_and_select(tmp_path, ray_session):
+    from spct_ray.cluster.sampling import read_trajectories
+
+    items, train = items_dir(tmp_path)
+    here = context(tmp_path, items=items)
+    made = sample.run(here, program_config(), SamplingResources(block_size=50))
+    found = read_trajectories(here.out)
+    assert len(found) == len({t.key for t in found}) == 160 == made["judgements"]
+    assert sorted({t.item_id for t in found}) == sorted(i.id for i in train)
+    chosen = context(tmp_path, "select", items=items, sample=here.out)
+    report = select.run(chosen, select.SelectConfig(JUDGE), select.SelectResources())
+    sft = pq.read_table(Path(chosen.out) / "sft.parquet").to_pylist()
+    assert report["accepted"] == len(sft) > 20
+    assert sum(report["counts"].values()) == 160
+    assert not [row for row in sft if "best response is" in row["prompt"][0]["content"]]
+    assert [row for row in sft if "/h" in row["key"]]
+    meta = pq.read_table(Path(chosen.out) / "meta.parquet").to_pylist()
+    assert {row["label"] for row in meta} == {0, 1}
+    assert not [row for row in meta if "/h" in row["key"]]
+    again = sample.run(here, program_config(), SamplingResources(block_size=50))
+    assert again["judgements"] == 0  # everything was there
+    assert read_trajectories(here.out) == found
+
+
+def dying_judge(marker, deaths):
+    """A judge whose engine dies on its first call until `deaths` actors have died."""
+    died = len(list(Path(marker).glob("death-*")))
+    if died < deaths:
+        (Path(marker) / f"death-{died}").touch()
+        engine = ScriptedEngine(lambda request: ["\\boxed{1}"], calls_to_live=0)
+    else:
+        engine = ScriptedEngine(lambda request: ["Scores: \\boxed{9, 1}"])
+    return EngineJudge(engine, JUDGE, "scripted")
+
+
+@pytest.mark.slow
+def test_a_dead_engine_is_replaced_and_its_block_done_again(tmp_path, ray_session):
+    from spct_ray.cluster.sampling import read_trajectories
+    from spct_ray.cluster.sampling import sample as sample_tasks
+
+    _, train = items_dir(tmp_path)
+    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    out = tmp_path / "out"
+    out.mkdir()
+    made = sample_tasks(
+        tasks, partial(dying_judge, str(tmp_path), 2), str(out), SamplingResources(block_size=40), lambda *a: None
+    )
+    assert len(list(tmp_path.glob("death-*"))) == 2
+    assert made["judgements"] == 160
+    assert len({t.key for t in read_trajectories(str(out))}) == 160
+
+
+@pytest.mark.slow
+def test_an_engine_that_always_dies_ends_in_a_clear_error(tmp_path, ray_session):
+    from spct_ray.cluster.sampling import sample as sample_tasks
+
+    _, train = items_dir(tmp_path)
+    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(EngineError, match="died"):
+        sample_tasks(
+            tasks, partial(dying_judge, str(tmp_path), 99), str(out), SamplingResources(block_size=40), lambda *a: None
+        )
+
+
+@pytest.mark.slow
+def test_killed_sampling_resumes_without_doing_a_block_twice(tmp_path):
+    """A driver killed in mid-run leaves whole blocks; the next call judges only the rest."""
+    script = Path(__file__).parent / "sampling_driver.py"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, str(script), str(out)]
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    while first.poll() is None and len(list((out / "checkpoint").glob("*.parquet"))) < 3:
+        time.sleep(0.05)
+    assert first.poll() is None, "the driver ended before it could be killed"
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    calls = [line for file in out.glob("calls-*") for line in file.read_text().splitlines()]
+    from spct_ray.cluster.sampling import read_trajectories
+
+    keys = [t.key for t in read_trajectories(str(out))]
+    assert len(keys) == len(set(keys)) == 160
+    # Blocks in flight when the driver died are done again; whole ones are not.
+    assert 160 <= len(calls) <= 160 + 3 * 10
+
+
+def test_selection_without_any_accepted_judgement_says_what_to_do(tmp_path, monkeypatch):
+    import pyarrow as pa
+
+    items, train = items_dir(tmp_path, 3)
+    rows = ProgramJudge(ProgramConfig(0, 1.0), JUDGE).judge(
+        [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    )
+    directory = tmp_path / "sample" / "trajectories"
+    directory.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"key": t.key, **t.to_row()} for t in rows]), directory / "a.parquet")
+    with pytest.raises(DataError, match="no judgement was accepted"):
+        select.run(
+            context(tmp_path, "select", items=items, sample=tmp_path / "sample"),
+            select.SelectConfig(JUDGE),
+            select.SelectResources(),
+        )
