@@ -316,6 +316,8 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # Else DeepSpeed compiles its own shared-memory all-reduce for CPU ranks on first use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     if resources.gpus_per_worker:
         deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
