@@ -13,6 +13,6 @@ class SamplingResources:
 
     num_replicas: int = 1
     cpus_per_replica: float = 1
-    gpus_per_replica: int = 0
+    gpus_per_replica: float = 0
     block_size: int = 512
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -6,13 +6,15 @@ see `spct_ray.data.builtin`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from spct_ray.data.shapes import Row, Shape, UnusableRow, detect_shape, to_item
 from spct_ray.data.validate import Limits, Problem, find_problem
@@ -34,6 +36,7 @@ class SourceConfig:
     data_dir: str | None = None
     split: str = "train"
     limit: int | None = None
+    content: str = ""  # what a file holds, filled in by `with_content`: changed data is a changed step
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,30 @@ class BenchmarkSource:
 
     name: str
     path: str
+    content: str = ""  # as in SourceConfig
+
+
+S = TypeVar("S", SourceConfig, BenchmarkSource)
+
+
+def with_content(source: S) -> S:
+    """The same source with a digest of its file: whole up to 64 MiB, else its size and its first and last MiB.
+
+    Hub data sets and files that are not there (yet) are left as they are; reading says what is wrong with them.
+    """
+    path = Path(source.path)
+    if (isinstance(source, SourceConfig) and source.kind == "hub") or not path.is_file():
+        return source
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        if size <= 64 * 2**20:
+            digest.update(file.read())
+        else:
+            digest.update(file.read(2**20))
+            file.seek(-(2**20), 2)
+            digest.update(file.read())
+    return replace(source, content=digest.hexdigest())
 
 
 @dataclass

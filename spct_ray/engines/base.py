@@ -55,7 +55,7 @@ class EngineResources:
 
     num_replicas: int = 1
     cpus_per_replica: float = 1
-    gpus_per_replica: int = 0
+    gpus_per_replica: float = 0
 
 
 class Engine(Protocol):

@@ -52,7 +52,7 @@ def run(context: StepContext, config: EvaluateConfig, resources: SamplingResourc
 
 
 def tasks_of(item: Item, config: EvaluateConfig, seed: int) -> list[JudgeTask]:
-    """One greedy and k_max sampled tasks; the same orders and seeds for every model, so that models compare in pairs."""
+    """One greedy and k_max sampled tasks; the orders and seeds are the same for every model, so that models pair up."""
     num = len(item.responses)
     (first,) = balanced_orders(num, 1, derive_seed(seed, item.id, "greedy"))
     orders = balanced_orders(num, config.k_max, derive_seed(seed, item.id, "vote"))

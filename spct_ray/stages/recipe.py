@@ -12,6 +12,7 @@ from typing import Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
+from spct_ray.data.sources import with_content
 from spct_ray.engines.base import EngineResources
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
@@ -74,7 +75,12 @@ def build_steps(recipe: Recipe) -> list[Step]:
         return name
 
     one = Demand(1)
-    add("items", items, recipe.items, items.ItemsResources(), one, {})
+    data = replace(
+        recipe.items,
+        sources=tuple(map(with_content, recipe.items.sources)),
+        benchmarks=tuple(map(with_content, recipe.items.benchmarks)),
+    )
+    add("items", items, data, items.ItemsResources(), one, {})
     student_inputs = {"items": "items"} if recipe.student.source == "nano" else {}
     judge = add("student", student, recipe.student, student.StudentResources(), one, student_inputs)
     for number in range(1, recipe.rounds + 1):
@@ -108,7 +114,14 @@ def build_steps(recipe: Recipe) -> list[Step]:
     score_inputs = {"items": "items", "meta": "meta", **evaluated}
     add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, _engines(scores), score_inputs)
     read = {name: name for name in ("items", "grpo", "meta", "meta_scores")}
-    read |= {"sample": sampled, "select": selected, "rft": judge, **evaluated}
+    read |= {
+        "student": "student",
+        "sample": sampled,
+        "select": selected,
+        "rft": judge,
+        "onpolicy": "onpolicy",
+        **evaluated,
+    }
     add("report", report, replace(recipe.report, single=recipe.evaluate.single), report.ReportResources(), one, read)
     return steps
 
