@@ -1,6 +1,6 @@
 """Runs a job graph on a cluster: `ray job submit --working-dir . -- python jobs/pipeline.py CONFIG [key=value ...]`.
 
-The same as `spct run`, for clusters where only the working directory is shipped.
+The same as `spct run`, for clusters where only the working directory is shipped. The root must be absolute there.
 """
 
 import shlex

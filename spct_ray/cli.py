@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from spct_ray.cluster import session
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import load
-from spct_ray.errors import SpctError
+from spct_ray.errors import ConfigError, SpctError
 from spct_ray.graph.explain import format_plan, plan
 from spct_ray.graph.lock import hold, holder, is_held
 from spct_ray.graph.record import local_root, read_record, write_atomically
@@ -72,6 +72,11 @@ def _graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Ste
     from spct_ray.stages.recipe import Recipe, build_steps
 
     recipe = load(Recipe, config_path, overrides)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(recipe.root):
+        raise ConfigError(
+            f"root: {recipe.root!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
+            "give a path on a disk that all nodes share, e.g. root=/shared/runs/demo"
+        )
     return recipe, build_steps(recipe), local_root(recipe.root)
 
 

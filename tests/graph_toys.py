@@ -76,7 +76,7 @@ def toy_steps(gate: str = "", fail: bool = False, config: PartsConfig | None = N
     ]
 
 
-def wait_until(condition: Any, seconds: float = 120.0) -> None:
+def wait_until(condition: Any, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -91,6 +91,7 @@ def test_killed_in_mid_step_the_same_command_goes_on(tmp_path: Path, victim: str
             assert "retry: spct run toy.yaml" in err
         else:
             assert code == (130 if number == signal.SIGTERM else -signal.SIGKILL), err
+        wait_until(lambda: not Path(f"/proc/{pids['worker']}").exists())  # an orphan ends itself, gate or no gate
         Path(f"{root}.gate").touch()
         code, out, err = finish(start_driver(root))
         assert "resume  started but not finished" in out

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from spct_ray.errors import ConfigError
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
@@ -30,7 +32,8 @@ def start(resources: ClusterResources) -> Iterator[None]:
     """Be connected to Ray inside the `with` block.
 
     In order: a Ray that this process is connected to already; RAY_ADDRESS (set inside submitted jobs) or
-    `resources.address`; else a new local Ray without dashboard, which ends with the block.
+    `resources.address`; else a new local Ray without dashboard, which ends with the block. Raises ConfigError when
+    there is no Ray at the address.
     """
     address = os.environ.get("RAY_ADDRESS") or resources.address
     for name, value in QUIET.items():
@@ -46,7 +49,13 @@ def start(resources: ClusterResources) -> Iterator[None]:
     environment: dict[str, Any] = {"worker_process_setup_hook": "spct_ray.cluster.session.exit_with_raylet"}
     if address:
         environment["env_vars"] = {name: os.environ[name] for name in QUIET}
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
+        try:
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
+        except ConnectionError as error:
+            raise ConfigError(
+                f"no Ray cluster answers at {address!r} ({error}). Start one there (`ray start --head`), or unset "
+                "RAY_ADDRESS and resources.cluster.address to start Ray on this machine"
+            ) from error
     else:
         gib = resources.object_store_gib
         ray.init(
