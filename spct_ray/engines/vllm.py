@@ -7,6 +7,7 @@ futures. The only file that imports vLLM. Leaves out placement and restarts; see
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
@@ -34,6 +36,7 @@ from spct_ray.engines.base import EngineConfig, Request
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError
 from spct_ray.records import Completion
 
+_logger = logging.getLogger(__name__)
 _MAX_SEED = 2**62  # vLLM adds the sample's number to the seed, and the sum must fit 63 bits
 
 
@@ -78,7 +81,7 @@ class VllmEngine:
         self._model_dir = model_dir
         self._config = config
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
-        self._dead: EngineError | None = None
+        self._dead = ""  # why the engine no longer works
         self._lock = Lock()  # between a call that queues a job and the thread's end, which fails all queued jobs
         started: Future[None] = Future()
         self._thread = Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
@@ -113,8 +116,8 @@ class VllmEngine:
 
     def _put(self, job: _Job) -> None:
         with self._lock:
-            if self._dead is not None:
-                raise self._dead
+            if self._dead:
+                raise EngineError(self._dead)
             self._jobs.put(job)
 
     # Everything below runs in the owner thread.
@@ -126,20 +129,21 @@ class VllmEngine:
             core = self._start()
             started.set_result(None)
             self._serve(core, running, waiting)
-            cause = EngineError(f"the engine on {self._model_dir} was closed")
+            end = f"the engine on {self._model_dir} was closed"
         except Exception as error:  # whatever vLLM raised, this thread ends here and its callers must learn of it
             what = "died" if started.done() else "did not start"
-            cause = EngineError(f"the vLLM engine on {self._model_dir} {what}: {type(error).__name__}: {error}")
-            cause.__cause__ = error
-            if not started.done():
-                started.set_exception(error if isinstance(error, SpctError) else cause)
+            end = f"the vLLM engine on {self._model_dir} {what}: {type(error).__name__}: {error}"
+            if started.done():
+                _logger.exception(end)
+            else:
+                started.set_exception(error if isinstance(error, SpctError) else EngineError(end))
         with self._lock:
-            self._dead = cause
+            self._dead = end
             while not self._jobs.empty():
                 waiting.append(self._jobs.get())
         for job in (*running.values(), *waiting):
             if job.future.running() or job.future.set_running_or_notify_cancel():
-                job.future.set_exception(cause)
+                job.future.set_exception(EngineError(end))
 
     def _start(self) -> LLMEngine:
         config, on_cpu = self._config, current_platform.is_cpu()
@@ -214,7 +218,7 @@ class VllmEngine:
             core.add_request(request_id, {"prompt_token_ids": token_ids}, params)
         except RequestError as error:
             job.future.set_exception(error)
-        except ValueError as error:  # vLLM's word for a request that it will not take
+        except (ValueError, VLLMClientError) as error:  # vLLM's words for a request that it will not take
             job.future.set_exception(RequestError(f"vLLM refuses the request: {error}"))
         else:
             return True
