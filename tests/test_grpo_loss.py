@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spct_ray.learn.grpo import advantages, grpo_loss, importance_BT, kl_BT, token_sums
+from spct_ray.learn.grpo import TokenStatistics, advantages, grpo_loss, importance_BT, kl_BT, token_sums
 
 BETA, CLIP, CAP = 0.08, 0.2, 2.0
 Sequence = dict[str, list[float]]  # per-token log-probs under "policy", "old", "ref", "engine"
@@ -146,7 +146,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
 
     def run(split: list[list[int]], right: int) -> tuple[float, torch.Tensor, dict[str, float]]:
         shared = torch.tensor([1.0, 0.0], requires_grad=True)
-        loss, sums = 0.0, dict.fromkeys(("tokens", "entropy", "clipped", "capped", "prob_diff", "kl"), 0.0)
+        loss, sums = 0.0, dict.fromkeys(TokenStatistics.NAMES, 0.0)
         for rows in split:
             tensors, mask = collate([sequences[r] for r in rows], right=right)
             tensors["policy"] = tensors["policy"] * shared[0] + shared[1]
@@ -177,9 +177,9 @@ def test_reported_sums_equal_the_plain_python_ones() -> None:
         {
             "tokens": len(tokens),
             "entropy": sum(-p for p, *_ in tokens),
-            "clipped": sum(not 0.8 <= math.exp(p - o) <= 1.2 for p, o, *_ in tokens),
-            "capped": sum(math.exp(p - e) > CAP for p, _, e, _ in tokens),
-            "prob_diff": sum(abs(math.exp(p) - math.exp(e)) for p, _, e, _ in tokens),
+            "clip_share": sum(not 0.8 <= math.exp(p - o) <= 1.2 for p, o, *_ in tokens),
+            "tis_capped_share": sum(math.exp(p - e) > CAP for p, _, e, _ in tokens),
+            "prob_diff_mean": sum(abs(math.exp(p) - math.exp(e)) for p, _, e, _ in tokens),
             "kl": sum(math.exp(r - p) - (r - p) - 1 for p, *_, r in tokens),
         },
         rel=1e-4,

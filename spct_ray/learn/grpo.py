@@ -1,6 +1,6 @@
 """The arithmetic of GRPO (Eq. 11 and 15): group advantages, the clipped loss with its KL term, and what is reported.
 
-Pure functions of tensors. Leaves out rollouts, rewards and the update; see `spct_ray.stages.grpo`. Axes: M groups,
+Functions of tensors. Leaves out rollouts, rewards and the update; see `spct_ray.stages.grpo`. Axes: M groups,
 G rollouts of one group, B sequences, T next-token positions (prompt, completion and padding; `mask_BT` is True where
 the next token belongs to the completion).
 """
@@ -8,6 +8,7 @@ the next token belongs to the completion).
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -76,26 +77,59 @@ def token_sums(
     clip: float,
     cap: float,
 ) -> dict[str, Tensor]:
-    """Sums over the masked tokens, to be added up over micro-batches and ranks and divided by `tokens`.
-
-    `entropy` is the Monte-Carlo estimate -log p of the sampled tokens, not a sum over the vocabulary. `clipped` counts
-    ratios outside 1 +- clip: with one update a rollout batch it is 0 by construction. `capped` counts importance
-    weights cut off at `cap`. `prob_diff` is |p_trainer - p_engine| of the sampled tokens.
-    """
+    """Sums over the masked tokens, and their number as `tokens`; see `TokenStatistics` for what they mean."""
     logp_BT, old_logp_BT = logp_BT.detach(), old_logp_BT.detach()
-    ratio_BT = (logp_BT - old_logp_BT).exp()
     each_BT = {
         "tokens": torch.ones_like(logp_BT),
         "entropy": -logp_BT,
-        "clipped": ((ratio_BT - 1).abs() > clip).float(),
-        "capped": ((logp_BT - engine_logp_BT).exp() > cap).float(),
-        "prob_diff": prob_diff_BT(logp_BT, engine_logp_BT),
+        "clip_share": ((logp_BT - old_logp_BT).exp() - 1).abs() > clip,
+        "tis_capped_share": (logp_BT - engine_logp_BT).exp() > cap,
+        "prob_diff_mean": prob_diff_BT(logp_BT, engine_logp_BT),
+        "kl": torch.zeros_like(logp_BT) if ref_logp_BT is None else kl_BT(logp_BT, ref_logp_BT, mask_BT),
     }
-    if ref_logp_BT is not None:
-        each_BT["kl"] = kl_BT(logp_BT, ref_logp_BT, mask_BT)
-    return {name: torch.where(mask_BT, value, 0.0).sum().double() for name, value in each_BT.items()}
+    return {name: value[mask_BT].double().sum() for name, value in each_BT.items()}
 
 
 def prob_diff_BT(logp_BT: Tensor, engine_logp_BT: Tensor) -> Tensor:
-    """|p_trainer - p_engine| of each token."""
+    """|p_trainer - p_engine| of each token: how far the engine's arithmetic (or its weights) is from the trainer's."""
     return (logp_BT.detach().exp() - engine_logp_BT.exp()).abs()
+
+
+class TokenStatistics:
+    """Token means of one update over all micro-batches and ranks.
+
+    `entropy` is the Monte-Carlo estimate -log p of the sampled tokens, in nats, not a sum over the vocabulary.
+    `clip_share` counts ratios outside 1 +- clip: with one update a rollout batch it is 0 by construction.
+    `tis_capped_share` counts importance weights cut off at the cap. `kl` is k3's mean, 0 without a reference.
+    """
+
+    NAMES = ("tokens", "entropy", "clip_share", "tis_capped_share", "prob_diff_mean", "kl")
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self._max_prob_diff = torch.zeros((), device=device)
+
+    def add(
+        self,
+        logp_BT: Tensor,
+        old_logp_BT: Tensor,
+        engine_logp_BT: Tensor,
+        ref_logp_BT: Tensor | None,
+        mask_BT: Tensor,
+        *,
+        clip: float,
+        cap: float,
+    ) -> None:
+        """One micro-batch, with at least one token in its mask."""
+        sums = token_sums(logp_BT, old_logp_BT, engine_logp_BT, ref_logp_BT, mask_BT, clip=clip, cap=cap)
+        self._sums += torch.stack([sums[name] for name in self.NAMES])
+        prob_diffs = prob_diff_BT(logp_BT, engine_logp_BT)[mask_BT]
+        self._max_prob_diff = torch.maximum(self._max_prob_diff, prob_diffs.max())
+
+    def reduce(self) -> dict[str, float]:
+        """The means, with `prob_diff_max`. Collective: every rank calls it, also one that added nothing."""
+        dist.all_reduce(self._sums)
+        dist.all_reduce(self._max_prob_diff, op=dist.ReduceOp.MAX)
+        sums = dict(zip(self.NAMES, self._sums.tolist(), strict=True))
+        tokens = sums.pop("tokens")
+        return {**{n: value / tokens for n, value in sums.items()}, "prob_diff_max": self._max_prob_diff.item()}

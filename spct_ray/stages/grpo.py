@@ -1,0 +1,320 @@
+"""Rule-based online RL of the judge (Eq. 10, 11, 15): GRPO on Ray Train ranks with vLLM rollout engines beside them.
+
+`train_loop` is the method. Rank 0 owns the rollout engines and asks them; every rank trains on its share. The engines
+die with rank 0's process, so a restarted loop starts new ones, and each step begins by giving them the trainer's
+weights: no sample ever comes from other weights than those being trained. Leaves out the loss (`learn/grpo.py`), the
+prompts and rewards of a step (`rollouts.py`), and placement (`cluster/`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from spct_ray.chat import encode_prompt
+from spct_ray.data.store import read_items
+from spct_ray.engines.base import EngineConfig, EngineResources
+from spct_ray.errors import ConfigError, DataError, ParityError
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import JudgeConfig, judge_messages
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.trainer import OptimConfig, TrainResources
+from spct_ray.records import Item
+from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
+
+if TYPE_CHECKING:
+    from spct_ray.cluster.pool import EnginePool
+    from spct_ray.learn.grpo_update import Sample
+    from spct_ray.learn.trainer import Trainer
+
+T = TypeVar("T")
+
+VERSION = 1
+
+_ORDER_SLACK = 16  # tokens that a prompt may grow by when its responses are shown in another order
+_PARITY_SEQUENCES = 4
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Method settings; the defaults are the paper's (27B), or ours where it is silent: see docs of each stage's values.
+
+    `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
+    dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
+    arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after each weight sync.
+    """
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    steps: int = 900
+    prompts_per_step: int = 128
+    group_size: int = 4
+    beta: float = 0.08
+    clip: float = 0.2
+    tis_cap: float = 2.0
+    max_prompt_tokens: int = 3072
+    max_new_tokens: int = 1008
+    parity_tolerance: float = 0.3
+    checkpoint_every: int = 10
+
+
+@dataclass(frozen=True)
+class GrpoResources:
+    """Ranks that train, and engines beside them; `engine.max_model_len` has room for prompt and completion."""
+
+    train: TrainResources = field(default_factory=TrainResources)
+    rollout: EngineResources = field(default_factory=EngineResources)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> dict[str, Any]:
+    """Train the RFT model (input "rft") on the training items (input "items"); writes model/ and metrics.jsonl.
+
+    Killed anywhere and started again, it goes on from the newest checkpoint: steps after it are done again and appear
+    once in metrics.jsonl. Raises ConfigError, DataError (no item fits), ParityError, SpctError (diverged).
+    """
+    from spct_ray.cluster.train import run_ranks
+
+    needed = config.max_prompt_tokens + config.max_new_tokens + _ORDER_SLACK
+    if needed > resources.engine.max_model_len:
+        raise ConfigError(
+            f"max_prompt_tokens {config.max_prompt_tokens} + max_new_tokens {config.max_new_tokens} + {_ORDER_SLACK} "
+            f"= {needed} tokens exceed resources.engine.max_model_len = {resources.engine.max_model_len}: raise that, "
+            "or lower the first two"
+        )
+    run_ranks(train_loop, (context, config, resources), resources.train, context)
+    lines = [json.loads(line) for line in Path(context.out, "metrics.jsonl").read_text().splitlines()]
+    tail = lines[-max(1, len(lines) // 10) :]
+    return {"steps": len(lines), "reward_last_tenth": sum(line["reward"] for line in tail) / len(tail)}
+
+
+def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> None:
+    """The method, on every rank; collective throughout."""
+    from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
+    from spct_ray.learn.reference import Reference
+    from spct_ray.learn.trainer import Trainer
+
+    start_model, out = str(Path(context.inputs["rft"]) / "model"), Path(context.out)
+    trainer = Trainer(
+        start_model,
+        head="lm",
+        optim=config.optim,
+        resources=resources.train,
+        total_steps=config.steps,
+        seed=context.seed,
+    )
+    first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
+    reference = Reference(start_model, trainer, config.optim, resources.train) if config.beta > 0 else None
+    with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
+        metrics = MetricsFile(out / "metrics.jsonl", first) if trainer.rank == 0 else None
+        phase = Phases()
+        for step in range(first, config.steps):
+            parity = rollouts.sync(step, phase)
+            with phase("rollout"):
+                groups = rollouts.sample(step)
+            samples = with_advantages(groups, keep_all=config.beta > 0)
+            batches, num_passes = rank_micro_batches(
+                samples, trainer.rank, trainer.world_size, resources.train.micro_tokens
+            )
+            if reference is not None:
+                with phase("reference"):
+                    batches = add_reference(batches, num_passes, reference)
+            with phase("train"):
+                numbers = update_policy(
+                    trainer,
+                    batches,
+                    beta=config.beta,
+                    clip=config.clip,
+                    tis_cap=config.tis_cap,
+                    num_sequences=sum(map(len, groups)),
+                )
+            if metrics is not None:
+                line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity, "weight_version": step}
+                metrics.append({**line, **phase.finish_step(groups)})
+                context.progress(step + 1, config.steps, "steps", progress_note(line))
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                with phase("checkpoint"):
+                    trainer.save(str(out / "checkpoints"), {"step": step + 1})
+    trainer.export(str(out / "model"))
+
+
+class Rollouts:
+    """The engines as all ranks see them: rank 0 owns the pool and asks it, the others receive what it got."""
+
+    def __init__(
+        self, trainer: Trainer, model_dir: str, context: StepContext, config: GrpoConfig, resources: GrpoResources
+    ) -> None:
+        from spct_ray.cluster.pool import EnginePool
+
+        self._trainer, self._config = trainer, config
+        self._seed = derive_seed(context.seed, context.name)
+        self._weights_dir = str(Path(context.out, "weights"))
+        self._items: list[Item] = []
+        self._pool: EnginePool | None = None
+        if trainer.rank == 0:
+            self._items = fitting_items(context, config, trainer.tokenizer)
+            self._pool = EnginePool(model_dir, resources.engine, resources.rollout)
+        self._parity_sequences: list[list[int]] = self._from_rank_0(self._choose_parity_sequences)
+
+    def _choose_parity_sequences(self) -> list[list[int]]:
+        """The same few prompts in every step: their log-probs depend on the weights alone."""
+        tasks = tasks_of_step(self._items, _PARITY_SEQUENCES, 0, self._seed)
+        return [
+            encode_prompt(self._trainer.tokenizer, judge_messages(task.item, task.order, self._config.judge))
+            for task in tasks
+        ]
+
+    def sync(self, version: int, phase: Phases) -> float:
+        """Give the engines the trainer's weights, and prove it: the largest |dlogp| over the parity prompts.
+
+        Collective. Raises ParityError on rank 0 when it exceeds the tolerance.
+        """
+        from spct_ray.cluster.sync import check_parity, push_weights
+
+        with phase("parity"):  # first: under ZeRO-3 weights can be gathered only after a forward pass
+            trainer_logps = self._trainer_logprobs()
+        with phase("sync"):
+            push_weights(self._trainer, self._pool, self._weights_dir, version)
+        with phase("parity"):
+            if self._pool is None:
+                return 0.0
+            engine_logps = self._pool.prompt_logprobs(self._parity_sequences)
+            try:
+                return check_parity(trainer_logps, engine_logps, self._config.parity_tolerance)
+            except ParityError as error:
+                raise ParityError(f"step {version}: {error}") from error
+
+    def _trainer_logprobs(self) -> list[list[float]]:
+        import torch
+
+        from spct_ray.learn.batch import make_batch
+
+        batch = make_batch(self._parity_sequences, [1] * len(self._parity_sequences))
+        with torch.no_grad():
+            logp_BT = self._trainer.logprobs(batch).cpu()
+        return [row[mask].tolist() for row, mask in zip(logp_BT, batch.loss_mask, strict=True)]
+
+    def sample(self, step: int) -> list[list[Rollout]]:
+        """The step's groups: G rollouts of each prompt. Collective; the same on every rank."""
+        return self._from_rank_0(lambda: self._ask(step))
+
+    def _ask(self, step: int) -> list[list[Rollout]]:
+        config = self._config
+        tasks = tasks_of_step(self._items, config.prompts_per_step, step, self._seed)
+        requests = [request_of(task, config.judge, config.group_size, config.max_new_tokens) for task in tasks]
+        assert self._pool is not None
+        answers = self._pool.generate(requests)
+        return [
+            [to_rollout(task, config.judge, completion) for completion in completions]
+            for task, completions in zip(tasks, answers, strict=True)
+        ]
+
+    def _from_rank_0(self, make: Callable[[], T]) -> T:
+        import torch.distributed as dist
+
+        box = [make() if self._trainer.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return cast("T", box[0])
+
+    def close(self) -> None:
+        """Stop the engines and remove the weights that were written for them."""
+        if self._pool is not None:
+            self._pool.close()
+            shutil.rmtree(self._weights_dir, ignore_errors=True)
+
+
+def fitting_items(context: StepContext, config: GrpoConfig, tokenizer: Any) -> list[Item]:
+    """The training items whose prompt has at most `max_prompt_tokens`; the rest are counted in the log."""
+    path = str(Path(context.inputs["items"]) / "train.parquet")
+    items = read_items(path)
+    fitting = []
+    for item in items:
+        messages = judge_messages(item, range(len(item.responses)), config.judge)
+        if len(encode_prompt(tokenizer, messages)) <= config.max_prompt_tokens:
+            fitting.append(item)
+    if not fitting:
+        raise DataError(f"{path}: none of {len(items)} items has a prompt of at most {config.max_prompt_tokens} tokens")
+    if len(fitting) < len(items):
+        context.log(
+            f"{len(items) - len(fitting)} of {len(items)} items dropped: their prompt exceeds "
+            f"max_prompt_tokens = {config.max_prompt_tokens}"
+        )
+    return fitting
+
+
+def with_advantages(groups: Sequence[Sequence[Rollout]], keep_all: bool) -> list[Sample]:
+    """Samples to train on. Those with advantage 0 have no gradient and are left out, unless they count for the KL term
+    (`keep_all`) or nothing else is there: an update is made in every step."""
+    import torch
+
+    from spct_ray.learn.grpo import advantages
+    from spct_ray.learn.grpo_update import Sample
+
+    advantages_MG = advantages(torch.tensor([[rollout.reward for rollout in group] for group in groups])).tolist()
+    samples = [
+        Sample(rollout.token_ids, rollout.num_prompt_tokens, rollout.engine_logprobs, advantage)
+        for group, advantages_G in zip(groups, advantages_MG, strict=True)
+        for rollout, advantage in zip(group, advantages_G, strict=True)
+    ]
+    return samples if keep_all else [sample for sample in samples if sample.advantage] or samples
+
+
+class Phases:
+    """Seconds of one step by phase. A checkpoint is written after its step's line, so it counts for the next one."""
+
+    def __init__(self) -> None:
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._started = time.monotonic()
+        self._seconds = dict.fromkeys(("checkpoint", "sync", "parity", "rollout", "reference", "train"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[name] += time.monotonic() - started
+
+    def finish_step(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+        """Seconds by phase and in all, and completion tokens per second; the next step begins here."""
+        all_seconds, seconds = time.monotonic() - self._started, self._seconds
+        tokens = sum(len(rollout.engine_logprobs) for group in groups for rollout in group)
+        self._begin_step()
+        return {
+            **{f"seconds_{name}": round(value, 4) for name, value in seconds.items()},
+            "seconds_step": round(all_seconds, 4),
+            "tokens_per_second": round(tokens / all_seconds, 1),
+            "rollout_tokens_per_second": round(tokens / seconds["rollout"], 1),
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl, one line a step: opened at `first_step`, it forgets the lines of that and later steps."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] < first_step))
+        os.replace(temporary, path)
+
+    def append(self, line: dict[str, float]) -> None:
+        """Write one line through to the disk."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def progress_note(line: dict[str, float]) -> str:
+    """What a person watching wants to see of one step."""
+    kl = f", KL {line['kl']:.2g}" if "kl" in line else ""
+    return f"reward {line['reward']:+.3f}, correct {line['share_correct']:.0%}{kl}"

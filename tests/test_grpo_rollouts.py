@@ -1,0 +1,203 @@
+"""What GRPO asks for in a step, what the answers are worth, and what is left of the metrics after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spct_ray.data.store import write_items
+from spct_ray.errors import ConfigError, DataError
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.learn.trainer import OptimConfig
+from spct_ray.records import Completion, Item, Message
+from spct_ray.stages.grpo import GrpoConfig, GrpoResources, MetricsFile, Phases, fitting_items, run, with_advantages
+from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
+from tests.tiny import make_tiny_tokenizer
+
+JUDGE = JudgeConfig(template="compact")
+
+
+def make_item(number: int, num_responses: int = 2, words: int = 1) -> Item:
+    responses = tuple(f"answer {i}" for i in range(num_responses))
+    rewards = tuple(float(i == number % num_responses) for i in range(num_responses))
+    return Item(f"item-{number}", (Message("user", "Name a prime. " * words),), responses, rewards)
+
+
+def make_context(directory: Path) -> StepContext:
+    (directory / "items").mkdir(exist_ok=True)
+    inputs = {"items": str(directory / "items"), "rft": str(directory / "rft")}
+    return StepContext("grpo", 1, str(directory / "out"), inputs, "spct run x.yaml")
+
+
+@given(st.integers(1, 40), st.integers(1, 25), st.integers(0, 3))
+def test_every_epoch_shows_every_item_once(num_items: int, num_prompts: int, seed: int) -> None:
+    items = [make_item(i) for i in range(num_items)]
+    num_steps = -(-3 * num_items // num_prompts)
+    stream = [t.item.id for step in range(num_steps) for t in tasks_of_step(items, num_prompts, step, seed)]
+    for epoch in range(3):
+        assert len(set(stream[epoch * num_items : (epoch + 1) * num_items])) == num_items
+
+
+def test_a_step_depends_on_seed_and_number_only() -> None:
+    items = [make_item(i, num_responses=2 + 2 * (i % 2)) for i in range(30)]
+    program = (
+        "from tests.test_grpo_rollouts import make_item; from spct_ray.stages.rollouts import tasks_of_step\n"
+        "items = [make_item(i, num_responses=2 + 2 * (i % 2)) for i in range(30)]\n"
+        "print([t.to_row() for t in tasks_of_step(items, 8, 5, 3)])"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert other.stdout.strip() == str([t.to_row() for t in tasks_of_step(items, 8, 5, 3)])
+    assert tasks_of_step(items, 8, 5, 3) != tasks_of_step(items, 8, 5, 4)
+    assert {t.seed for t in tasks_of_step(items, 8, 5, 3)}.isdisjoint(t.seed for t in tasks_of_step(items, 8, 6, 3))
+
+
+def test_each_response_stands_in_each_place_equally_often_within_a_step() -> None:
+    items = [make_item(i, num_responses=2 + 2 * (i % 2)) for i in range(64)]
+    for num_responses in (2, 4):
+        tasks = [t for t in tasks_of_step(items, 64, 0, 0) if len(t.order) == num_responses]
+        for place in range(num_responses):
+            assert set(Counter(t.order[place] for t in tasks).values()) == {32 // num_responses}
+
+
+def test_a_group_samples_one_prompt_from_the_policy_itself() -> None:
+    task = tasks_of_step([make_item(1)], 1, 0, 0)[0]
+    params = request_of(task, JUDGE, 4, 99).params
+    assert (params.n, params.temperature, params.max_tokens, params.logprobs) == (4, 1.0, 99, True)
+
+
+@pytest.mark.parametrize(
+    ("scores_in_item_order", "outcome"),
+    [((2, 4), "correct"), ((6, 1), "wrong"), ((8, 8), "tied")],  # golden vectors of Eq. 10: the second is best
+)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_outcome_is_eq_10_in_the_items_order(
+    scores_in_item_order: tuple[int, int], outcome: str, order: tuple[int, int]
+) -> None:
+    shown = ", ".join(str(scores_in_item_order[i]) for i in order)
+    rollout = judged(make_item(1), order, f"Scores: \\boxed{{{shown}}}")
+    assert rollout.outcome == outcome
+    assert rollout.reward == (1 if outcome == "correct" else -1)
+    assert (rollout.token_ids, rollout.num_prompt_tokens) == ((7, 8, 9, 1, 2), 3)
+
+
+def test_a_tie_among_the_others_above_the_best_is_wrong_and_not_tied() -> None:
+    assert judged(make_item(3, 4), (0, 1, 2, 3), r"\boxed{9, 9, 1, 5}").outcome == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("item", "text", "outcome"),
+    [
+        (make_item(1), "no scores", "no_box"),
+        (make_item(1), r"\boxed{1, 2, 3}", "wrong_count"),
+        (make_item(0, 1), r"\boxed{1}", "correct"),
+        (make_item(0, 1), r"\boxed{0}", "wrong"),
+        (make_item(0, 1), r"\boxed{7}", "out_of_range"),
+    ],
+)
+def test_failures_keep_their_name_and_single_responses_are_right_or_wrong(item: Item, text: str, outcome: str) -> None:
+    assert judged(item, tuple(range(len(item.responses))), text).outcome == outcome
+
+
+def judged(item: Item, order: tuple[int, ...], text: str) -> Rollout:
+    task = tasks_of_step([item], 1, 0, 0)[0]
+    completion = Completion(text, (1, 2), (-0.5, -0.25), "stop", (7, 8, 9), 0, 3, 2)
+    return to_rollout(type(task)(item, order, 0, 1.0, 0), JUDGE, completion)
+
+
+def make_rollout(outcome: str, num_tokens: int = 2, stop_reason: str = "stop") -> Rollout:
+    return Rollout((5,) * (3 + num_tokens), 3, (-1.0,) * num_tokens, outcome, stop_reason)  # type: ignore[arg-type]
+
+
+def test_metrics_of_a_step_counted_by_hand() -> None:
+    groups = [
+        [make_rollout("correct"), make_rollout("tied")],
+        [make_rollout("wrong"), make_rollout("truncated", num_tokens=10, stop_reason="length")],
+        [make_rollout("correct"), make_rollout("correct")],
+        [make_rollout("no_box"), make_rollout("correct")],
+    ]
+    metrics = rollout_metrics(groups)
+    assert metrics["reward"] == 0.0
+    shares = {name: value for name, value in metrics.items() if name.startswith("share_")}
+    assert shares == {
+        "share_correct": 4 / 8,
+        "share_tied": 1 / 8,
+        "share_wrong": 1 / 8,
+        "share_unparsable_no_box": 1 / 8,
+        "share_unparsable_truncated": 1 / 8,
+        "share_unparsable_not_integer": 0,
+        "share_unparsable_wrong_count": 0,
+        "share_unparsable_out_of_range": 0,
+    }
+    assert (metrics["zero_signal_groups"], metrics["truncated"]) == (2 / 4, 1 / 8)
+    assert (metrics["completion_tokens_mean"], metrics["completion_tokens_max"]) == (3.0, 10)
+
+
+def test_samples_without_signal_are_left_out_only_where_they_have_no_gradient() -> None:
+    mixed = [make_rollout("correct"), make_rollout("wrong")]
+    same = [make_rollout("wrong"), make_rollout("no_box")]
+    assert [s.advantage for s in with_advantages([mixed, same], keep_all=True)] == [1, -1, 0, 0]
+    assert [s.advantage for s in with_advantages([mixed, same], keep_all=False)] == [1, -1]
+    assert [s.advantage for s in with_advantages([same], keep_all=False)] == [0, 0]
+
+
+def test_too_long_prompts_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = make_context(tmp_path)
+    items = [make_item(0), make_item(1, words=200), make_item(2)]
+    write_items(str(tmp_path / "items" / "train.parquet"), items)
+    config = GrpoConfig(OptimConfig(lr=1e-3), JUDGE, max_prompt_tokens=300)
+    tokenizer = make_tiny_tokenizer()
+    assert [item.id for item in fitting_items(context, config, tokenizer)] == ["item-0", "item-2"]
+    assert "1 of 3 items dropped: their prompt exceeds max_prompt_tokens = 300" in capsys.readouterr().out
+    with pytest.raises(DataError, match="none of 3 items has a prompt of at most 5 tokens"):
+        fitting_items(context, GrpoConfig(OptimConfig(lr=1e-3), JUDGE, max_prompt_tokens=5), tokenizer)
+
+
+def test_an_engine_without_room_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="= 5016 tokens exceed resources"):
+        run(make_context(tmp_path), GrpoConfig(max_prompt_tokens=4000, max_new_tokens=1000), GrpoResources())
+
+
+def test_metrics_go_on_from_the_checkpoint_without_gap_or_repetition(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, 0)
+    for step in range(5):
+        first.append({"step": step, "reward": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 5, "rew')  # killed while writing
+    second = MetricsFile(path, 3)
+    for step in range(3, 6):
+        second.append({"step": step, "reward": -0.5})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["reward"]) for line in lines] == [(s, 0.5 if s < 3 else -0.5) for s in range(6)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_checkpoints_seconds_count_for_the_next_step() -> None:
+    phase, groups = Phases(), [[make_rollout("correct")]]
+    with phase("rollout"):
+        pass
+    assert phase.finish_step(groups)["seconds_checkpoint"] == 0
+    with phase("checkpoint"):
+        sum(range(200_000))
+    with phase("rollout"):
+        pass
+    line = phase.finish_step(groups)
+    assert line["seconds_step"] >= line["seconds_checkpoint"] > 0
+    with phase("rollout"):
+        pass
+    assert phase.finish_step(groups)["seconds_checkpoint"] == 0

@@ -1,0 +1,132 @@
+"""GRPO's update on real DeepSpeed against plain torch, and its independence of micro-batches, ranks and ZeRO stage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spct_ray.learn.grpo_update import Sample, add_reference, rank_micro_batches, update_policy
+from spct_ray.learn.reference import Reference
+from spct_ray.learn.trainer import OptimConfig, Trainer, TrainResources
+from tests.tiny import make_tiny_model
+
+OPTIM = OptimConfig(lr=1e-2, schedule="constant", betas=(0.0, 0.9), grad_clip=0.5, dtype="float32")
+BETA, CLIP, CAP, NUM_SEQUENCES = 0.3, 0.2, 1.1, 8
+NUM_SAMPLES = (7, 1)  # of each update; of one sample, the second of two ranks has nothing to train on
+
+
+def make_samples(num: int) -> list[Sample]:
+    """Sequences of 9 to 40 tokens; the engine's log-probs are off by enough for the cap to act."""
+    rng = torch.Generator().manual_seed(1)
+    samples = []
+    for i in range(num):
+        prompt, completion = 4 + 3 * i, 5 + (7 * i) % 17
+        ids = torch.randint(3, 280, (prompt + completion,), generator=rng).tolist()
+        engine = (-6 + torch.randn(completion, generator=rng)).tolist()
+        samples.append(Sample(tuple(ids), prompt, tuple(engine), [1.7, -0.6, 0.0, 1.0, -1.0, -0.6, 0.5][i]))
+    return samples
+
+
+def train(model_dir: str, out: str, micro_tokens: int, zero_stage: int) -> list[dict[str, float]]:
+    """The updates on one rank of whatever process group there is; exports the policy."""
+    resources = TrainResources(zero_stage=zero_stage, micro_tokens=micro_tokens, threads=1)  # type: ignore[arg-type]
+    trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=2, seed=0)
+    reference = Reference(model_dir, trainer, OPTIM, resources)
+    numbers = []
+    for num_samples in NUM_SAMPLES:
+        batches, num_passes = rank_micro_batches(
+            make_samples(num_samples), trainer.rank, trainer.world_size, micro_tokens
+        )
+        batches = add_reference(batches, num_passes, reference)
+        numbers.append(update_policy(trainer, batches, beta=BETA, clip=CLIP, tis_cap=CAP, num_sequences=NUM_SEQUENCES))
+    trainer.export(out)
+    return numbers
+
+
+def train_in_plain_torch(model_dir: str) -> dict[str, torch.Tensor]:
+    """The same two updates sequence by sequence, with transformers' own logits and torch's own optimiser."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=0.0)
+    for num_samples in NUM_SAMPLES:
+        optimiser.zero_grad()
+        for sample in make_samples(num_samples):
+            ids = torch.tensor([sample.token_ids])
+            places = list(range(sample.num_prompt_tokens, len(sample.token_ids)))
+            logp = policy(ids).logits.log_softmax(-1)[0]
+            with torch.no_grad():
+                ref_logp = reference(ids).logits.log_softmax(-1)[0]
+            terms = []
+            for place, engine in zip(places, sample.engine_logprobs, strict=True):
+                token = sample.token_ids[place]
+                lp, ref = logp[place - 1, token], ref_logp[place - 1, token]
+                weight = min((lp.detach() - engine).exp().item(), CAP)
+                kl = (ref - lp).exp() - (ref - lp) - 1
+                terms.append(weight * sample.advantage * (lp - lp.detach()).exp() - BETA * kl)
+            (-sum(terms) / len(terms) / NUM_SEQUENCES).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIM.grad_clip)
+        optimiser.step()
+    return {name: weight.detach() for name, weight in policy.named_parameters()}
+
+
+def assert_moved_alike(model_dir: str, policy: Path, expected: dict[str, torch.Tensor]) -> None:
+    """In norm: Adam moves a weight by lr however small its gradient, so rounding shows in a few single weights."""
+    start = load_file(Path(model_dir, "model.safetensors"))
+    for name, weight in load_file(policy / "model.safetensors").items():
+        moved = (expected[name] - start[name].float()).norm()
+        assert moved > 1e-3 * weight.norm()
+        assert (weight - expected[name]).norm() < 1e-3 * moved, name
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("grpo_update") / "model"
+    make_tiny_model(directory)
+    return str(directory)
+
+
+@pytest.mark.slow
+def test_updates_equal_plain_torch_for_any_micro_batches(model_dir: str, tmp_path: Path) -> None:
+    expected = train_in_plain_torch(model_dir)
+    for micro_tokens in (10_000, 50):
+        numbers = train(model_dir, str(tmp_path / "policy"), micro_tokens, zero_stage=1)
+        assert_moved_alike(model_dir, tmp_path / "policy", expected)
+        assert numbers[0]["kl"] == 0.0  # the policy is the reference, by the same arithmetic
+        assert numbers[1]["kl"] > 0.0
+        assert numbers[0]["clip_share"] == 0.0
+        assert 0.0 < numbers[0]["tis_capped_share"] < 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_of_zero_3_equal_plain_torch(model_dir: str, tmp_path: Path) -> None:
+    command = [sys.executable, __file__, model_dir, str(tmp_path / "policy"), str(tmp_path / "store")]
+    root = str(Path(__file__).parent.parent)
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            env={**os.environ, "PYTHONPATH": root, "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert_moved_alike(model_dir, tmp_path / "policy", train_in_plain_torch(model_dir))
+
+
+if __name__ == "__main__":
+    model, out, store, rank = sys.argv[1:]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
+    train(model, out, micro_tokens=60, zero_stage=3)
+    torch.distributed.destroy_process_group()
