@@ -12,9 +12,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,53 +23,10 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import Batch, make_batch
+from spct_ray.learn.config import OptimConfig, TrainResources, learning_rate
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
 
 _GATHER_NUMEL = 1 << 28  # elements gathered at once under ZeRO-3
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW. The learning rate warms up linearly, then stays or falls to 0 at the last step.
-
-    `dtype` float32 is for CPUs without fast bf16, and for exact comparisons; checkpoints hold fp32 either way.
-    """
-
-    lr: float = 5e-6
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip: float = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-@dataclass(frozen=True)
-class TrainResources:
-    """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a padded micro-batch.
-
-    `offload_optimizer` keeps master weights and moments in CPU memory (compiles DeepSpeedCPUAdam on first use).
-    """
-
-    num_workers: int = 1
-    cpus_per_worker: float = 1
-    gpus_per_worker: int = 0
-    zero_stage: Literal[1, 2, 3] = 1
-    offload_optimizer: bool = False
-    micro_tokens: int = 4096
-    threads: int = 0
-    max_failures: int = 2
-    gradient_checkpointing: bool = False
-
-
-def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update number `step` (from 0)."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
-    if optim.schedule == "cosine":
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr * (1 - progress) if optim.schedule == "linear" else optim.lr
 
 
 class Trainer:
