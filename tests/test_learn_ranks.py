@@ -43,7 +43,9 @@ def run_job(job: dict[str, Any]) -> None:
         job["model"],
         head=head,
         optim=OptimConfig(lr=1e-2, warmup_steps=2, dtype=job.get("dtype", "float32"), weight_decay=0.1),
-        resources=TrainResources(zero_stage=job["stage"], threads=1, gradient_checkpointing=job.get("recompute", False)),
+        resources=TrainResources(
+            zero_stage=job["stage"], threads=1, gradient_checkpointing=job.get("recompute", False)
+        ),
         total_steps=4,
         seed=0,
     )
@@ -54,7 +56,7 @@ def run_job(job: dict[str, Any]) -> None:
     while trainer.steps_done < job.get("until", 4):
         sequences, prompts = data_of_step(trainer.steps_done)
         tokens = sum(len(s) - p for s, p in zip(sequences, prompts, strict=True))
-        share = [i for i in share_of_rank([len(s) for s in sequences], trainer.rank, trainer.world_size)]
+        share = share_of_rank([len(s) for s in sequences], trainer.rank, trainer.world_size)
         if job.get("lonely"):  # all work on rank 0: the others must keep up without any
             share = list(range(SEQUENCES)) if trainer.rank == 0 else []
         plan = plan_micro_batches([len(sequences[i]) for i in share], job.get("micro_tokens", 4096))
@@ -64,9 +66,12 @@ def run_job(job: dict[str, Any]) -> None:
             return -trainer.logprobs(batch).sum() / tokens
 
         def scalar_loss(batch: Batch) -> Tensor:
-            return F.binary_cross_entropy_with_logits(
-                trainer.scores(batch), (batch.attention_mask.sum(-1) % 2).float(), reduction="sum"
-            ) / len(sequences)
+            return (
+                F.binary_cross_entropy_with_logits(
+                    trainer.scores(batch), (batch.attention_mask.sum(-1) % 2).float(), reduction="sum"
+                )
+                / SEQUENCES
+            )
 
         log.append(trainer.step(batches, lm_loss if head == "lm" else scalar_loss))
         if trainer.steps_done == job.get("save_at"):
@@ -95,7 +100,9 @@ def launch(directory: Path, world_size: int, jobs: list[dict[str, Any]]) -> None
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Tensor], dict[str, Any], Path]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[dict[str, Tensor], dict[str, Any], Path]]:
     """All jobs, in three launches; gives (weights, {"log", "state"}, directory) by name."""
     root = tmp_path_factory.mktemp("ranks")
     tied, untied = str(root / "tied"), str(root / "untied")
@@ -145,7 +152,7 @@ def assert_same(results: Results, name: str, other: str, tolerance: float) -> No
     (weights, report, _), (expected, expected_report, _) = results(name), results(other)
     assert weights.keys() == expected.keys()
     for key, value in weights.items():
-        torch.testing.assert_close(value.float(), expected[key].float(), atol=tolerance, rtol=0, msg=lambda m: f"{m} {key}")  # noqa: B023
+        torch.testing.assert_close(value.float(), expected[key].float(), atol=tolerance, rtol=0)
     last = len(report["log"])
     for step, step_expected in zip(report["log"], expected_report["log"][-last:], strict=True):
         assert step == pytest.approx(step_expected, rel=max(tolerance, 1e-9), abs=tolerance)

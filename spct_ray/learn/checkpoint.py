@@ -1,9 +1,9 @@
 """Training checkpoints: fp32 master weights and Adam moments in safetensors, everything else in JSON. No pickle.
 
-Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns under
-its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint is
-`step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Leaves out learning-rate and
-random state: both are functions of the step number.
+Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns
+under its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint
+is `step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Leaves out
+learning-rate and random state: both are functions of the step number.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def read_content(path: Path) -> dict[str, Any]:
 
 def read_fragments(path: Path, files: list[str], fragments: Iterator[Fragment]) -> None:
     """Fill the views of this rank's fragments from the checkpoint. Raises DataError where the checkpoint has a gap."""
-    readers = [safe_open(path / name, framework="pt") for name in files]
+    readers: list[Any] = [safe_open(path / name, framework="pt") for name in files]
     pieces: dict[str, list[tuple[int, int, Any]]] = {}
     for reader in readers:
         for name, (start, length) in json.loads(reader.metadata()["pieces"]).items():

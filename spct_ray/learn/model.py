@@ -69,7 +69,7 @@ class LogprobHead(nn.Module):
     def forward(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
         if len(hidden_NH) <= self.chunk_size:
             return self._logprobs(hidden_NH, targets_N)
-        chunks = zip(hidden_NH.split(self.chunk_size), targets_N.split(self.chunk_size), strict=True)
+        chunks = zip(torch.split(hidden_NH, self.chunk_size), torch.split(targets_N, self.chunk_size), strict=True)
         return torch.cat([checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks])
 
     def _logprobs(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:

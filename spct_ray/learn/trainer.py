@@ -1,4 +1,4 @@
-"""One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU (gloo) and CUDA (nccl).
+"""One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU and CUDA.
 
 Weights are bf16 with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the number of
 ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller brings,
@@ -196,9 +196,9 @@ class Trainer:
             shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
-    def sum_over_ranks(self, value: float) -> float:
-        """The sum of a number over all ranks, e.g. for a global token count."""
-        return float(self._reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.SUM))
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        return self._reduce(value, dist.ReduceOp.SUM)
 
     def _reduce(self, value: Tensor, operation: Any) -> Tensor:
         value = value.to(self.device)
@@ -257,7 +257,7 @@ class Trainer:
 
 
 def _import_deepspeed(resources: TrainResources) -> Any:
-    """DeepSpeed, set up for this process: accelerator, process group, threads. It reads the environment when imported."""
+    """DeepSpeed, set up for this process: accelerator, process group, threads. It reads the environment on import."""
     if resources.gpus_per_worker == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")

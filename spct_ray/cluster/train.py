@@ -1,0 +1,78 @@
+"""Training ranks on Ray Train: start a group, run one function on every rank, start it again when a rank dies.
+
+The function resumes from its own checkpoints, so a restart costs the steps since the last one. Leaves out what is
+trained (see `stages`) and Ray Train's own checkpoints, which would copy whole models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from spct_ray.errors import SpctError, StepError
+from spct_ray.learn.config import TrainResources
+
+
+class OutDirectory(Protocol):
+    """A step, as far as it concerns where Ray Train may write."""
+
+    @property
+    def out(self) -> str: ...
+
+
+def run_ranks(
+    loop: Callable[..., None], args: tuple[Any, ...], resources: TrainResources, context: OutDirectory
+) -> None:
+    """Run `loop(*args)` on `resources.num_workers` ranks with torch.distributed set up, and wait for it.
+
+    `loop` lives at the top level of a module. When a rank fails, all are started again, `max_failures` times; after
+    that the first rank's SpctError is raised as it is, any other failure as StepError.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    trainer = TorchTrainer(
+        _run_rank,
+        train_loop_config={"loop": loop, "args": args},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=per_worker,
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str(Path(context.out).resolve()),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        causes = [_original(failure) for _, failure in sorted(error.worker_failures.items())]
+        for cause in causes:
+            if isinstance(cause, SpctError):
+                raise cause from error
+        raise StepError(f"training failed on {len(causes)} rank(s) and was not restarted again: {error}") from error
+    except TrainingFailedError as error:
+        raise StepError(f"Ray Train could not run the {resources.num_workers} rank(s): {error}") from error
+
+
+def _run_rank(config: dict[str, Any]) -> None:
+    from ray import train
+
+    rank = train.get_context()
+    os.environ["LOCAL_SIZE"] = str(rank.get_local_world_size())
+    os.environ["LOCAL_RANK"] = str(rank.get_local_rank())
+    config["loop"](*config["args"])
+
+
+def _original(failure: BaseException) -> BaseException:
+    """The exception that our code raised, out of Ray's wrappers."""
+    inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None)
+    return _original(inner) if isinstance(inner, BaseException) else failure

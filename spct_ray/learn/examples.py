@@ -1,0 +1,90 @@
+"""Tokenised training examples on disk, shared by all ranks through memory mapping, and the order they are drawn in.
+
+The step number alone decides the batch, so a resumed run neither repeats nor skips data. Leaves out where the text
+comes from; see `stages`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from spct_ray.judge.seeds import derive_seed
+
+_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32())), ("prompt_length", pa.int32()), ("label", pa.float32())])
+_ROWS = 4096  # rows written at once
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, else 0."""
+
+    ids: list[int]
+    prompt_length: int
+    label: float = 0.0
+
+
+class ExampleFile:
+    """Examples of one Arrow file, read on demand."""
+
+    def __init__(self, path: str) -> None:
+        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+        self._ids, self._prompt_lengths, self._labels = (column.combine_chunks() for column in table.columns)
+        offsets = self._ids.offsets.to_numpy()
+        self.lengths: list[int] = (offsets[1:] - offsets[:-1]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        ids, prompt_length = self._ids[index].as_py(), self._prompt_lengths[index].as_py()
+        return Example(ids, prompt_length, self._labels[index].as_py())
+
+
+def write_examples(path: str, examples: Iterable[Example]) -> int:
+    """Write an Arrow file, whole or not at all; gives the number of examples."""
+    temporary, count = f"{path}.tmp", 0
+    with pa.ipc.new_file(temporary, _SCHEMA) as writer:
+        rows: list[dict[str, object]] = []
+        for example in examples:
+            rows.append({"ids": example.ids, "prompt_length": example.prompt_length, "label": example.label})
+            count += 1
+            if len(rows) == _ROWS:
+                writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+                rows = []
+        writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+    os.replace(temporary, path)
+    return count
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """`num_drawn` draws from `num_examples`, epoch after epoch, each in a random order of its own."""
+
+    num_examples: int
+    num_drawn: int
+    batch_size: int
+    seed: int
+
+    @property
+    def num_steps(self) -> int:
+        """Batches in all; the last may be smaller."""
+        return -(-self.num_drawn // self.batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of the examples of batch `step` (from 0)."""
+        draws = range(step * self.batch_size, min((step + 1) * self.batch_size, self.num_drawn))
+        epochs = [divmod(draw, self.num_examples) for draw in draws]
+        return [_permutation(self.num_examples, self.seed, epoch)[place] for epoch, place in epochs]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num))
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    return order

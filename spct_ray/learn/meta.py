@@ -1,0 +1,75 @@
+"""The meta RM: a scalar classifier that tells right judgements from wrong ones, read at the judgement's last token.
+
+Training minimises binary cross-entropy against Eq. 10 labels; scoring gives raw logits. Leaves out the votes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spct_ray.chat import encode_example
+from spct_ray.learn.batch import Batch, make_batch, plan_micro_batches
+from spct_ray.learn.fit import BatchSize
+from spct_ray.learn.model import LastTokenScore, load_model
+from spct_ray.learn.trainer import Trainer
+from spct_ray.records import Message
+
+
+def encode_judgement(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of `judge.prompt.meta_messages`, up to and with the end of the judgement's turn."""
+    *prompt, judgement = messages
+    return encode_example(tokenizer, prompt, judgement.content)[0]
+
+
+def meta_loss(trainer: Trainer, batch: Batch, size: BatchSize) -> Tensor:
+    """Binary cross-entropy of the logits against `batch.extras["label"]`, mean over the whole update."""
+    labels = batch.extras["label"].to(trainer.device)
+    return F.binary_cross_entropy_with_logits(trainer.scores(batch), labels, reduction="sum") / size.num_sequences
+
+
+class MetaScorer:
+    """A trained meta RM in one process, without DeepSpeed: what serving and the meta_scores stage use."""
+
+    def __init__(self, model_dir: str, micro_tokens: int = 8192) -> None:
+        from transformers import AutoTokenizer
+
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._module = LastTokenScore(load_model(model_dir, "scalar", torch.bfloat16)).to(self._device).eval()
+        self._micro_tokens = micro_tokens
+
+    @torch.inference_mode()
+    def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """A raw logit for each of `judge.prompt.meta_messages`, in order; above 0 means "right" is more likely."""
+        sequences = [encode_judgement(self._tokenizer, messages) for messages in conversations]
+        logits = [0.0] * len(sequences)
+        for indices in plan_micro_batches([len(ids) for ids in sequences], self._micro_tokens):
+            batch = make_batch([sequences[i] for i in indices], [1] * len(indices)).to(self._device)
+            values = self._module(batch.input_ids, batch.attention_mask, batch.loss_mask).tolist()
+            for index, value in zip(indices, values, strict=True):
+                logits[index] = value
+        return logits
+
+
+def score_judgements(model_dir: str, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    """One call of `MetaScorer`, for when the model is needed once."""
+    return MetaScorer(model_dir).score(conversations)
+
+
+def score_over_ranks(trainer: Trainer, sequences: Sequence[Sequence[int]], micro_tokens: int) -> list[float]:
+    """Logits of all sequences from the model in training, the work shared by all ranks. Collective."""
+    plan = plan_micro_batches([len(ids) for ids in sequences], micro_tokens)
+    logits = torch.zeros(len(sequences), dtype=torch.float64)
+    with torch.no_grad():
+        for first in range(0, len(plan), trainer.world_size):  # every rank runs as many passes, ZeRO-3 wants it
+            mine = plan[first + trainer.rank] if first + trainer.rank < len(plan) else []
+            rows = [sequences[i] for i in mine] or [[0, 0]]
+            values = trainer.scores(make_batch(rows, [1] * len(rows))).double().cpu()
+            logits[mine] = values[: len(mine)]
+    summed: list[float] = trainer.sum_over_ranks(logits).tolist()
+    return summed

@@ -1,0 +1,173 @@
+"""The meta RM: trained on unhinted cold-start judgements, right and wrong, and on-policy ones of the final judge.
+
+Labels are Eq. 10's. Unparsable judgements have none and are left out, with a count. A share of the items, with all
+their judgements, is held out; AUC, accuracy and calibration are measured on them alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from spct_ray.errors import DataError
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import meta_messages
+from spct_ray.judge.rule import is_correct
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.records import Message
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """The paper's values: lr 1e-5, batch 512, a copy of the base model (`init` "student").
+
+    `heldout_share` of the items is never trained on. Judgements of more than `max_tokens` tokens are dropped.
+    """
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=30))
+    init: Literal["student", "rft", "grpo"] = "student"
+    batch_size: int = 512
+    epochs: float = 1.0
+    max_steps: int = 0
+    heldout_share: float = 0.1
+    max_tokens: int = 4096
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    item_id: str
+    messages: tuple[Message, ...]
+    label: int
+
+
+def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> dict[str, Any]:
+    """Train input "init" on inputs "select" and "onpolicy" (of "items"); writes model/, metrics.jsonl, heldout.json.
+
+    Raises DataError when nothing is left to train on or to hold out, SpctError when training diverges.
+    """
+    from spct_ray.benchmarks.metrics import auc, ece
+    from spct_ray.cluster.train import run_ranks
+    from spct_ray.stages.rft import summary_of_metrics
+
+    counts = write_training_files(context, config)
+    context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
+    run_ranks(train_loop, (context, config, resources), resources, context)
+    heldout = json.loads(Path(context.out, "heldout.json").read_text())
+    logits, labels = heldout["logits"], heldout["labels"]
+    measured: dict[str, Any] = {
+        "heldout_accuracy": sum((x > 0) == bool(y) for x, y in zip(logits, labels, strict=True)) / len(labels),
+        "heldout_share_right": sum(labels) / len(labels),
+        "heldout_ece": ece([_sigmoid(x) for x in logits], labels, 10),
+        "heldout_auc": auc(logits, labels) if 0 < sum(labels) < len(labels) else None,  # undefined with one class
+    }
+    shown = {name: None if value is None else round(value, 3) for name, value in measured.items()}
+    context.log(", ".join(f"{name} {value}" for name, value in shown.items()))
+    return {**counts, **summary_of_metrics(context.out), **measured}
+
+
+def train_loop(context: StepContext, config: MetaConfig, resources: TrainResources) -> None:
+    """On every rank: load, resume, train, export, score the held-out judgements."""
+    from spct_ray.learn.examples import ExampleFile
+    from spct_ray.learn.fit import fit
+    from spct_ray.learn.meta import meta_loss, score_over_ranks
+    from spct_ray.learn.trainer import Trainer
+    from spct_ray.stages.rft import data_order
+
+    examples = ExampleFile(f"{context.out}/train.arrow")
+    order = data_order(len(examples), config.batch_size, config.epochs, config.max_steps, context.seed)
+    trainer = Trainer(
+        str(Path(context.inputs["init"]) / "model"),
+        head="scalar",
+        optim=config.optim,
+        resources=resources,
+        total_steps=order.num_steps,
+        seed=context.seed,
+    )
+    fit(
+        trainer,
+        examples,
+        order,
+        partial(meta_loss, trainer),
+        out=context.out,
+        micro_tokens=resources.micro_tokens,
+        checkpoint_every=config.checkpoint_every,
+        progress=context.progress,
+    )
+    trainer.export(f"{context.out}/model")
+    held = ExampleFile(f"{context.out}/heldout.arrow")
+    heldout = [held[i] for i in range(len(held))]
+    logits = score_over_ranks(trainer, [e.ids for e in heldout], resources.micro_tokens)
+    if trainer.rank == 0:
+        content = {"logits": logits, "labels": [int(e.label) for e in heldout]}
+        temporary = Path(context.out, "heldout.json.tmp")
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, Path(context.out, "heldout.json"))
+
+
+def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, int]:
+    """Tokenise to train.arrow and heldout.arrow, split by item; counts by what became of the judgements."""
+    from transformers import AutoTokenizer
+
+    from spct_ray.learn.examples import Example, write_examples
+    from spct_ray.learn.meta import encode_judgement
+
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["init"]) / "model"))
+    counts: Counter[str] = Counter()
+    parts: dict[str, list[Example]] = {"train": [], "heldout": []}
+    for judgement in labelled_judgements(context, counts):
+        ids = encode_judgement(tokenizer, judgement.messages)
+        if len(ids) > config.max_tokens:
+            counts["too_long"] += 1
+            continue
+        part = "heldout" if is_heldout(judgement.item_id, config.heldout_share, context.seed) else "train"
+        counts[part] += 1
+        parts[part].append(Example(ids, len(ids), float(judgement.label)))
+    for part, examples in parts.items():
+        if not examples:
+            raise DataError(
+                f"{context.name}: no judgement in the {part} set, counts {dict(counts)}; meta.heldout_share is "
+                f"{config.heldout_share}, meta.max_tokens {config.max_tokens}"
+            )
+        write_examples(f"{context.out}/{part}.arrow", examples)
+    return dict(counts)
+
+
+def labelled_judgements(context: StepContext, counts: Counter[str]) -> Iterator[_Labelled]:
+    """Selection's labelled cold-start judgements, then the on-policy ones with labels made here."""
+    import pyarrow.parquet as pq
+
+    from spct_ray.cluster.sampling import read_trajectories
+    from spct_ray.data.store import read_items
+
+    for row in pq.read_table(Path(context.inputs["select"]) / "meta.parquet").to_pylist():
+        counts["cold_start"] += 1
+        yield _Labelled(row["item_id"], tuple(Message(**m) for m in row["messages"]), row["label"])
+    items = {item.id: item for item in read_items(str(Path(context.inputs["items"]) / "train.parquet"))}
+    for t in read_trajectories(context.inputs["onpolicy"]):
+        if t.hinted or t.failure:
+            counts["hinted" if t.hinted else "unparsable"] += 1
+            continue
+        counts["on_policy"] += 1
+        item = items[t.item_id]
+        yield _Labelled(t.item_id, meta_messages(item, t.order, t.text), int(is_correct(t.scores, item.rewards)))
+
+
+def is_heldout(item_id: str, share: float, seed: int) -> bool:
+    """Whether an item, with all its judgements, is held out: a function of its id and the seed alone."""
+    return derive_seed(seed, "heldout", item_id) % 10**6 < share * 10**6
+
+
+def _sigmoid(logit: float) -> float:
+    import math
+
+    return 0.5 * (1 + math.tanh(logit / 2))

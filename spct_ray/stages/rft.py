@@ -1,0 +1,163 @@
+"""Rejective fine-tuning, the cold start: SFT of the student on accepted judgements, mixed with general instructions.
+
+Ranks are Ray Train workers with DeepSpeed; the data order is a function of (seed, step), so a killed run goes on where
+its newest checkpoint was. Leaves out which judgements are accepted (`stages.select`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spct_ray.errors import ConfigError, DataError
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.config import OptimConfig, TrainResources
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RftConfig:
+    """The paper's values: lr 5e-6, batch 1024, 900 steps. `batch_size` counts examples of both kinds.
+
+    `max_steps` 0 means `epochs` (a fraction is allowed) over the examples. Examples of more than `max_tokens` tokens
+    are dropped, with a count. `general_paths` are JSONL or Parquet files with rows {messages} (the last turn is the
+    assistant's) or {prompt, completion}; `general_ratio` of them are mixed in per judgement (paper: 5.75).
+    """
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6, warmup_steps=30))
+    batch_size: int = 1024
+    epochs: float = 1.0
+    max_steps: int = 0
+    max_tokens: int = 4096
+    general_paths: tuple[str, ...] = ()
+    general_ratio: float = 0.0
+    checkpoint_every: int = 50
+
+
+def run(context: StepContext, config: RftConfig, resources: TrainResources) -> dict[str, Any]:
+    """Train input "student" on input "select"; writes model/, metrics.jsonl and checkpoints/.
+
+    Raises DataError when no example is short enough, SpctError when training diverges.
+    """
+    from spct_ray.cluster.train import run_ranks
+
+    counts = write_training_file(context, config)
+    context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
+    run_ranks(train_loop, (context, config, resources), resources, context)
+    return {**counts, **summary_of_metrics(context.out)}
+
+
+def train_loop(context: StepContext, config: RftConfig, resources: TrainResources) -> None:
+    """On every rank: load, resume, train, export."""
+    from spct_ray.learn.examples import ExampleFile
+    from spct_ray.learn.fit import fit
+    from spct_ray.learn.sft import sft_loss
+    from spct_ray.learn.trainer import Trainer
+
+    examples = ExampleFile(f"{context.out}/examples.arrow")
+    order = data_order(len(examples), config.batch_size, config.epochs, config.max_steps, context.seed)
+    trainer = Trainer(
+        str(Path(context.inputs["student"]) / "model"),
+        head="lm",
+        optim=config.optim,
+        resources=resources,
+        total_steps=order.num_steps,
+        seed=context.seed,
+    )
+    fit(
+        trainer,
+        examples,
+        order,
+        partial(sft_loss, trainer),
+        out=context.out,
+        micro_tokens=resources.micro_tokens,
+        checkpoint_every=config.checkpoint_every,
+        progress=context.progress,
+    )
+    trainer.export(f"{context.out}/model")
+
+
+def data_order(num_examples: int, batch_size: int, epochs: float, max_steps: int, seed: int) -> Any:
+    """A learn.examples.DataOrder of `max_steps` batches or, when that is 0, of `epochs` passes over the examples."""
+    from spct_ray.learn.examples import DataOrder
+
+    if batch_size < 1 or epochs < 0 or max_steps < 0 or not (epochs or max_steps):
+        raise ConfigError(f"batch_size {batch_size}, epochs {epochs}, max_steps {max_steps}: nothing to train on")
+    num_drawn = max_steps * batch_size if max_steps else max(1, round(epochs * num_examples))
+    return DataOrder(num_examples, num_drawn, batch_size, seed)
+
+
+def write_training_file(context: StepContext, config: RftConfig) -> dict[str, int]:
+    """Tokenise judgements and general instructions into examples.arrow; counts of what was kept and dropped."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    from spct_ray.learn.examples import Example, write_examples
+    from spct_ray.learn.sft import encode_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["student"]) / "model"))
+    path = Path(context.inputs["select"]) / "sft.parquet"
+    judgements = pq.read_table(path, columns=["prompt", "completion"]).to_pylist()
+    general = list(itertools.chain.from_iterable(map(_general_rows, config.general_paths)))
+    random.Random(derive_seed(context.seed, "general")).shuffle(general)
+    general = general[: round(config.general_ratio * len(judgements))]
+    counts: Counter[str] = Counter()
+
+    def kept(kind: str, rows: list[dict[str, Any]]) -> Iterator[Example]:
+        for example in encode_rows(tokenizer, rows, config.max_tokens):
+            counts[kind if example else f"{kind}_too_long"] += 1
+            if example:
+                yield example
+
+    examples = itertools.chain(kept("judgements", judgements), kept("general", general))
+    write_examples(f"{context.out}/examples.arrow", examples)
+    if not counts["judgements"]:
+        raise DataError(
+            f"{path}: none of {len(judgements)} judgements has at most {config.max_tokens} tokens; raise rft.max_tokens"
+        )
+    return dict(counts)
+
+
+def _general_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Rows {prompt, completion} of one file of general instructions. Raises DataError with file and row."""
+    import pyarrow.parquet as pq
+
+    if path.endswith(".parquet"):
+        rows: list[Any] = pq.read_table(path).to_pylist()
+    else:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        yield _as_prompt_and_completion(row, f"{path}, row {number}")
+
+
+def _as_prompt_and_completion(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if row.get("messages"):
+        *prompt, last = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        if not prompt or last["role"] != "assistant":
+            raise DataError(f"{where}: messages must have a prompt and end with an assistant's turn")
+        return {"prompt": prompt, "completion": last["content"]}
+    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
+        raise DataError(f"{where}: needs messages, or prompt and completion as texts; has {sorted(row)}")
+    return {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": row["completion"]}
+
+
+def summary_of_metrics(out: str) -> dict[str, Any]:
+    """Steps, the mean loss of the last tenth of them, and the median speed, from metrics.jsonl."""
+    import statistics
+
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    tail = lines[-max(1, len(lines) // 10) :]
+    return {
+        "steps": len(lines),
+        "loss_last_tenth": statistics.fmean(line["loss"] for line in tail),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+    }
