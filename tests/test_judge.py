@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.errors import RequestError
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.orders import balanced_orders, to_item_order
 from spct_ray.judge.parse import Failure, Scale, parse_scores
@@ -92,6 +95,7 @@ def test_parse_names_truncation():
     assert parse_scores("Analysis: and so", 2, TEN, "length") is Failure.TRUNCATED
     assert parse_scores("\\boxed{3, 4", 2, TEN, "length") is Failure.TRUNCATED
     assert parse_scores("\\boxed{3, 4} and", 2, TEN, "length") == (3, 4)
+    assert parse_scores("\\boxed{3, 4}", 2, TEN, "abort") is Failure.ABORTED
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=8), st.text(max_size=40), st.text(max_size=40))
@@ -283,6 +287,19 @@ def test_shuffling_responses_permutes_scores(order, by_item):
     made = to_trajectory(task, JudgeConfig(), text=text, stop_reason="stop", model="m")
     assert made.scores == tuple(by_item)
     assert made.failure == ""
+
+
+def test_a_refused_request_is_a_named_failure_and_stops_no_other():
+    def answer(request):
+        if "answer 3" in request.messages[0].content:
+            raise RequestError("a prompt of 9000 tokens exceeds 4096")
+        return ["Scores: \\boxed{2, 9}"]
+
+    judge = EngineJudge(ScriptedEngine(answer), JudgeConfig(), "m")
+    tasks = [JudgeTask(item(n), tuple(range(n)), 0, temperature=1.0, seed=n) for n in (2, 4, 2)]
+    made = judge.judge(tasks)
+    assert [(t.failure, t.scores) for t in made] == [("", (2, 9)), ("aborted", ()), ("", (2, 9))]
+    assert "9000 tokens" in made[1].text
 
 
 def test_seeds_are_stable_and_apart():

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from spct_ray.engines.base import Engine, Request, SamplingParams
+from spct_ray.errors import RequestError
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages
 from spct_ray.records import Completion, Trajectory
@@ -38,9 +39,18 @@ class EngineJudge:
         return result
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
-        """One trajectory a task, in order."""
-        completions = self.engine.generate([self._request(task) for task in tasks])
-        return [self._trajectory(task, first) for task, (first, *_) in zip(tasks, completions, strict=True)]
+        """One trajectory a task, in order. A request that the engine refuses is the failure "aborted", with the reason
+        as its text; so one item that is too long does not stop the others. Raises EngineError."""
+        futures = [self.submit(task) for task in tasks]
+        return [self._outcome(task, future) for task, future in zip(tasks, futures, strict=True)]
+
+    def _outcome(self, task: JudgeTask, future: Future[Trajectory]) -> Trajectory:
+        try:
+            return future.result()
+        except RequestError as error:
+            return to_trajectory(
+                task, self.config, text=str(error), stop_reason="abort", model=self.model, guided=self.guided
+            )
 
     def _request(self, task: JudgeTask) -> Request:
         return Request(

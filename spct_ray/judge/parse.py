@@ -14,6 +14,7 @@ class Failure(StrEnum):
 
     NO_BOX = "no_box"  # ended without a complete \boxed{...}
     TRUNCATED = "truncated"  # hit the token limit before the box was complete
+    ABORTED = "aborted"  # the engine refused the request (prompt too long) or gave it up
     NOT_INTEGER = "not_integer"
     WRONG_COUNT = "wrong_count"
     OUT_OF_RANGE = "out_of_range"
@@ -37,6 +38,8 @@ def parse_scores(
 
     Anything else is a Failure: a last box that is not closed hides an earlier one, for the judge meant to go on.
     """
+    if stop_reason == "abort":
+        return Failure.ABORTED
     start = text.rfind("\\boxed{")
     end = text.find("}", start)
     if start < 0 or end < 0:
