@@ -1,6 +1,6 @@
 """Judging at scale on Ray Data: tasks in, trajectories out as Parquet, resumable block by block.
 
-Every task is a row with a unique key. Ray Data's row-level checkpoint notes the keys whose trajectories are on disk (two
+Every task is a row with a unique key. Ray Data's row-level checkpoint notes which keys are on disk (two
 phases, so that a row is written once or not at all), and a second call does only the rest. The judge lives in an actor
 that Ray replaces when it dies; its block is then done again. Leaves out what is judged and why; see `stages`.
 """

@@ -97,7 +97,7 @@ def _spoil(row: Sequence[bool], rng: random.Random) -> list[bool]:
 
 
 def _break_format(text: str, rng: random.Random) -> str:
-    """One of the ways in which models miss the format: no box, a word for a score, one score too few or out of range."""
+    """One way in which models miss the format: no box, a word for a score, one score too many, one out of range."""
     head, _, scores = text.rpartition("\\boxed{")
     numbers = scores.rstrip("}").split(", ")
     return rng.choice(
