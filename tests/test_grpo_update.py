@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.grpo_update import Sample, add_reference, rank_micro_batches, update_policy
 from spct_ray.learn.reference import Reference
-from spct_ray.learn.trainer import OptimConfig, Trainer, TrainResources
+from spct_ray.learn.trainer import Trainer
 from tests.tiny import make_tiny_model
 
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", betas=(0.0, 0.9), grad_clip=0.5, dtype="float32")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from spct_ray.learn.batch import Batch, make_batch
+from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.model import TokenLogprobs, load_model
-from spct_ray.learn.trainer import OptimConfig, Trainer, TrainResources
+from spct_ray.learn.trainer import Trainer
 
 
 class Reference:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from spct_ray.errors import ConfigError, DataError, ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.learn.trainer import OptimConfig, TrainResources
+from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Item
 from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
 
@@ -44,11 +43,11 @@ _PARITY_SEQUENCES = 4
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """Method settings; the defaults are the paper's (27B), or ours where it is silent: see docs of each stage's values.
+    """The paper's values (27B): lr 4e-7, 900 steps, batch 512, G = 4, beta 0.08. The rest is ours.
 
     `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
-    arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after each weight sync.
+    arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after a weight sync.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -59,8 +58,7 @@ class GrpoConfig:
     beta: float = 0.08
     clip: float = 0.2
     tis_cap: float = 2.0
-    max_prompt_tokens: int = 3072
-    max_new_tokens: int = 1008
+    max_prompt_tokens: int = 3000
     parity_tolerance: float = 0.3
     checkpoint_every: int = 10
 
@@ -82,12 +80,12 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
     """
     from spct_ray.cluster.train import run_ranks
 
-    needed = config.max_prompt_tokens + config.max_new_tokens + _ORDER_SLACK
+    needed = config.max_prompt_tokens + config.judge.max_tokens + _ORDER_SLACK
     if needed > resources.engine.max_model_len:
         raise ConfigError(
-            f"max_prompt_tokens {config.max_prompt_tokens} + max_new_tokens {config.max_new_tokens} + {_ORDER_SLACK} "
-            f"= {needed} tokens exceed resources.engine.max_model_len = {resources.engine.max_model_len}: raise that, "
-            "or lower the first two"
+            f"max_prompt_tokens {config.max_prompt_tokens} + judge.max_tokens {config.judge.max_tokens} + "
+            f"{_ORDER_SLACK} = {needed} tokens exceed the engine's max_model_len {resources.engine.max_model_len}: "
+            "raise that, or lower the first two"
         )
     run_ranks(train_loop, (context, config, resources), resources.train, context)
     lines = [json.loads(line) for line in Path(context.out, "metrics.jsonl").read_text().splitlines()]
@@ -98,6 +96,7 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
 def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> None:
     """The method, on every rank; collective throughout."""
     from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
+    from spct_ray.learn.metrics_file import MetricsFile
     from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
 
@@ -116,7 +115,10 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
         metrics = MetricsFile(out / "metrics.jsonl", first) if trainer.rank == 0 else None
         phase = Phases()
         for step in range(first, config.steps):
-            parity = rollouts.sync(step, phase)
+            with phase("sync"):
+                rollouts.push_weights(step)
+            with phase("parity"):
+                parity = rollouts.check_parity(step)
             with phase("rollout"):
                 groups = rollouts.sample(step)
             samples = with_advantages(groups, keep_all=config.beta > 0)
@@ -162,6 +164,7 @@ class Rollouts:
             self._items = fitting_items(context, config, trainer.tokenizer)
             self._pool = EnginePool(model_dir, resources.engine, resources.rollout)
         self._parity_sequences: list[list[int]] = self._from_rank_0(self._choose_parity_sequences)
+        self._trainer_logprobs()  # under ZeRO-3, weights gathered before the first forward pass are not sound
 
     def _choose_parity_sequences(self) -> list[list[int]]:
         """The same few prompts in every step: their log-probs depend on the weights alone."""
@@ -171,25 +174,27 @@ class Rollouts:
             for task in tasks
         ]
 
-    def sync(self, version: int, phase: Phases) -> float:
-        """Give the engines the trainer's weights, and prove it: the largest |dlogp| over the parity prompts.
+    def push_weights(self, version: int) -> None:
+        """Give the engines the trainer's weights. Collective."""
+        from spct_ray.cluster.sync import push_weights
 
-        Collective. Raises ParityError on rank 0 when it exceeds the tolerance.
+        push_weights(self._trainer, self._pool, self._weights_dir, version)
+
+    def check_parity(self, step: int) -> float:
+        """Largest |dlogp| between trainer and engine over the parity prompts (0 on ranks without engines). Collective.
+
+        Raises ParityError on rank 0 when it exceeds the tolerance.
         """
-        from spct_ray.cluster.sync import check_parity, push_weights
+        from spct_ray.cluster.sync import check_parity
 
-        with phase("parity"):  # first: under ZeRO-3 weights can be gathered only after a forward pass
-            trainer_logps = self._trainer_logprobs()
-        with phase("sync"):
-            push_weights(self._trainer, self._pool, self._weights_dir, version)
-        with phase("parity"):
-            if self._pool is None:
-                return 0.0
-            engine_logps = self._pool.prompt_logprobs(self._parity_sequences)
-            try:
-                return check_parity(trainer_logps, engine_logps, self._config.parity_tolerance)
-            except ParityError as error:
-                raise ParityError(f"step {version}: {error}") from error
+        trainer_logps = self._trainer_logprobs()
+        if self._pool is None:
+            return 0.0
+        engine_logps = self._pool.prompt_logprobs(self._parity_sequences)
+        try:
+            return check_parity(trainer_logps, engine_logps, self._config.parity_tolerance)
+        except ParityError as error:
+            raise ParityError(f"step {step}: {error}") from error
 
     def _trainer_logprobs(self) -> list[list[float]]:
         import torch
@@ -208,7 +213,7 @@ class Rollouts:
     def _ask(self, step: int) -> list[list[Rollout]]:
         config = self._config
         tasks = tasks_of_step(self._items, config.prompts_per_step, step, self._seed)
-        requests = [request_of(task, config.judge, config.group_size, config.max_new_tokens) for task in tasks]
+        requests = [request_of(task, config.judge, config.group_size) for task in tasks]
         assert self._pool is not None
         answers = self._pool.generate(requests)
         return [
@@ -293,25 +298,6 @@ class Phases:
             "tokens_per_second": round(tokens / all_seconds, 1),
             "rollout_tokens_per_second": round(tokens / seconds["rollout"], 1),
         }
-
-
-class MetricsFile:
-    """metrics.jsonl, one line a step: opened at `first_step`, it forgets the lines of that and later steps."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line for line in whole if json.loads(line)["step"] < first_step))
-        os.replace(temporary, path)
-
-    def append(self, line: dict[str, float]) -> None:
-        """Write one line through to the disk."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def progress_note(line: dict[str, float]) -> str:
