@@ -74,7 +74,10 @@ class _RemoteMeta:
         self._handle = handle
 
     async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
-        return await _call("meta RM", lambda: self._handle.score.remote(conversations))
+        try:
+            return await _call("meta RM", lambda: self._handle.score.remote(conversations))
+        except RayTaskError as error:  # whatever it was (say, out of memory), the vote can go on without
+            raise EngineError(f"{type(error.cause).__name__}: {error.cause}") from error
 
 
 class _ReplicaDied(EngineError):
@@ -120,19 +123,25 @@ def application(config: ServeConfig) -> Any:
 def serving(config: ServeConfig) -> Iterator[str]:
     """Serve `config` on the connected Ray cluster; yields the URL once all deployments are healthy.
 
-    At the end the application goes, and Ray Serve itself where it was started here. Raises ConfigError when Serve
-    already runs with another address, or already serves an application of ours; EngineError when a model will not load.
+    At the end the application goes, and Ray Serve itself where it was started here; one that ran before keeps its own
+    address. Raises ConfigError when the address is taken or the cluster already serves an application of ours,
+    EngineError when a model will not load.
     """
     resources = config.resources
     found = serve.status()
     if APP_NAME in found.applications:
         raise ConfigError(f"this Ray cluster already serves {APP_NAME!r}; stop that `spct serve` first")
-    serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
     try:
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
+        except RayTaskError as error:
+            raise ConfigError(f"{error.cause} Choose another host or port.") from error
         try:
             serve.run(application(config), name=APP_NAME, route_prefix="/")
         except RuntimeError as error:
-            raise EngineError(f"Ray Serve could not start {config.judge_model}: {error}") from error
+            failed = serve.status().applications[APP_NAME].deployments.items()
+            causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
+            raise EngineError("\n".join([f"Ray Serve could not start {config.judge_model}.", *causes])) from error
         yield f"http://{resources.host}:{resources.port}"
     finally:
         if found.proxies:

@@ -60,28 +60,14 @@ def _value(result: Trajectory | BaseException) -> Trajectory:
 
 
 class LocalMeta:
-    """A meta RM in this process."""
+    """A meta RM in this process, one batch at a time."""
 
     def __init__(self, model_dir: str) -> None:
-        import torch
-        from transformers import AutoTokenizer
+        from spct_ray.learn.meta import MetaScorer  # here, so that a gateway does not load torch
 
-        from spct_ray.chat import encode_example
-        from spct_ray.learn.batch import make_batch
-        from spct_ray.learn.model import LastTokenScore, load_model
-
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = LastTokenScore(load_model(model_dir, "scalar", torch.bfloat16)).eval()
-
-        def score(conversations: Sequence[Sequence[Message]]) -> list[float]:
-            encoded = [encode_example(tokenizer, c[:-1], c[-1].content) for c in conversations]
-            batch = make_batch([ids for ids, _ in encoded], [n for _, n in encoded])
-            with torch.inference_mode():
-                return model(batch.input_ids, batch.attention_mask, batch.loss_mask).tolist()
-
-        self._score = score
+        self._scorer = MetaScorer(model_dir)
         self._lock = asyncio.Lock()
 
     async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         async with self._lock:
-            return await asyncio.to_thread(self._score, conversations)
+            return await asyncio.to_thread(self._scorer.score, conversations)
