@@ -74,7 +74,7 @@ def _graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Ste
     recipe = load(Recipe, config_path, overrides)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(recipe.root):
         raise ConfigError(
-            f"root: {recipe.root!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
+            f"root: {recipe.root!r} is relative, but a submitted job runs in a temporary copy of its directory; "
             "give a path on a disk that all nodes share, e.g. root=/shared/runs/demo"
         )
     return recipe, build_steps(recipe), local_root(recipe.root)
