@@ -18,7 +18,8 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import TrainResources
-from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, report, rft, sample, select, student
+from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, nano, report, rft, sample, select, student
+from spct_ray.stages.sample import SampleConfig, SamplerConfig
 
 Inputs = dict[str, str]
 
@@ -28,6 +29,7 @@ class Resources:
     """Where each step runs. Steps that are not named here need one process and nothing else."""
 
     cluster: ClusterResources = field(default_factory=ClusterResources)
+    student: TrainResources = field(default_factory=TrainResources)  # of a nano student's pretraining
     sample: SamplingResources = field(default_factory=SamplingResources)
     rft: TrainResources = field(default_factory=TrainResources)
     grpo: grpo.GrpoResources = field(default_factory=grpo.GrpoResources)
@@ -40,18 +42,19 @@ class Resources:
 @dataclass(frozen=True)
 class Recipe:
     """One run. `judge` is the prompt of every stage; `rounds` repeats sampling, selection and RFT with the current
-    student as sampler (one round is the paper's)."""
+    student as sampler (one round is the paper's). With `nano`, the student is made from nothing, not from `student`."""
 
     root: str
     seed: int = 1
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     items: items.ItemsConfig = field(default_factory=items.ItemsConfig)
     student: student.StudentConfig = field(default_factory=student.StudentConfig)
-    sample: sample.SampleConfig = field(default_factory=sample.SampleConfig)
+    nano: nano.NanoStudentConfig | None = None
+    sample: SampleConfig = field(default_factory=SampleConfig)
     rounds: int = 1
     rft: rft.RftConfig = field(default_factory=rft.RftConfig)
     grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
-    onpolicy: sample.SampleConfig = field(default_factory=lambda: sample.SampleConfig(num_hinted=0))
+    onpolicy: SampleConfig = field(default_factory=lambda: SampleConfig(num_hinted=0))
     meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
@@ -81,11 +84,13 @@ def build_steps(recipe: Recipe) -> list[Step]:
         benchmarks=tuple(map(with_content, recipe.items.benchmarks)),
     )
     add("items", items, data, items.ItemsResources(), one, {})
-    student_inputs = {"items": "items"} if recipe.student.source == "nano" else {}
-    judge = add("student", student, recipe.student, student.StudentResources(), one, student_inputs)
+    if recipe.nano:
+        judge = add("student", nano, recipe.nano, where.student, _training(where.student), {"items": "items"})
+    else:
+        judge = add("student", student, recipe.student, student.StudentResources(), one, {})
     for number in range(1, recipe.rounds + 1):
         end = "" if number == 1 else f"_{number}"
-        config = recipe.sample if number == 1 else replace(recipe.sample, sampler=sample.SamplerConfig("student"))
+        config = recipe.sample if number == 1 else replace(recipe.sample, sampler=SamplerConfig("student"))
         inputs = {"items": "items"} | ({"judge": judge} if config.sampler.kind == "student" else {})
         sampled = add(f"sample{end}", sample, config, where.sample, _sampling(where.sample), inputs)
         chosen = {"items": "items", "sample": sampled}

@@ -1,7 +1,7 @@
 """The student: the model that becomes the judge, put into one directory (safetensors, tokenizer, chat template).
 
-Three sources: `nano` is initialised here, tokenizer included, from the built-in set; `hub` is a Hugging Face id or a
-directory; `package` is a Python package that carries a GGUF file, for machines that reach an index but no hub.
+Two sources: `hub` is a Hugging Face id or a directory; `package` is a Python package that carries a GGUF file, for
+machines that reach an index but no hub. A student made from nothing is `stages.nano`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spct_ray.data.program import ProgramConfig, ProgramJudge
-from spct_ray.data.store import read_items
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
-from spct_ray.judge.judge import JudgeTask
-from spct_ray.judge.prompt import JudgeConfig, judge_messages
-from spct_ray.learn.nano import NanoConfig, write_nano
 
 VERSION = 1
-TOKENIZER_ITEMS = 2000  # items whose prompts and judgements the nano tokenizer is trained on
 
 
 @dataclass(frozen=True)
@@ -37,11 +30,9 @@ class StudentConfig:
     that has none (the paper starts from Gemma-2-27B, not -it).
     """
 
-    source: Literal["nano", "hub", "package"] = "hub"
+    source: Literal["hub", "package"] = "hub"
     model: str = ""
     chat_template_from: str = ""
-    nano: NanoConfig = field(default_factory=NanoConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)  # nano: the tokenizer learns this prompt
 
 
 @dataclass(frozen=True)
@@ -54,31 +45,18 @@ def run(context: StepContext, config: StudentConfig, _: StudentResources) -> dic
     model = Path(context.out) / "model"
     with tempfile.TemporaryDirectory(dir=context.out) as scratch:
         fresh = Path(scratch) / "model"
-        if config.source == "nano":
-            texts = _texts(Path(context.inputs["items"]) / "train.parquet", config.judge)
-            num_weights = write_nano(str(fresh), config.nano, texts, context.seed)
-            context.log(f"nano judge with {num_weights / 1e6:.2f} M weights, initialised at random")
-        else:
-            if not config.model:
-                raise ConfigError(f"student.source is {config.source}, but student.model is empty")
-            fetch = _from_package if config.source == "package" else _from_hub
-            fetch(config.model, fresh)
-            if config.chat_template_from:
-                from transformers import AutoTokenizer
+        if not config.model:
+            raise ConfigError(f"student.source is {config.source}, but student.model is empty")
+        fetch = _from_package if config.source == "package" else _from_hub
+        fetch(config.model, fresh)
+        if config.chat_template_from:
+            from transformers import AutoTokenizer
 
-                AutoTokenizer.from_pretrained(config.chat_template_from).save_pretrained(fresh)
+            AutoTokenizer.from_pretrained(config.chat_template_from).save_pretrained(fresh)
         _check(fresh, config)
         shutil.rmtree(model, ignore_errors=True)
         fresh.rename(model)
     return {"bytes": sum(f.stat().st_size for f in model.iterdir())}
-
-
-def _texts(path: Path, judge: JudgeConfig) -> Iterator[str]:
-    program = ProgramJudge(ProgramConfig(verdict_error=0, format_error=0), judge)
-    for item in read_items(str(path))[:TOKENIZER_ITEMS]:
-        order = tuple(range(len(item.responses)))
-        yield judge_messages(item, order, judge)[0].content
-        yield program.judge([JudgeTask(item, order, 0, 1.0, 0)])[0].text
 
 
 def _from_hub(model: str, target: Path) -> None:
