@@ -1,0 +1,272 @@
+"""Training without DeepSpeed: batches, log-probs and scores against plain transformers, schedules, files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_tiny_model, make_tiny_tokenizer
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from spct_ray.errors import ConfigError, DataError
+from spct_ray.learn import checkpoint
+from spct_ray.learn import model as learn_model
+from spct_ray.learn.batch import make_batch, plan_micro_batches, share_of_rank
+from spct_ray.learn.checkpoint import Fragment
+from spct_ray.learn.config import OptimConfig, learning_rate
+from spct_ray.learn.examples import DataOrder, Example, ExampleFile, write_examples
+from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
+from spct_ray.learn.metrics_file import MetricsFile
+from spct_ray.learn.model import LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.sft import encode_rows
+from spct_ray.records import Message
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 120))
+def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths: list[int], micro_tokens: int) -> None:
+    plan = plan_micro_batches(lengths, micro_tokens)
+    assert sorted(itertools.chain.from_iterable(plan)) == list(range(len(lengths)))
+    for indices in plan:
+        padded = len(indices) * max(lengths[i] for i in indices)
+        assert padded <= micro_tokens or len(indices) == 1
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_ranks_share_every_sequence_once_and_about_equally(lengths: list[int], world_size: int) -> None:
+    shares = [share_of_rank(lengths, rank, world_size) for rank in range(world_size)]
+    assert sorted(itertools.chain.from_iterable(shares)) == list(range(len(lengths)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    work = [sum(lengths[i] for i in share) for share in shares]
+    assert max(work) - min(work) <= max(lengths)
+
+
+def test_loss_mask_marks_the_tokens_after_the_prompt() -> None:
+    batch = make_batch([[1, 2, 3, 4, 5], [6, 7]], [3, 1])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
+    predicted = [[int(t) for t in row[1:][mask]] for row, mask in zip(batch.input_ids, batch.loss_mask, strict=True)]
+    assert predicted == [[4, 5], [7]]
+    assert batch.attention_mask.sum(-1).tolist() == [5, 2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = str(tmp_path_factory.mktemp("tiny") / "model")
+    make_tiny_model(directory, hidden=32, layers=1)
+    return directory
+
+
+SEQUENCES = [[5, 9, 11, 200, 3, 40], [7, 8, 9], [30, 31, 32, 33, 34, 35, 36, 37, 38]]
+PROMPTS = [2, 1, 4]
+
+
+def reference_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([ids])).logits[0].double()
+    return torch.stack([logits[t].log_softmax(-1)[ids[t + 1]] for t in range(len(ids) - 1)])
+
+
+@pytest.mark.parametrize("max_logits", [1 << 26, 384 * 2])
+def test_logprobs_and_gradients_equal_plain_transformers(
+    tiny: str, max_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learn_model, "_MAX_LOGITS", max_logits)
+    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32))
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    batch = make_batch(SEQUENCES, PROMPTS)
+    logp_BT = policy(batch.input_ids, batch.attention_mask, batch.loss_mask)
+    total = torch.zeros((), dtype=torch.double)
+    for row, (ids, prompt) in enumerate(zip(SEQUENCES, PROMPTS, strict=True)):
+        expected = reference_logprobs(plain, ids)[prompt - 1 :]
+        torch.testing.assert_close(logp_BT[row, prompt - 1 : len(ids) - 1].double(), expected, atol=1e-5, rtol=0)
+        assert not logp_BT[row, : prompt - 1].any()
+        assert not logp_BT[row, len(ids) - 1 :].any()
+        total = total + expected.sum()
+    logp_BT.sum().backward()
+    total.backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=2e-5, rtol=1e-4)
+
+
+def test_logprobs_of_nothing_still_reach_every_weight(tiny: str) -> None:
+    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32))
+    batch = make_batch([[5, 6, 7]], [3])
+    policy(batch.input_ids, batch.attention_mask, batch.loss_mask).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def test_gemma_2_keeps_both_of_its_soft_caps(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=1.0,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    policy = TokenLogprobs(load_model(str(tmp_path), "lm", torch.float32))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    ids = [3, 50, 7, 80, 12, 9]
+    batch = make_batch([ids, ids[:3]], [1, 1])
+    logp_BT = policy(batch.input_ids, batch.attention_mask, batch.loss_mask)
+    torch.testing.assert_close(logp_BT[0].double(), reference_logprobs(plain, ids), atol=1e-5, rtol=0)
+    assert policy.model.config._attn_implementation == "eager"
+
+
+def test_models_that_scale_their_logits_are_refused(tmp_path: Path) -> None:
+    GraniteForCausalLM(
+        GraniteConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+                      num_key_value_heads=1, logits_scaling=8.0)
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ConfigError, match="logits_scaling"):
+        load_model(str(tmp_path), "lm", torch.float32)
+
+
+def test_score_is_read_at_the_last_real_token_also_where_it_looks_like_padding(tiny: str) -> None:
+    module = LastTokenScore(load_model(tiny, "scalar", torch.float32))
+    module.model.score.weight.data.normal_()
+    sequences = [[5, 9, 0, 0], [7, 8, 9, 10, 11, 12], [3]]
+    batch = make_batch(sequences, [1, 1, 1])
+    scores_B = module(batch.input_ids, batch.attention_mask, batch.loss_mask)
+    for score, ids in zip(scores_B, sequences, strict=True):
+        hidden_TH = module.model.base_model(torch.tensor([ids])).last_hidden_state[0]
+        torch.testing.assert_close(score, hidden_TH[-1] @ module.model.score.weight[0], atol=1e-5, rtol=1e-5)
+
+
+def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = load_model(tiny, "scalar", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    talks = [(Message("user", f"Score {i}"), Message("assistant", "Analysis: " + "good " * i)) for i in range(6)]
+    together = score_judgements(str(tmp_path), talks)
+    alone = MetaScorer(str(tmp_path), micro_tokens=1)
+    assert together == pytest.approx([alone.score([talk])[0] for talk in talks], abs=0.02)
+    ids = encode_judgement(tokenizer, talks[2])
+    assert tokenizer.decode(ids).endswith("Analysis: good good <|im_end|>")
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    cosine = OptimConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(cosine, s, 12) for s in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
+    assert learning_rate(cosine, 6, 12) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+    linear = OptimConfig(lr=2.0, schedule="linear")
+    assert [learning_rate(linear, s, 4) for s in range(5)] == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+    assert learning_rate(OptimConfig(lr=3.0, schedule="constant"), 99, 10) == 3.0
+
+
+@given(st.integers(1, 30), st.integers(1, 90), st.integers(1, 12), st.integers(0, 3))
+def test_every_epoch_draws_every_example_once(num: int, drawn: int, batch_size: int, seed: int) -> None:
+    order = DataOrder(num, drawn, batch_size, seed)
+    batches = [order.batch(step) for step in range(order.num_steps)]
+    stream = list(itertools.chain.from_iterable(batches))
+    assert len(stream) == drawn
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    for start in range(0, drawn - num + 1, num):
+        assert sorted(stream[start : start + num]) == list(range(num))
+    assert max(Counter(stream).values()) == -(-drawn // num)
+
+
+def test_epochs_and_seeds_differ_in_order() -> None:
+    order = DataOrder(50, 150, 50, 0)
+    assert len({tuple(o.batch(step)) for o in (order, DataOrder(50, 150, 50, 1)) for step in range(3)}) == 6
+
+
+def test_examples_come_back_from_disk(tmp_path: Path) -> None:
+    examples = [Example(list(range(n)), n // 2, float(n % 2)) for n in range(2, 60)]
+    path = str(tmp_path / "examples.arrow")
+    assert write_examples(path, iter(examples)) == len(examples)
+    file = ExampleFile(path)
+    assert [file[i] for i in range(len(file))] == examples
+    assert file.lengths == [len(e.ids) for e in examples]
+
+
+def test_over_long_examples_are_named_not_cut() -> None:
+    tokenizer = make_tiny_tokenizer()
+    rows = [{"prompt": [{"role": "user", "content": "Hi"}], "completion": "word " * n} for n in (1, 300)]
+    short, long = encode_rows(tokenizer, rows, 64)
+    assert long is None
+    assert short is not None
+    assert tokenizer.decode(short.ids[short.prompt_length :]) == "word <|im_end|>"
+
+
+def test_metrics_file_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.5}\n{"step": 2, "lo')
+    file = MetricsFile(path, 1)
+    file.append({"step": 1, "loss": 1.4})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "loss": 2.0},
+        {"step": 1, "loss": 1.4},
+    ]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        file.append({"step": 2, "loss": math.nan})
+
+
+def split_fragments(values: dict[str, torch.Tensor], cuts: list[float], rank: int) -> list[Fragment]:
+    """Each parameter cut at the same shares of its length; rank r owns the r-th piece."""
+    found = []
+    for name, flat in values.items():
+        bounds = [0, *sorted(int(c * len(flat)) for c in cuts), len(flat)]
+        low, high = bounds[rank], bounds[rank + 1]
+        if low < high:
+            found.append(Fragment(name, low, dict.fromkeys(checkpoint.KINDS, flat[low:high])))
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=4), st.lists(st.floats(0, 1), max_size=4))
+def test_checkpoint_is_read_under_any_other_partitioning(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[float], other_cuts: list[float]
+) -> None:
+    directory = str(tmp_path_factory.mktemp("checkpoint"))
+    values = {"a.weight": torch.randn(37), "b.weight": torch.randn(5)}
+    path = checkpoint.checkpoint_dir(directory, 3)
+    for rank in range(len(cuts) + 1):
+        checkpoint.write_fragments(path, rank, iter(split_fragments(values, cuts, rank)))
+    assert checkpoint.newest_step(directory) is None
+    checkpoint.complete(directory, 3, {"state": {"x": 1}})
+    content = checkpoint.read_content(path)
+    restored = {name: torch.zeros_like(value) for name, value in values.items()}
+    for rank in range(len(other_cuts) + 1):
+        checkpoint.read_fragments(path, content["files"], iter(split_fragments(restored, other_cuts, rank)))
+    assert content["state"] == {"x": 1}
+    assert all(torch.equal(restored[name], value) for name, value in values.items())
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.checkpoint_dir(str(tmp_path), 1)
+    checkpoint.write_fragments(path, 0, iter(split_fragments({"a": torch.randn(4)}, [], 0)))
+    checkpoint.complete(str(tmp_path), 1, {})
+    files = checkpoint.read_content(path)["files"]
+    with pytest.raises(DataError, match="a has 4 of the 6 elements"):
+        checkpoint.read_fragments(path, files, iter(split_fragments({"a": torch.zeros(6)}, [], 0)))
+
+
+def test_newest_two_checkpoints_are_kept_and_half_written_ones_never_count(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        path = checkpoint.checkpoint_dir(str(tmp_path), step)
+        checkpoint.write_fragments(path, 0, iter(split_fragments({"a": torch.randn(4)}, [], 0)))
+        checkpoint.complete(str(tmp_path), step, {})
+    checkpoint.write_fragments(
+        checkpoint.checkpoint_dir(str(tmp_path), 4), 0, iter(split_fragments({"a": torch.randn(4)}, [], 0))
+    )
+    assert checkpoint.newest_step(str(tmp_path)) == 3
+    checkpoint.remove_incomplete(str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
