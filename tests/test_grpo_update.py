@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_tiny_model
 
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.grpo_update import Sample, add_reference, rank_micro_batches, update_policy
 from spct_ray.learn.reference import Reference
 from spct_ray.learn.trainer import Trainer
-from tests.tiny import make_tiny_model
 
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", betas=(0.0, 0.9), grad_clip=0.5, dtype="float32")
 BETA, CLIP, CAP, NUM_SEQUENCES = 0.3, 0.2, 1.1, 8
@@ -110,11 +110,10 @@ def test_updates_equal_plain_torch_for_any_micro_batches(model_dir: str, tmp_pat
 @pytest.mark.timeout(300)
 def test_two_ranks_of_zero_3_equal_plain_torch(model_dir: str, tmp_path: Path) -> None:
     command = [sys.executable, __file__, model_dir, str(tmp_path / "policy"), str(tmp_path / "store")]
-    root = str(Path(__file__).parent.parent)
     processes = [
         subprocess.Popen(
             [*command, str(rank)],
-            env={**os.environ, "PYTHONPATH": root, "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"},
+            env={**os.environ, "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
