@@ -16,7 +16,7 @@ from spct_ray.serve.client import JudgeClient, ServerError
 from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
 from tests.tiny import make_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OK = {"messages": [{"role": "user", "content": "Name a prime."}], "responses": ["4", "7"]}
 MAX_MODEL_LEN = 1024
