@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,31 @@ from spct_ray.graph.step import StepContext
 from spct_ray.graph.worker import execute
 
 pytestmark = pytest.mark.slow
+StartDriver = Callable[..., subprocess.Popen[str]]
 
 
-def start_driver(root: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "graph_toys", str(root), *arguments],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start_driver() -> Iterator[StartDriver]:
+    """Starts drivers; ends those that a failed test leaves behind (their Ray ends with them)."""
+    drivers = []
+
+    def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "graph_toys", str(root), *arguments],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        drivers.append(driver)
+        return driver
+
+    yield start
+    for driver in drivers:
+        driver.kill()
+        driver.communicate()
 
 
 def finish(driver: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -70,7 +84,9 @@ def calls(root: Path) -> Counter[str]:
     ("victim", "number"),
     [("worker", signal.SIGKILL), ("raylet", signal.SIGKILL), ("driver", signal.SIGKILL), ("driver", signal.SIGTERM)],
 )
-def test_killed_in_mid_step_the_same_command_goes_on(tmp_path: Path, victim: str, number: signal.Signals) -> None:
+def test_killed_in_mid_step_the_same_command_goes_on(
+    tmp_path: Path, start_driver: StartDriver, victim: str, number: signal.Signals
+) -> None:
     root = tmp_path / "run"
     driver = start_driver(root)
     pids = {**reached(root, driver), "driver": driver.pid}
@@ -105,7 +121,7 @@ def test_killed_in_mid_step_the_same_command_goes_on(tmp_path: Path, victim: str
     assert calls(root)["total call"] == 1
 
 
-def test_second_driver_on_one_root_waits_and_says_for_whom(tmp_path: Path) -> None:
+def test_second_driver_on_one_root_waits_and_says_for_whom(tmp_path: Path, start_driver: StartDriver) -> None:
     root = tmp_path / "run"
     first = start_driver(root)
     reached(root, first)
@@ -120,7 +136,9 @@ def test_second_driver_on_one_root_waits_and_says_for_whom(tmp_path: Path) -> No
     assert max(calls(root).values()) == 1
 
 
-def test_failing_step_lets_others_finish_and_its_error_says_what_to_do(tmp_path: Path) -> None:
+def test_failing_step_lets_others_finish_and_its_error_says_what_to_do(
+    tmp_path: Path, start_driver: StartDriver
+) -> None:
     root = tmp_path / "run"
     driver = start_driver(root, "fail")
     reached(root, driver)
