@@ -66,7 +66,9 @@ class Item(Record):
     facts: str = ""  # JSON that the source keeps for itself (the built-in set: its constraints)
 
     def __post_init__(self) -> None:  # rows read from Parquet carry messages as dicts
-        object.__setattr__(self, "messages", tuple(m if isinstance(m, Message) else Message(**m) for m in self.messages))
+        object.__setattr__(
+            self, "messages", tuple(m if isinstance(m, Message) else Message(**m) for m in self.messages)
+        )
 
     @property
     def best(self) -> int:

@@ -1,0 +1,51 @@
+"""The commands that README and docs show exist: make targets, subcommands with their arguments, files."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"^\$? ?((?:\.venv/bin/)?(?:make|spct|ray job submit)\b[^\n]*)$", re.MULTILINE)
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), re.DOTALL):
+            found += [line.split("  #")[0].split(" #")[0].strip() for line in COMMAND.findall(block)]
+    return sorted(set(found))
+
+
+def test_there_are_commands_to_check():
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_of_the_docs_is_one(command):
+    words = shlex.split(command.replace("[key=value ...]", ""))
+    if words[0] == "make":
+        run = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+    elif words[0] == "ray":
+        script, *arguments = words[words.index("python") + 1 :]
+        assert (ROOT / script).is_file()
+        assert all((ROOT / word).exists() for word in arguments if word.startswith("conf/"))
+    else:
+        from spct_ray.cli import _parser
+
+        parsed = _parser().parse_args(words[1:])
+        assert callable(parsed.handler)
+        for word in words[2:]:
+            assert (ROOT / word).is_file() or not word.startswith("conf/"), f"{word} does not exist"
+
+
+def test_every_file_that_the_readme_links_or_lists_exists():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+    for folder in re.findall(r"^  (\w+/)  ", text, re.MULTILINE):
+        assert (ROOT / "spct_ray" / folder).is_dir(), folder
