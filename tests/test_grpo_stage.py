@@ -70,6 +70,7 @@ def make_inputs(root: Path) -> None:
     ]
     batch = make_batch([ids for ids, _ in examples], [length for _, length in examples])
     targets = batch.input_ids[:, 1:].masked_fill(~batch.loss_mask, -100)
+    torch.set_num_threads(1)  # as in the stage; more only wait for each other on a busy machine
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         logits = model(batch.input_ids, batch.attention_mask).logits[:, :-1]
@@ -121,11 +122,11 @@ def descendants(driver: subprocess.Popen[str], title: str) -> list[psutil.Proces
 
 
 def wait_for_steps(root: Path, driver: subprocess.Popen[str], num_steps: int) -> None:
-    wait_until(lambda: len(read_metrics(root)) >= num_steps or driver.poll() is not None, seconds=600)
+    wait_until(lambda: len(read_metrics(root)) >= num_steps or driver.poll() is not None, seconds=1500)
     assert driver.poll() is None, (root / "driver.log").read_text()[-5000:]
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) -> None:
     driver = start_driver(root)
     wait_for_steps(root, driver, 5)
@@ -140,7 +141,7 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
     psutil.wait_procs(orphans, timeout=120)
     assert not any(process.is_running() for process in orphans)
     driver = start_driver(root)
-    assert driver.wait(timeout=900) == 0, (root / "driver.log").read_text()[-5000:]
+    assert driver.wait(timeout=1500) == 0, (root / "driver.log").read_text()[-5000:]
 
     metrics = read_metrics(root)
     assert [line["step"] for line in metrics] == list(range(NUM_STEPS))
@@ -168,7 +169,7 @@ def rollouts(root: Path, tmp_path: Path) -> Iterator[Rollouts]:
         rollouts.close()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_parity_gate_fires_on_stale_weights_and_a_step_can_be_asked_again(rollouts: Rollouts) -> None:
     trainer = rollouts._trainer
     rollouts.push_weights(0)
