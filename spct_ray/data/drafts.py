@@ -17,6 +17,7 @@ from spct_ray.data.words import ADJECTIVES, KEYS, NOUNS, NUMBER_WORDS, OPENERS, 
 
 MARKS = (".", "!", "?")
 MIN_WORDS, MAX_WORDS = 8, 13  # of the first sentence with its opener; its core needs 8, see `_sentence`
+USUAL_WORDS = 10  # at most so many where no constraint counts them: short texts are quick to judge
 
 Word = tuple[str, str]  # (role, word): role "adj", "noun", "verb", "prep", "adv", "topic" or "the"
 Case = str  # "sentence", "lower", "upper", or "one_upper" / "one_lower": all but one word
@@ -57,7 +58,7 @@ def vary(draft: Draft, taken: frozenset[str], rng: Random) -> Draft:
     if rng.random() < 0.35:
         new.opener = rng.choice(OPENERS)
     num_words = len(new.parts[0]) + 1 + rng.choice((-1, 0, 1))
-    _resize(new.parts[0], min(MAX_WORDS, max(MIN_WORDS, num_words)) - 1, rng)
+    _resize(new.parts[0], min(USUAL_WORDS, max(MIN_WORDS, num_words)) - 1, rng)
     _style(new, taken, rng, 0.25)
     return new
 
@@ -93,7 +94,7 @@ def _sentence(topic: str, rng: Random) -> list[Word]:
     """The core of 7 words (8 with the opener) with 0 to 5 optional ones."""
     subject, place = [("the", "the"), _pick("noun", rng)], [("the", "the"), ("topic", topic), _pick("noun", rng)]
     part = [*subject, _pick("verb", rng), _pick("prep", rng), *place]
-    _resize(part, rng.randint(MIN_WORDS, MAX_WORDS) - 1, rng)
+    _resize(part, rng.randint(MIN_WORDS, USUAL_WORDS) - 1, rng)
     return part
 
 

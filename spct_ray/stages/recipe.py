@@ -29,7 +29,6 @@ class Resources:
     """Where each step runs. Steps that are not named here need one process and nothing else."""
 
     cluster: ClusterResources = field(default_factory=ClusterResources)
-    student: TrainResources = field(default_factory=TrainResources)  # of a nano student's pretraining
     sample: SamplingResources = field(default_factory=SamplingResources)
     rft: TrainResources = field(default_factory=TrainResources)
     grpo: grpo.GrpoResources = field(default_factory=grpo.GrpoResources)
@@ -85,7 +84,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
     )
     add("items", items, data, items.ItemsResources(), one, {})
     if recipe.nano:
-        judge = add("student", nano, recipe.nano, where.student, _training(where.student), {"items": "items"})
+        judge = add("student", nano, recipe.nano, nano.NanoStudentResources(), one, {"items": "items"})
     else:
         judge = add("student", student, recipe.student, student.StudentResources(), one, {})
     for number in range(1, recipe.rounds + 1):
