@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,16 +51,16 @@ def test_every_epoch_shows_every_item_once(num_items: int, num_prompts: int, see
 def test_a_step_depends_on_seed_and_number_only() -> None:
     items = [make_item(i, num_responses=2 + 2 * (i % 2)) for i in range(30)]
     program = (
-        "from test_grpo_rollouts import make_item; from spct_ray.stages.rollouts import tasks_of_step\n"
-        "items = [make_item(i, num_responses=2 + 2 * (i % 2)) for i in range(30)]\n"
+        "import json, sys; from spct_ray.records import Item; from spct_ray.stages.rollouts import tasks_of_step\n"
+        "items = [Item.from_row(row) for row in json.load(sys.stdin)]\n"
         "print([t.to_row() for t in tasks_of_step(items, 8, 5, 3)])"
     )
     other = subprocess.run(
         [sys.executable, "-c", program],
+        input=json.dumps([item.to_row() for item in items]),
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parent,
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert other.stdout.strip() == str([t.to_row() for t in tasks_of_step(items, 8, 5, 3)])
@@ -93,7 +94,7 @@ def test_outcome_is_eq_10_in_the_items_order(
     rollout = judged(make_item(1), order, f"Scores: \\boxed{{{shown}}}")
     assert rollout.outcome == outcome
     assert rollout.reward == (1 if outcome == "correct" else -1)
-    assert (rollout.token_ids, rollout.num_prompt_tokens) == ((7, 8, 9, 1, 2), 3)
+    assert (rollout.token_ids, rollout.num_prompt_tokens, rollout.weight_version) == ((7, 8, 9, 1, 2), 3, 5)
 
 
 def test_a_tie_among_the_others_above_the_best_is_wrong_and_not_tied() -> None:
@@ -116,12 +117,12 @@ def test_failures_keep_their_name_and_single_responses_are_right_or_wrong(item: 
 
 def judged(item: Item, order: tuple[int, ...], text: str) -> Rollout:
     task = tasks_of_step([item], 1, 0, 0)[0]
-    completion = Completion(text, (1, 2), (-0.5, -0.25), "stop", (7, 8, 9), 0, 3, 2)
+    completion = Completion(text, (1, 2), (-0.5, -0.25), "stop", (7, 8, 9), 5, 3, 2)
     return to_rollout(type(task)(item, order, 0, 1.0, 0), JUDGE, completion)
 
 
-def make_rollout(outcome: str, num_tokens: int = 2, stop_reason: str = "stop") -> Rollout:
-    return Rollout((5,) * (3 + num_tokens), 3, (-1.0,) * num_tokens, outcome, stop_reason)  # type: ignore[arg-type]
+def make_rollout(outcome: str, num_tokens: int = 2, stop_reason: str = "stop", version: int = 8) -> Rollout:
+    return Rollout((5,) * (3 + num_tokens), 3, (-1.0,) * num_tokens, outcome, stop_reason, version)  # type: ignore[arg-type]
 
 
 def test_metrics_of_a_step_counted_by_hand() -> None:
@@ -129,7 +130,7 @@ def test_metrics_of_a_step_counted_by_hand() -> None:
         [make_rollout("correct"), make_rollout("tied")],
         [make_rollout("wrong"), make_rollout("truncated", num_tokens=10, stop_reason="length")],
         [make_rollout("correct"), make_rollout("correct")],
-        [make_rollout("no_box"), make_rollout("correct")],
+        [make_rollout("no_box", version=7), make_rollout("correct")],
     ]
     metrics = rollout_metrics(groups)
     assert metrics["reward"] == 0.0
@@ -144,6 +145,7 @@ def test_metrics_of_a_step_counted_by_hand() -> None:
     }
     assert (metrics["zero_signal_groups"], metrics["truncated"]) == (2 / 4, 1 / 8)
     assert (metrics["completion_tokens_mean"], metrics["completion_tokens_max"]) == (3.0, 10)
+    assert metrics["weight_version"] == 7
 
 
 def test_samples_without_signal_are_left_out_only_where_they_have_no_gradient() -> None:

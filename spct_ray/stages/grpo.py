@@ -138,7 +138,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                     num_sequences=sum(map(len, groups)),
                 )
             if metrics is not None:
-                line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity, "weight_version": step}
+                line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
                 metrics.append({**line, **phase.finish_step(groups)})
                 context.progress(step + 1, config.steps, "steps", progress_note(line))
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:

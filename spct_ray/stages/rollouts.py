@@ -37,6 +37,7 @@ class Rollout(Record):
     engine_logprobs: tuple[float, ...]  # of the completion's tokens
     outcome: str
     stop_reason: StopReason
+    weight_version: int
 
     @property
     def reward(self) -> float:
@@ -78,6 +79,7 @@ def to_rollout(task: JudgeTask, judge: JudgeConfig, completion: Completion) -> R
         engine_logprobs=completion.logprobs,
         outcome=outcome_of(trajectory, task.item),
         stop_reason=completion.stop_reason,
+        weight_version=completion.weight_version,
     )
 
 
@@ -93,7 +95,10 @@ def outcome_of(trajectory: Trajectory, item: Item) -> str:
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Reward, share of each outcome (every one is always listed), groups without signal, lengths in tokens."""
+    """Reward, share of each outcome (every one is always listed), groups without signal, lengths in tokens.
+
+    `weight_version` is the oldest that a sample was made with; a synchronous loop has the step's number here.
+    """
     rollouts = [rollout for group in groups for rollout in group]
     outcomes = Counter(rollout.outcome for rollout in rollouts)
     completion_tokens = [len(rollout.engine_logprobs) for rollout in rollouts]
@@ -107,4 +112,5 @@ def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "prompt_tokens_mean": statistics.fmean(rollout.num_prompt_tokens for rollout in rollouts),
         "completion_tokens_mean": statistics.fmean(completion_tokens),
         "completion_tokens_max": max(completion_tokens),
+        "weight_version": min(rollout.weight_version for rollout in rollouts),
     }
