@@ -32,7 +32,7 @@ class TrainResources:
 
     num_workers: int = 1
     cpus_per_worker: float = 1
-    gpus_per_worker: int = 0
+    gpus_per_worker: float = 0
     zero_stage: Literal[1, 2, 3] = 1
     offload_optimizer: bool = False
     micro_tokens: int = 4096
