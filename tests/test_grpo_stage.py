@@ -148,7 +148,7 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
     assert [line["weight_version"] for line in metrics] == list(range(NUM_STEPS))
     assert metrics[0]["kl"] == 0.0
     assert all(line["kl"] > 0.0 and line["parity"] < 0.01 and line["prob_diff_max"] < 0.01 for line in metrics[1:])
-    assert statistics.fmean(line["reward"] for line in metrics[:5]) < 0.5
+    assert metrics[0]["reward"] < 0.5
     assert statistics.fmean(line["reward"] for line in metrics[-5:]) > 0.9
     log = (root / "log").read_text()
     assert f"{NUM_STEPS}/{NUM_STEPS} steps" in log
