@@ -85,11 +85,21 @@ def _find(text: str, value: Value) -> str:
 
 
 def _first_with(text: str, wanted: Callable[[str], bool], name: str) -> str:
-    return next((f'{name} "{token}"' for token in text.split() if wanted(token)), f"no {name}")
+    return next((f"{name} {character}" for character in text if wanted(character)), f"no {name}")
 
 
-def _has_digit(text: str) -> bool:
-    return re.search("[0-9]", text) is not None
+def _is_digit(character: str) -> bool:
+    return character in "0123456789"
+
+
+def _start_marks(text: str) -> str:
+    found = re.match(r"[^\w\s]+", text)
+    return found.group() if found else "a word"
+
+
+def _end_marks(text: str) -> str:
+    found = re.search(r"[^\w\s]+$", text)
+    return found.group() if found else "a word"
 
 
 def _ends(text: str) -> str:
@@ -240,15 +250,15 @@ KINDS: dict[str, Kind] = {
         _slots("comma"),
         _NONE,
         lambda text, _: "," not in text,
-        lambda text, _: _first_with(text, lambda token: "," in token, "comma"),
+        lambda text, _: _first_with(text, lambda c: c == ",", "comma"),
     ),
     "number": Kind(
         ("Include a number written in digits.", "Use at least one number in digits."),
         "a number in digits",
         _slots("digits"),
         _NONE,
-        lambda text, _: _has_digit(text),
-        lambda text, _: _first_with(text, _has_digit, "digits"),
+        lambda text, _: any(map(_is_digit, text)),
+        lambda text, _: _first_with(text, _is_digit, "digit"),
     ),
     "end_mark": Kind(
         ("The last character must be {value}", "End the whole answer with this mark: {value}"),
@@ -256,7 +266,7 @@ KINDS: dict[str, Kind] = {
         _slots("end"),
         _MARKS,
         lambda text, value: text.endswith(str(value)),
-        lambda text, _: f"ends {_tokens(text)[-1]}",
+        lambda text, _: f"ends in {_end_marks(text)}",
     ),
     "title": Kind(
         ("Start with a title in double angle brackets, as in <<title>>.", "Put a <<title>> first."),
@@ -264,7 +274,7 @@ KINDS: dict[str, Kind] = {
         _slots("start title"),
         _NONE,
         lambda text, _: re.match(r"<<[^<>\n]+>>\s+\S", text) is not None,
-        lambda text, _: f"starts {' '.join(_tokens(text)[:2])}",
+        lambda text, _: f"starts with {_start_marks(text)}",
     ),
     "quotes": Kind(
         ("Wrap the whole answer in double quotes.", "Put double quotes around your whole answer."),
@@ -272,7 +282,7 @@ KINDS: dict[str, Kind] = {
         _slots("start end"),
         _NONE,
         _is_quoted,
-        lambda text, _: _ends(text),
+        lambda text, _: f"from {_start_marks(text)} to {_end_marks(text)}",
     ),
     "lowercase": Kind(
         ("Use only lower case letters.", "Do not use capital letters."),
@@ -280,7 +290,7 @@ KINDS: dict[str, Kind] = {
         _slots("case"),
         _NONE,
         lambda text, _: text == text.lower(),
-        lambda text, _: _first_with(text, lambda token: token != token.lower(), "capital"),
+        lambda text, _: _first_with(text, lambda c: c != c.lower(), "capital"),
     ),
     "uppercase": Kind(
         ("Use only capital letters.", "Write everything in upper case."),
@@ -288,7 +298,7 @@ KINDS: dict[str, Kind] = {
         _slots("case word last opener"),  # a word asked for in lower case does not stand in capitals
         _NONE,
         lambda text, _: text == text.upper(),
-        lambda text, _: _first_with(text, lambda token: token != token.upper(), "small letters"),
+        lambda text, _: _first_with(text, lambda c: c != c.upper(), "small letter"),
     ),
 }
 
