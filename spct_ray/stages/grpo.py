@@ -76,7 +76,9 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
     """Train the RFT model (input "rft") on the training items (input "items"); writes model/ and metrics.jsonl.
 
     Killed anywhere and started again, it goes on from the newest checkpoint: steps after it are done again and appear
-    once in metrics.jsonl. Raises ConfigError, DataError (no item fits), ParityError, SpctError (diverged).
+    once in metrics.jsonl. Trainer state is bit-equal given the same rollouts; rollouts ask with the same seeds, so
+    they are the same as far as an engine's rounding does not depend on which requests share its batch.
+    Raises ConfigError, DataError (no item fits), ParityError, SpctError (diverged).
     """
     from spct_ray.cluster.train import run_ranks
 
