@@ -65,10 +65,11 @@ def run_ranks(
 
 def _run_rank(config: dict[str, Any]) -> None:
     from ray import train
+    from ray.train.torch import get_device
 
-    rank = train.get_context()
-    os.environ["LOCAL_SIZE"] = str(rank.get_local_world_size())
-    os.environ["LOCAL_RANK"] = str(rank.get_local_rank())
+    # What DeepSpeed reads. It takes LOCAL_RANK as the index of the GPU, which is Ray's to choose.
+    os.environ["LOCAL_SIZE"] = str(train.get_context().get_local_world_size())
+    os.environ["LOCAL_RANK"] = str(get_device().index or 0)
     config["loop"](*config["args"])
 
 
