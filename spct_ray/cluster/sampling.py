@@ -107,6 +107,7 @@ def sample(
     num_blocks = _write_tasks(tasks, root / "tasks", resources.block_size)
     counter = ray.remote(_Counter).options(num_cpus=0).remote()
     context = DataContext.get_current()
+    context.use_datasource_v2 = False  # it reads small files as one block, and blocks are the unit of resume here
     context.checkpoint_config = CheckpointConfig(
         id_column="key", checkpoint_path=str((root / "checkpoint").resolve()), delete_checkpoint_on_success=False
     )
