@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from spct_ray.data.words import KEYS_OF, NOUNS_OF, OPENERS_OF, Split
+from spct_ray.data.words import KEYS_OF, MARKS_OF, NOUNS_OF, OPENERS_OF, Split
 from spct_ray.errors import DataError
 
 Value = str | int
-Values = dict[Split, tuple[Value, ...]]
+Values = Mapping[Split, tuple[Value, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +165,6 @@ def _counts(train: tuple[int, ...], heldout: tuple[int, ...]) -> Values:
 
 
 _NONE: Values = {"train": ("",), "heldout": ("",)}
-_MARKS: Values = {"train": (".", "!", "?"), "heldout": (".", "!", "?")}  # too few marks to keep some aside
-_NOUNS: Values = {"train": NOUNS_OF["train"], "heldout": NOUNS_OF["heldout"]}
-_OPENERS: Values = {"train": OPENERS_OF["train"], "heldout": OPENERS_OF["heldout"]}
-_KEYS: Values = {"train": KEYS_OF["train"], "heldout": KEYS_OF["heldout"]}
 
 # In the order in which `drafts` writes them into a text: layout, then counts, then words, then looks.
 KINDS: dict[str, Kind] = {
@@ -192,7 +188,7 @@ KINDS: dict[str, Kind] = {
         ('Answer with a JSON object that has the key "{value}".', 'Use JSON with the key "{value}".'),
         'JSON key "{value}"',
         _slots("start end count case last"),
-        _KEYS,
+        KEYS_OF,
         _is_json,
         lambda text, _: _ends(text),
     ),
@@ -216,7 +212,7 @@ KINDS: dict[str, Kind] = {
         ('Use the word "{value}".', 'Mention the word "{value}".'),
         'with "{value}"',
         _slots("word"),
-        _NOUNS,
+        NOUNS_OF,
         lambda text, value: value in _lower_words(text),
         _find,
     ),
@@ -224,7 +220,7 @@ KINDS: dict[str, Kind] = {
         ('Do not use the word "{value}".', 'Avoid the word "{value}".'),
         'without "{value}"',
         _slots("word"),
-        _NOUNS,
+        NOUNS_OF,
         lambda text, value: value not in _lower_words(text),
         _find,
     ),
@@ -232,7 +228,7 @@ KINDS: dict[str, Kind] = {
         ('Begin with the word "{value}".', 'The first word must be "{value}".'),
         'first word "{value}"',
         _slots("start opener"),
-        _OPENERS,
+        OPENERS_OF,
         _first_check,
         _first_evidence,
     ),
@@ -240,7 +236,7 @@ KINDS: dict[str, Kind] = {
         ('The last word must be "{value}".', 'Finish with the word "{value}".'),
         'last word "{value}"',
         _slots("last"),
-        _NOUNS,
+        NOUNS_OF,
         _last_check,
         _last_evidence,
     ),
@@ -261,11 +257,11 @@ KINDS: dict[str, Kind] = {
         lambda text, _: _first_with(text, _is_digit, "digit"),
     ),
     "end_mark": Kind(
-        ("The last character must be {value}", "End the whole answer with this mark: {value}"),
+        ("The answer must end in {value}", "End the whole answer with {value}"),
         "ends with {value}",
         _slots("end"),
-        _MARKS,
-        lambda text, value: text.endswith(str(value)),
+        MARKS_OF,
+        lambda text, value: _end_marks(text) == value,
         lambda text, _: f"ends in {_end_marks(text)}",
     ),
     "title": Kind(

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from random import Random
 
 from spct_ray.data.constraints import Constraint, Value
-from spct_ray.data.words import ADJECTIVES, KEYS, NOUNS, NUMBER_WORDS, OPENERS, POOLS
+from spct_ray.data.words import ADJECTIVES, KEYS, MARKS_OF, NOUNS, NUMBER_WORDS, OPENERS, POOLS
 
-MARKS = (".", "!", "?")
 MIN_WORDS, MAX_WORDS = 8, 13  # of the first sentence with its opener; its core needs 8, see `_sentence`
 USUAL_WORDS = 10  # at most so many where no constraint counts them: short texts are quick to judge
 
@@ -238,7 +237,7 @@ def _write_number(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
 
 
 def _write_mark(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
-    draft.mark = str(value) if ok else _other(MARKS, value, rng)
+    draft.mark = str(value) if ok else _other(MARKS_OF["train"] + MARKS_OF["heldout"], value, rng)
 
 
 def _write_title(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
