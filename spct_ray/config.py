@@ -101,11 +101,14 @@ def _source(key: str, path: str, overrides: Sequence[str]) -> str:
     return path
 
 
-def _convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` as the annotated type `kind`; raises _BadValueError."""
+def _convert(value: Any, kind: Any, key: str, default: Any = None) -> Any:
+    """`value` as the annotated type `kind`; a dataclass takes what `value` leaves out from `default`, if it is one.
+
+    Raises _BadValueError.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, arguments, key)
+        return _convert_union(value, arguments, key, default)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
@@ -119,7 +122,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
         if value is None:
             return None
     elif dataclasses.is_dataclass(kind):
-        return _convert_dataclass(value, typing.cast(type, kind), key)
+        return _convert_dataclass(value, typing.cast(type, kind), key, default if type(default) is kind else None)
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
@@ -129,11 +132,11 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     raise _BadValueError(key, f"expected {_describe(kind)}, found {value!r}{hint}")
 
 
-def _convert_union(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
+def _convert_union(value: Any, kinds: tuple[Any, ...], key: str, default: Any) -> Any:
     problems = []
     for kind in kinds:
         try:
-            return _convert(value, kind, key)
+            return _convert(value, kind, key, default)
         except _BadValueError as error:
             problems.append(error)
     real = [problem for kind, problem in zip(kinds, problems, strict=True) if kind is not type(None)]
@@ -152,24 +155,29 @@ def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, .
     return tuple(_convert(v, kind, _join(key, i)) for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
 
 
-def _convert_dataclass(value: Any, schema: type, key: str) -> Any:
+def _convert_dataclass(value: Any, schema: type, key: str, default: Any) -> Any:
     if not isinstance(value, dict):
         raise _BadValueError(key, f"expected `key: value` lines, found {value!r}")
     hints, fields = typing.get_type_hints(schema), [f for f in dataclasses.fields(schema) if f.init]
     names = [f.name for f in fields]
+    defaults = {f.name: _default_of(f) if default is None else getattr(default, f.name) for f in fields}
     for name in value:
         if name not in names:
             close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
             hint = f"did you mean {_join(key, close[0])!r}?" if close else f"known keys: {', '.join(names)}"
             raise _BadValueError(_join(key, name), f"unknown key; {hint}")
     for f in fields:
-        if f.name not in value and f.default is f.default_factory is dataclasses.MISSING:
+        if f.name not in value and defaults[f.name] is dataclasses.MISSING:
             raise _BadValueError(_join(key, f.name), f"missing; expected {_describe(hints[f.name])}")
-    arguments = {name: _convert(item, hints[name], _join(key, name)) for name, item in value.items()}
+    given = {name: _convert(item, hints[name], _join(key, name), defaults[name]) for name, item in value.items()}
     try:
-        return schema(**arguments)
+        return schema(**{**defaults, **given})
     except (ValueError, ConfigError) as error:  # a check across fields in __post_init__
         raise _BadValueError(key, str(error)) from error
+
+
+def _default_of(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _join(key: str, name: Any) -> str:

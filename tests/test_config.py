@@ -142,3 +142,19 @@ def test_a_config_written_as_yaml_loads_as_itself(tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("config") / "r.yaml"
     path.write_text(yaml.safe_dump(to_plain(recipe)))
     assert load(Recipe, str(path)) == recipe
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_own_default(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Stage:
+        optim: Optim = field(default_factory=lambda: Optim(lr=1.0, fused=True))
+
+    @dataclass(frozen=True)
+    class Run:
+        stage: Stage = field(default_factory=lambda: Stage(Optim(lr=2.0, warmup=7)))
+
+    path = tmp_path / "run.yaml"
+    path.write_text("stage: {optim: {warmup: 3}}")
+    assert load(Run, str(path)) == Run(Stage(Optim(lr=2.0, warmup=3)))
+    path.write_text("stage: {}")
+    assert load(Run, str(path)) == Run()

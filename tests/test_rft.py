@@ -22,6 +22,7 @@ from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.examples import ExampleFile
 from spct_ray.stages import rft
 from spct_ray.stages.select import SFT_SCHEMA
+from spct_ray.stages.supervised import SupervisedConfig, data_order
 
 CONFIG = rft.RftConfig(OptimConfig(lr=3e-3), batch_size=8, max_steps=6, max_tokens=200, checkpoint_every=2)
 
@@ -97,11 +98,11 @@ def test_unusable_training_data_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_number_of_steps_follows_epochs_or_max_steps() -> None:
-    assert rft.data_order(100, 8, 1.0, 0, 0).num_steps == 13
-    assert rft.data_order(100, 8, 0.5, 0, 0).num_steps == 7
-    assert rft.data_order(100, 8, 1.0, 3, 0).num_steps == 3
+    assert data_order(100, SupervisedConfig(batch_size=8, epochs=1.0, max_steps=0), 0).num_steps == 13
+    assert data_order(100, SupervisedConfig(batch_size=8, epochs=0.5, max_steps=0), 0).num_steps == 7
+    assert data_order(100, SupervisedConfig(batch_size=8, epochs=1.0, max_steps=3), 0).num_steps == 3
     with pytest.raises(ConfigError, match="nothing to train on"):
-        rft.data_order(100, 8, 0.0, 0, 0)
+        data_order(100, SupervisedConfig(batch_size=8, epochs=0.0, max_steps=0), 0)
 
 
 @pytest.fixture(scope="module")

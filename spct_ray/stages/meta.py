@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,25 +21,22 @@ from spct_ray.judge.rule import is_correct
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Message
+from spct_ray.stages.supervised import SupervisedConfig, summary_of_metrics, train
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class MetaConfig:
+class MetaConfig(SupervisedConfig):
     """The paper's values: lr 1e-5, batch 512, a copy of the base model (`init` "student").
 
-    `heldout_share` of the items is never trained on. Judgements of more than `max_tokens` tokens are dropped.
+    `heldout_share` of the items is never trained on.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=30))
-    init: Literal["student", "rft", "grpo"] = "student"
     batch_size: int = 512
-    epochs: float = 1.0
-    max_steps: int = 0
+    init: Literal["student", "rft", "grpo"] = "student"
     heldout_share: float = 0.1
-    max_tokens: int = 4096
-    checkpoint_every: int = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,6 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
     """
     from spct_ray.benchmarks.metrics import auc, ece
     from spct_ray.cluster.train import run_ranks
-    from spct_ray.stages.rft import summary_of_metrics
 
     counts = write_training_files(context, config)
     context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
@@ -78,32 +73,9 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
 def train_loop(context: StepContext, config: MetaConfig, resources: TrainResources) -> None:
     """On every rank: load, resume, train, export, score the held-out judgements."""
     from spct_ray.learn.examples import ExampleFile
-    from spct_ray.learn.fit import fit
     from spct_ray.learn.meta import meta_loss, score_over_ranks
-    from spct_ray.learn.trainer import Trainer
-    from spct_ray.stages.rft import data_order
 
-    examples = ExampleFile(f"{context.out}/train.arrow")
-    order = data_order(len(examples), config.batch_size, config.epochs, config.max_steps, context.seed)
-    trainer = Trainer(
-        str(Path(context.inputs["init"]) / "model"),
-        head="scalar",
-        optim=config.optim,
-        resources=resources,
-        total_steps=order.num_steps,
-        seed=context.seed,
-    )
-    fit(
-        trainer,
-        examples,
-        order,
-        partial(meta_loss, trainer),
-        out=context.out,
-        micro_tokens=resources.micro_tokens,
-        checkpoint_every=config.checkpoint_every,
-        progress=context.progress,
-    )
-    trainer.export(f"{context.out}/model")
+    trainer = train(context, config, resources, init="init", head="scalar", loss_fn=meta_loss, examples="train.arrow")
     held = ExampleFile(f"{context.out}/heldout.arrow")
     heldout = [held[i] for i in range(len(held))]
     logits = score_over_ranks(trainer, [e.ids for e in heldout], resources.micro_tokens)

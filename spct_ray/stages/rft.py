@@ -1,7 +1,6 @@
 """Rejective fine-tuning, the cold start: SFT of the student on accepted judgements, mixed with general instructions.
 
-Ranks are Ray Train workers with DeepSpeed; the data order is a function of (seed, step), so a killed run goes on where
-its newest checkpoint was. Leaves out which judgements are accepted (`stages.select`).
+Leaves out which judgements are accepted (`stages.select`) and how training runs (`stages.supervised`).
 """
 
 from __future__ import annotations
@@ -12,35 +11,29 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spct_ray.errors import ConfigError, DataError
+from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.stages.supervised import SupervisedConfig, summary_of_metrics, train
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class RftConfig:
+class RftConfig(SupervisedConfig):
     """The paper's values: lr 5e-6, batch 1024, 900 steps. `batch_size` counts examples of both kinds.
 
-    `max_steps` 0 means `epochs` (a fraction is allowed) over the examples. Examples of more than `max_tokens` tokens
-    are dropped, with a count. `general_paths` are JSONL or Parquet files with rows {messages} (the last turn is the
-    assistant's) or {prompt, completion}; `general_ratio` of them are mixed in per judgement (paper: 5.75).
+    `general_paths` are JSONL or Parquet files with rows {messages} (the last turn is the assistant's) or {prompt,
+    completion}; `general_ratio` of them are mixed in per judgement (paper: 5.75).
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6, warmup_steps=30))
-    batch_size: int = 1024
-    epochs: float = 1.0
-    max_steps: int = 0
-    max_tokens: int = 4096
     general_paths: tuple[str, ...] = ()
     general_ratio: float = 0.0
-    checkpoint_every: int = 50
 
 
 def run(context: StepContext, config: RftConfig, resources: TrainResources) -> dict[str, Any]:
@@ -58,42 +51,9 @@ def run(context: StepContext, config: RftConfig, resources: TrainResources) -> d
 
 def train_loop(context: StepContext, config: RftConfig, resources: TrainResources) -> None:
     """On every rank: load, resume, train, export."""
-    from spct_ray.learn.examples import ExampleFile
-    from spct_ray.learn.fit import fit
     from spct_ray.learn.sft import sft_loss
-    from spct_ray.learn.trainer import Trainer
 
-    examples = ExampleFile(f"{context.out}/examples.arrow")
-    order = data_order(len(examples), config.batch_size, config.epochs, config.max_steps, context.seed)
-    trainer = Trainer(
-        str(Path(context.inputs["student"]) / "model"),
-        head="lm",
-        optim=config.optim,
-        resources=resources,
-        total_steps=order.num_steps,
-        seed=context.seed,
-    )
-    fit(
-        trainer,
-        examples,
-        order,
-        partial(sft_loss, trainer),
-        out=context.out,
-        micro_tokens=resources.micro_tokens,
-        checkpoint_every=config.checkpoint_every,
-        progress=context.progress,
-    )
-    trainer.export(f"{context.out}/model")
-
-
-def data_order(num_examples: int, batch_size: int, epochs: float, max_steps: int, seed: int) -> Any:
-    """A learn.examples.DataOrder of `max_steps` batches or, when that is 0, of `epochs` passes over the examples."""
-    from spct_ray.learn.examples import DataOrder
-
-    if batch_size < 1 or epochs < 0 or max_steps < 0 or not (epochs or max_steps):
-        raise ConfigError(f"batch_size {batch_size}, epochs {epochs}, max_steps {max_steps}: nothing to train on")
-    num_drawn = max_steps * batch_size if max_steps else max(1, round(epochs * num_examples))
-    return DataOrder(num_examples, num_drawn, batch_size, seed)
+    train(context, config, resources, init="student", head="lm", loss_fn=sft_loss, examples="examples.arrow")
 
 
 def write_training_file(context: StepContext, config: RftConfig) -> dict[str, int]:
@@ -148,16 +108,3 @@ def _as_prompt_and_completion(row: Mapping[str, Any], where: str) -> dict[str, A
     if not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str):
         raise DataError(f"{where}: needs messages, or prompt and completion as texts; has {sorted(row)}")
     return {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": row["completion"]}
-
-
-def summary_of_metrics(out: str) -> dict[str, Any]:
-    """Steps, the mean loss of the last tenth of them, and the median speed, from metrics.jsonl."""
-    import statistics
-
-    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    tail = lines[-max(1, len(lines) // 10) :]
-    return {
-        "steps": len(lines),
-        "loss_last_tenth": statistics.fmean(line["loss"] for line in tail),
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
-    }

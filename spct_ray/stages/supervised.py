@@ -1,0 +1,101 @@
+"""What the two supervised stages share: RFT and the meta RM differ in head, loss and data, not in how they train.
+
+Ranks are Ray Train workers with DeepSpeed; the data order is a function of (seed, step), so a killed run goes on where
+its newest checkpoint was.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spct_ray.errors import ConfigError
+from spct_ray.graph.step import StepContext
+from spct_ray.learn.config import OptimConfig, TrainResources
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spct_ray.learn.model import Head
+    from spct_ray.learn.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """Optimiser and amount of training. `max_steps` 0 means `epochs` (a fraction is allowed) over the examples.
+
+    Examples of more than `max_tokens` tokens are dropped, with a count.
+    """
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch_size: int = 1024
+    epochs: float = 1.0
+    max_steps: int = 0
+    max_tokens: int = 4096
+    checkpoint_every: int = 50
+
+
+def train(
+    context: StepContext,
+    config: SupervisedConfig,
+    resources: TrainResources,
+    *,
+    init: str,
+    head: Head,
+    loss_fn: Callable[..., Tensor],
+    examples: str,
+) -> Trainer:
+    """On every rank: load `init`, resume, train on the file `examples` with `loss_fn`, export to model/."""
+    from spct_ray.learn.examples import ExampleFile
+    from spct_ray.learn.fit import fit
+    from spct_ray.learn.trainer import Trainer
+
+    file = ExampleFile(f"{context.out}/{examples}")
+    order = data_order(len(file), config, context.seed)
+    trainer = Trainer(
+        str(Path(context.inputs[init]) / "model"),
+        head=head,
+        optim=config.optim,
+        resources=resources,
+        total_steps=order.num_steps,
+        seed=context.seed,
+    )
+    fit(
+        trainer,
+        file,
+        order,
+        partial(loss_fn, trainer),
+        out=context.out,
+        micro_tokens=resources.micro_tokens,
+        checkpoint_every=config.checkpoint_every,
+        progress=context.progress,
+    )
+    trainer.export(f"{context.out}/model")
+    return trainer
+
+
+def data_order(num_examples: int, config: SupervisedConfig, seed: int) -> Any:
+    """A learn.examples.DataOrder of `max_steps` batches or, when that is 0, of `epochs` passes over the examples."""
+    from spct_ray.learn.examples import DataOrder
+
+    batch_size, epochs, max_steps = config.batch_size, config.epochs, config.max_steps
+    if batch_size < 1 or epochs < 0 or max_steps < 0 or not (epochs or max_steps):
+        raise ConfigError(f"batch_size {batch_size}, epochs {epochs}, max_steps {max_steps}: nothing to train on")
+    num_drawn = max_steps * batch_size if max_steps else max(1, round(epochs * num_examples))
+    return DataOrder(num_examples, num_drawn, batch_size, seed)
+
+
+def summary_of_metrics(out: str) -> dict[str, Any]:
+    """Steps, the mean loss of the last tenth of them, and the median speed, from metrics.jsonl."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    tail = lines[-max(1, len(lines) // 10) :]
+    return {
+        "steps": len(lines),
+        "loss_last_tenth": statistics.fmean(line["loss"] for line in tail),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+    }
