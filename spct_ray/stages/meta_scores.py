@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,32 +40,34 @@ def run(context: StepContext, config: MetaScoresConfig, resources: MetaScoresRes
     from spct_ray.learn.meta import MetaScorer
 
     rows = list(judgements(context))
+    distinct = list(dict.fromkeys(messages for _, _, messages in rows))  # a confident judge often says the same again
     scorer = ray.remote(MetaScorer).options(
         num_cpus=resources.cpus_per_replica, num_gpus=resources.gpus_per_replica, max_restarts=2, max_task_retries=2
     )
     model = str((Path(context.inputs["meta"]) / "model").resolve())
-    blocks = [rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK)]
+    blocks = [distinct[i : i + _BLOCK] for i in range(0, len(distinct), _BLOCK)]
     replicas = [scorer.remote(model) for _ in range(min(resources.num_replicas, len(blocks)))]
     pool = ray.util.ActorPool(replicas)
     logits: list[float] = []
-    for answer in pool.map(lambda actor, block: actor.score.remote([messages for _, _, messages in block]), blocks):
+    for answer in pool.map(lambda actor, block: actor.score.remote(block), blocks):
         logits += answer
-        context.progress(len(logits), len(rows), "judgements")
+        context.progress(len(logits), len(distinct), "distinct judgements")
     for replica in replicas:
         ray.kill(replica)
+    logit_of = dict(zip(distinct, logits, strict=True))
     table = pa.table(
         {
             "model": pa.array([model for model, _, _ in rows], pa.string()),
             "key": pa.array([key for _, key, _ in rows], pa.string()),
-            "logit": pa.array(logits, pa.float64()),
+            "logit": pa.array([logit_of[messages] for _, _, messages in rows], pa.float64()),
         }
     )
     pq.write_table(table, f"{context.out}/logits.parquet.tmp")
     os.replace(f"{context.out}/logits.parquet.tmp", f"{context.out}/logits.parquet")
-    return {"judgements": len(rows)}
+    return {"judgements": len(rows), "distinct": len(distinct)}
 
 
-def judgements(context: StepContext) -> Iterator[tuple[str, str, Sequence[Message]]]:
+def judgements(context: StepContext) -> Iterator[tuple[str, str, tuple[Message, ...]]]:
     """(name of the judge, key, what the meta RM reads) of every parsed judgement of every "evaluate_*" input."""
     from spct_ray.cluster.sampling import read_trajectories
     from spct_ray.data.store import read_items
