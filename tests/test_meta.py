@@ -115,7 +115,8 @@ def test_meta_rm_learns_and_scores_evaluated_judgements(root: Path, ray_session:
     grpo = write_trajectories(root / "evaluate_grpo", judged[:3])
     context = make_context(root, "scores", meta=str(root / "meta"), evaluate_base=base, evaluate_grpo=grpo)
     assert meta_scores.run(context, meta_scores.MetaScoresConfig(), meta_scores.MetaScoresResources()) == {
-        "judgements": 51
+        "judgements": 51,
+        "distinct": 2,  # all items have one query and one pair of responses; the judgement is right or wrong
     }
     rows = pq.read_table(root / "scores" / "logits.parquet").to_pylist()
     assert Counter(row["model"] for row in rows) == {"base": 48, "grpo": 3}
