@@ -172,6 +172,8 @@ def test_summary_has_the_documented_shape(whole: tuple[dict[str, Any], str, str]
     assert summary["models"]["grpo"]["by_subset"]["n = 2"]["num_items"] == 12
     assert "GRPO - RFT, vote@4" in summary["paired"]
     assert "meta vote@4 - vote@4, GRPO" in summary["paired"]
+    above_chance = summary["paired"]["RFT - chance, greedy"]["difference"]
+    assert above_chance == pytest.approx(summary["models"]["rft"]["greedy"]["accuracy"] - summary["chance"])
 
 
 def test_rates_are_counted_from_the_samples(inputs: dict[str, str], whole: tuple[dict[str, Any], str, str]) -> None:
@@ -227,6 +229,11 @@ def test_text_is_aligned_and_narrow(whole: tuple[dict[str, Any], str, str]) -> N
     assert [row.split()[0] for row in table[2:5]] == ["base", "RFT", "GRPO"]
     assert len({len(row) for row in table[:5]}) == 1
     assert f"chance {whole[0]['chance']:.3f}" in text
+    for name, difference in whole[0]["paired"].items():
+        lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        beyond = difference["ci"][0] > 0 or difference["ci"][1] < 0
+        assert len(lines) == (0 if "base" in name else 1)
+        assert all(line.endswith("beyond noise" if beyond else "within noise") for line in lines)
 
 
 def test_absent_judges_are_named(tmp_path: Path, inputs: dict[str, str]) -> None:

@@ -80,9 +80,9 @@ def right_option(item: Item) -> int:
     return item.best if len(item.responses) > 1 else int(item.rewards[0] > 0.5)
 
 
-def chance(items: Sequence[Item]) -> float:
-    """Accuracy of a blind guess: the mean of 1/n, and 1/2 for n = 1."""
-    return float(np.mean([1 / max(2, len(item.responses)) for item in items]))
+def chance(items: Sequence[Item]) -> Floats:
+    """Accuracy of a blind guess on each item [I]: 1/n, and 1/2 for n = 1."""
+    return np.array([1 / max(2, len(item.responses)) for item in items])
 
 
 def tabulate(

@@ -93,10 +93,14 @@ def by_subset(items: Sequence[Item], accuracy_I: Floats, counting: Counting) -> 
     }
 
 
-def paired(accuracies: Mapping[str, Mapping[str, Floats]], counting: Counting) -> dict[str, Any]:
-    """Each judge against the one before it, and the last judge's ways to decide against each other."""
+def paired(accuracies: Mapping[str, Mapping[str, Floats]], chance_I: Floats, counting: Counting) -> dict[str, Any]:
+    """Trained judges against chance, each judge against the one before it, and the last judge's ways to decide
+    against each other, all on the same items."""
     names, top = list(accuracies), f"vote@{max(counting.ks)}"
     pairs = [
+        (f"{LABELS[name]} - chance, greedy", accuracies[name]["greedy"], chance_I) for name in names if name != "base"
+    ]
+    pairs += [
         (f"{LABELS[b]} - {LABELS[a]}, {way}", accuracies[b][way], accuracies[a][way])
         for a, b in itertools.pairwise(names)
         for way in ("greedy", "vote@1", top)

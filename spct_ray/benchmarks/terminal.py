@@ -35,6 +35,21 @@ def table(block: Mapping[str, Any], title: str) -> str:
     return "\n".join([heading, lines[0], "-" * len(lines[0]), *lines[1:], f"chance {block['chance']:.3f}"])
 
 
+def effects(block: Mapping[str, Any]) -> str:
+    """What each stage added on the held-out items, in points, and whether its interval leaves out 0."""
+    base = f" - {LABELS['base']},"
+    shown = {name: d for name, d in block["paired"].items() if base not in name}
+    width = max(map(len, shown), default=0)
+    lines = []
+    for name, d in shown.items():
+        low, high = d["ci"]
+        verdict = "beyond noise" if low > 0 or high < 0 else "within noise"
+        lines.append(
+            f"{name:<{width}}  {100 * d['difference']:+6.1f}  [{100 * low:+.1f}, {100 * high:+.1f}]  {verdict}"
+        )
+    return "\n".join(["Differences on the same items in points, with 95 % intervals", *lines])
+
+
 def example(model: str, item: Item, judgement: Trajectory, verdict: Verdict, decision: int | None) -> str:
     """One item as its judge saw it, what it wrote, and what the vote came to."""
 
@@ -65,4 +80,4 @@ def summary_text(summary: Mapping[str, Any], example_text: str) -> str:
     if (auc := summary["meta_rm"]["auc"]) is not None:
         notes.append(f"Meta RM on the last judge's samples: AUC {auc:.3f}, ECE {summary['meta_rm']['ece']:.3f}.")
     notes += [f"Missing: {what}." for what in summary["missing"]]
-    return "\n\n".join([example_text, *tables, table(summary, "Held-out"), "\n".join(notes)])
+    return "\n\n".join([example_text, *tables, table(summary, "Held-out"), effects(summary), "\n".join(notes)])

@@ -86,8 +86,8 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
             models[name], accuracies[name] = summary.model_block(by_set[set_name], counting)
         blocks[set_name] = {
             "models": models,
-            "paired": summary.paired(accuracies, counting),
-            "chance": curves.chance(items),
+            "paired": summary.paired(accuracies, curves.chance(items), counting),
+            "chance": float(curves.chance(items).mean()),
             "num_items": len(items),
         }
     final = list(judged)[-1]
