@@ -37,6 +37,7 @@ CASES = [
     (Constraint("no_commas"), "The hat.", "Soon, the hat.", "no comma", "comma ,"),
     (Constraint("number"), "On day 12.", "On day two.", "digit 1", "no digit"),
     (Constraint("end_mark", "!"), "The hat!", "The hat!?", "ends in !", "ends in !?"),
+    (Constraint("end_number", 47), "The hat 47", "The hat 147", "ends with 47", "ends with 147"),
     (Constraint("title"), "<<A Hat>> The hat", "<A Hat> The hat", "starts with <<", "starts with <"),
     (Constraint("quotes"), '"The hat."', '"The" hat."', 'from " to ."', 'from " to ."'),
     (Constraint("lowercase"), "the hat 1", "the Hat", "no capital", "capital H"),
@@ -150,7 +151,8 @@ def test_first_and_last_character_tell_little_without_the_query(
     items: tuple[list[Item], list[Item]], place: int
 ) -> None:
     """Guesses from one character, learned on train, tried on held-out, for kinds that it cannot decide."""
-    decided = {"json_key", "quotes", "title", "bullets", "numbered", "end_mark", "lowercase", "uppercase", "first_word"}
+    decided = {"json_key", "quotes", "title", "bullets", "numbered", "end_mark", "end_number", "lowercase", "uppercase"}
+    decided |= {"first_word"}
     sides = [[i for i in side if len(i.responses) == 2 and i.subset not in decided] for side in items]
     wins: Counter[str] = Counter()
     for item in sides[0]:

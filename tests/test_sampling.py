@@ -61,7 +61,7 @@ def test_tasks_are_balanced_and_seeded(tmp_path):
 
 def test_program_judge_errs_at_its_rates(tmp_path):
     train, _ = generate(BuiltinConfig(size_train=600, size_heldout=1), 3)
-    config = ProgramConfig(verdict_error=0.25, format_error=0.1)
+    config = ProgramConfig(finding_error=0.15, format_error=0.1, hint_shortcut=0.6)
     tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
     made = list(zip(tasks, ProgramJudge(config, JUDGE).judge(tasks), strict=True))
     failed = [t for _, t in made if t.failure]
@@ -70,13 +70,18 @@ def test_program_judge_errs_at_its_rates(tmp_path):
     parsed = [(task, t) for task, t in made if not t.failure]
     wrong = [t for task, t in parsed if not is_correct(t.scores, task.item.rewards)]
     assert not [t for t in wrong if t.hinted]
-    assert 0.22 < len(wrong) / len([t for _, t in parsed if not t.hinted]) < 0.28
+    unhinted = [t for _, t in parsed if not t.hinted]
+    expected = sum(1 - 0.85 ** len(t.order) for t in unhinted) / len(unhinted)  # one misjudged response is enough
+    assert abs(len(wrong) / len(unhinted) - expected) < 0.03
+    assert not [t for t in unhinted if "Overall" in t.text]
+    shortcuts = ["Overall" in t.text for _, t in parsed if t.hinted]
+    assert 0.54 < sum(shortcuts) / len(shortcuts) < 0.66
 
 
 def test_program_judge_without_errors_is_right(tmp_path):
     _, train = items_dir(tmp_path, 200)
     tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
-    for task, t in zip(tasks, ProgramJudge(ProgramConfig(0, 0), JUDGE).judge(tasks), strict=True):
+    for task, t in zip(tasks, ProgramJudge(ProgramConfig(0, 0, 1), JUDGE).judge(tasks), strict=True):
         assert is_correct(t.scores, task.item.rewards), t.text
 
 

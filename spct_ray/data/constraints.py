@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from spct_ray.data.words import KEYS_OF, MARKS_OF, NOUNS_OF, OPENERS_OF, Split
+from spct_ray.data.words import KEYS_OF, MARKS_OF, NOUNS_OF, NUMBERS_OF, OPENERS_OF, Split
 from spct_ray.errors import DataError
 
 Value = str | int
@@ -100,6 +100,11 @@ def _start_marks(text: str) -> str:
 def _end_marks(text: str) -> str:
     found = re.search(r"[^\w\s]+$", text)
     return found.group() if found else "a word"
+
+
+def _end_number(text: str) -> str:
+    found = re.search(r"(?<!\d)\d+$", text)
+    return found.group() if found else "no number"
 
 
 def _ends(text: str) -> str:
@@ -263,6 +268,14 @@ KINDS: dict[str, Kind] = {
         MARKS_OF,
         lambda text, value: _end_marks(text) == value,
         lambda text, _: f"ends in {_end_marks(text)}",
+    ),
+    "end_number": Kind(
+        ("The answer must end with the number {value}", "End the whole answer with {value}"),
+        "ends with {value}",
+        _slots("end digits last count"),
+        NUMBERS_OF,
+        lambda text, value: _end_number(text) == str(value),
+        lambda text, _: f"ends with {_end_number(text)}",
     ),
     "title": Kind(
         ("Start with a title in double angle brackets, as in <<title>>.", "Put a <<title>> first."),

@@ -82,7 +82,7 @@ def _style(draft: Draft, taken: frozenset[str], rng: Random, chance: float) -> N
 
 
 def _digits(rng: Random) -> str:
-    return str(rng.randint(100, 9999))
+    return str(rng.randint(10, 99))
 
 
 def _pick(role: str, rng: Random) -> Word:
@@ -240,6 +240,12 @@ def _write_mark(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
     draft.mark = str(value) if ok else _other(MARKS_OF["train"] + MARKS_OF["heldout"], value, rng)
 
 
+def _write_end_number(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
+    tens, ones = divmod(int(value), 10)
+    near = [n for n in range(10, 100) if n != value and (n // 10 == tens or n % 10 == ones)]
+    draft.mark = f" {value if ok else rng.choice(near)}"
+
+
 def _write_title(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
     draft.title = ("<<", ">>") if ok else rng.choice((("<", ">"), ("[[", "]]"), ("((", "))"), ("**", "**")))
 
@@ -269,6 +275,7 @@ _WRITERS: dict[str, Callable[[Draft, Value, bool, Random], None]] = {
     "no_commas": _write_commas,
     "number": _write_number,
     "end_mark": _write_mark,
+    "end_number": _write_end_number,
     "title": _write_title,
     "quotes": _write_quotes,
     "lowercase": _write_lower,

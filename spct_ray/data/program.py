@@ -1,8 +1,10 @@
 """The checker program as a judge of the built-in set: the stronger sampler of the cold start, where none is at hand.
 
 It names each constraint, quotes from each response what decides it, says whether it is met, and scores. It errs on
-purpose, at configured rates, in verdict and in format, so that rejection has work to do. Leaves out other data: an
-item without `facts` has no checkers.
+purpose, at configured rates, in its findings and in format, so that rejection has work to do; and told the answer by a
+hint it may take a short cut, as the paper saw models do: a critique that asserts the verdict without looking. Eq. 10
+cannot reject those, so the cold start teaches them too, and only RL without hints can unlearn them. Leaves out other
+data: an item without `facts` has no checkers.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from spct_ray.records import Trajectory
 
 @dataclass(frozen=True)
 class ProgramConfig:
-    """Error rates of one judgement. A hint takes the verdict errors away, as it would for a model."""
+    """`finding_error` is the chance to misjudge one response, so judging many goes wrong more often; a hint takes these
+    errors away. `format_error` is of a whole judgement, `hint_shortcut` of a hinted one."""
 
-    verdict_error: float = 0.3
+    finding_error: float = 0.2
     format_error: float = 0.05
+    hint_shortcut: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +51,32 @@ class ProgramJudge:
         constraints = constraints_of(task.item)
         shown = [task.item.responses[i] for i in task.order]
         met = [[c.check(text) for c in constraints] for text in shown]  # [N][constraints]
-        if not task.hinted and rng.random() < self.config.verdict_error:
-            _misjudge(met, rng)
+        if not task.hinted:
+            met = [_misjudge(row, rng) if rng.random() < self.config.finding_error else row for row in met]
         scale = scale_of(len(shown), self.judge_config)
-        text = judgement(constraints, shown, met, 1 if scale.high == 1 else 9, scale.low)
+        shortcut = task.hinted and rng.random() < self.config.hint_shortcut
+        text = judgement(constraints, shown, met, 1 if scale.high == 1 else 9, scale.low, shortcut)
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
 
 def judgement(
-    constraints: Sequence[Constraint], shown: Sequence[str], met: Sequence[Sequence[bool]], high: int, low: int
+    constraints: Sequence[Constraint],
+    shown: Sequence[str],
+    met: Sequence[Sequence[bool]],
+    high: int,
+    low: int,
+    shortcut: bool = False,
 ) -> str:
-    """The three parts: weighted criteria, evidence and finding for each response, scores.
+    """The three parts: weighted criteria, evidence and finding for each response (with `shortcut`, the bare verdict),
+    scores.
 
     A response that meets all constraints gets `high`; one that does not gets `low` plus one for each constraint that
     it does meet (on the 0/1 scale just `low`).
     """
     share = 100 // len(constraints)
     criteria = "; ".join(f"{c.criterion} ({share}%)" for c in constraints)
-    lines = []
-    for place, (text, row) in enumerate(zip(shown, met, strict=True), 1):
+    lines = [_bare_verdict(met)] if shortcut else []
+    for place, (text, row) in enumerate(() if shortcut else zip(shown, met, strict=True), 1):
         findings = "; ".join(
             f"{c.evidence(text)} {'yes' if ok else 'no'}" for c, ok in zip(constraints, row, strict=True)
         )
@@ -75,22 +86,16 @@ def judgement(
     return f"Specific Criteria: {criteria}\nAnalysis:\n" + "\n".join(lines) + f"\nScores: \\boxed{{{box}}}"
 
 
-def _misjudge(met: list[list[bool]], rng: random.Random) -> None:
-    """Turn findings over so that the verdict is wrong: the best looks worse, another looks flawless, or both."""
-    best = next((i for i, row in enumerate(met) if all(row)), None)
+def _bare_verdict(met: Sequence[Sequence[bool]]) -> str:
     if len(met) == 1:
-        met[0][:] = [True] * len(met[0]) if best is None else _spoil(met[0], rng)
-        return
-    assert best is not None, "an item with n >= 2 has one response that meets all constraints"
-    other = rng.choice([i for i in range(len(met)) if i != best])
-    case = rng.randrange(3)
-    if case != 0:
-        met[other] = [True] * len(met[other])
-    if case != 1:
-        met[best] = _spoil(met[best], rng)
+        return f"Overall: {'right' if all(met[0]) else 'wrong'}"
+    return f"Overall: Response {next(i for i, row in enumerate(met, 1) if all(row))} is best"
 
 
-def _spoil(row: Sequence[bool], rng: random.Random) -> list[bool]:
+def _misjudge(row: Sequence[bool], rng: random.Random) -> list[bool]:
+    """Findings that turn the verdict on one response over: a right one fails somewhere, a wrong one passes."""
+    if not all(row):
+        return [True] * len(row)
     worse = list(row)
     worse[rng.randrange(len(worse))] = False
     return worse

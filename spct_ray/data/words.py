@@ -60,6 +60,13 @@ MARKS_OF: dict[Split, tuple[str, ...]] = {
     "heldout": ("!.", "?!", ".?"),
 }
 
+# Two-digit numbers that a text can be asked to end with. Every digit stands in both places in training.
+_HELD_NUMBERS = tuple(n for n in range(10, 100) if (n // 10 + 3 * (n % 10)) % 4 == 0)
+NUMBERS_OF: dict[Split, tuple[int, ...]] = {
+    "train": tuple(n for n in range(10, 100) if n not in _HELD_NUMBERS),
+    "heldout": _HELD_NUMBERS,
+}
+
 POOLS = {"adj": ADJECTIVES, "noun": NOUNS, "verb": VERBS, "prep": PREPOSITIONS, "adv": ADVERBS}
 
 

@@ -6,7 +6,7 @@ Small enough that two CPU cores train it from nothing in minutes. Leaves out tra
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -27,13 +27,16 @@ class NanoConfig:
     max_length: int = 1024
 
 
-def write_nano(directory: str, config: NanoConfig, texts: Iterable[str], seed: int) -> int:
-    """Train the tokenizer on `texts`, initialise the weights, write both to `directory`; returns the weight count."""
+def write_nano(directory: str, config: NanoConfig, texts: Iterable[str], frame: Sequence[str], seed: int) -> int:
+    """Train the tokenizer on `texts`, initialise the weights, write both to `directory`; returns the weight count.
+
+    Each string of `frame` becomes one token: what is always written alike is then short, and easy to find again.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_train_tokenizer(config.vocab_size, texts),
+        tokenizer_object=_train_tokenizer(config.vocab_size, texts, frame),
         pad_token=PAD,
         eos_token=END,
         additional_special_tokens=[USER, ASSISTANT],
@@ -63,8 +66,8 @@ def write_nano(directory: str, config: NanoConfig, texts: Iterable[str], seed: i
     return sum(p.numel() for p in model.parameters())
 
 
-def _train_tokenizer(vocab_size: int, texts: Iterable[str]):  # type: ignore[no-untyped-def]
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def _train_tokenizer(vocab_size: int, texts: Iterable[str], frame: Sequence[str]):  # type: ignore[no-untyped-def]
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer(models.BPE())
@@ -76,10 +79,11 @@ def _train_tokenizer(vocab_size: int, texts: Iterable[str]):  # type: ignore[no-
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - len(frame),
             special_tokens=[PAD, USER, ASSISTANT, END],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in frame])
     return tokenizer

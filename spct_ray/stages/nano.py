@@ -22,6 +22,18 @@ from spct_ray.records import Item
 
 VERSION = 1
 TOKENIZER_ITEMS = 2000  # items whose prompts and judgements the tokenizer is trained on
+# The frame of the compact prompt, of the meta RM's, and of a judgement; a token each.
+FRAME = (
+    "Score 1-10.\nQuery:",
+    "Score 0-1.\nQuery:",
+    "Please score the responses.\nQuery:",
+    *(piece.format(place) for place in range(1, 9) for piece in ("\n[Response {}]\n", "\n[End {}]", "\nResponse {}:")),
+    "Specific Criteria:",
+    " (100%)",
+    " (50%)",
+    "\nAnalysis:",
+    "\nScores: \\boxed{",
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +55,14 @@ def run(context: StepContext, config: NanoStudentConfig, _: NanoStudentResources
     model = Path(context.out) / "model"
     shutil.rmtree(model, ignore_errors=True)  # of an attempt that was killed
     texts = tokenizer_texts(items[:TOKENIZER_ITEMS], config.judge)
-    num_weights = write_nano(str(model), config.shape, texts, context.seed)
+    num_weights = write_nano(str(model), config.shape, texts, FRAME, context.seed)
     context.log(f"nano student with {num_weights / 1e6:.2f} M random weights")
     return {"weights": num_weights}
 
 
 def tokenizer_texts(items: Sequence[Item], judge: JudgeConfig) -> Iterator[str]:
     """Prompts, and for built-in items a judgement, so that its words are whole tokens."""
-    program = ProgramJudge(ProgramConfig(verdict_error=0, format_error=0), judge)
+    program = ProgramJudge(ProgramConfig(finding_error=0, format_error=0), judge)
     for item in items:
         order = tuple(range(len(item.responses)))
         yield judge_messages(item, order, judge)[0].content
