@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spct_ray.learn.grpo import TokenStatistics, advantages, grpo_loss, importance_BT, kl_BT, token_sums
+from spct_ray.learn.batch import BatchSize
+from spct_ray.learn.config import PolicyLoss
+from spct_ray.learn.grpo import (
+    TokenStatistics,
+    advantages,
+    importance_N,
+    kl_N,
+    policy_loss,
+    token_sums,
+    token_weights,
+)
 
 BETA, CLIP, CAP = 0.08, 0.2, 2.0
 Sequence = dict[str, list[float]]  # per-token log-probs under "policy", "old", "ref", "engine"
@@ -59,119 +70,122 @@ def make_sequences(seed: int) -> tuple[list[Sequence], list[float]]:
     return sequences, [1.7, -0.6, -0.6, 0.0, 1.0, -1.0, 0.5]
 
 
-def collate(sequences: list[Sequence], left: int = 0, right: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Padded tensors with junk outside the mask: `left` prompt positions, `right` extra padding positions."""
-    width = left + max(len(s["policy"]) for s in sequences) + right
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    tensors = {name: torch.full((len(sequences), width), -77.0) for name in ("policy", "old", "ref", "engine")}
-    tensors["ref"][:] = 77.0  # exp(154) would overflow if it were not masked before the exponential
-    for row, sequence in enumerate(sequences):
-        place = slice(left, left + len(sequence["policy"]))
-        mask[row, place] = True
-        for name, values in sequence.items():
-            tensors[name][row, place] = torch.tensor(values)
-    return tensors, mask
+def collate(sequences: list[Sequence], advantages_B: list[float]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Flat tensors over all tokens, and the sequences' lengths."""
+    tensors = {n: torch.tensor([lp for s in sequences for lp in s[n]]) for n in ("policy", "old", "ref", "engine")}
+    lengths = [len(s["policy"]) for s in sequences]
+    tensors["advantages"] = torch.tensor(advantages_B).repeat_interleave(torch.tensor(lengths))
+    return tensors, lengths
 
 
-def reference_loss(sequences: list[Sequence], advantages_B: list[float], beta: float, normaliser: float) -> float:
-    """Eq. 11 token by token, in plain Python."""
+def reference_loss(sequences: list[Sequence], advantages_B: list[float], loss: PolicyLoss, size: BatchSize) -> float:
+    """Eq. 11 (or the variant's) token by token, in plain Python."""
+    high = loss.clip if loss.clip_high is None else loss.clip_high
     total = 0.0
     for sequence, advantage in zip(sequences, advantages_B, strict=True):
         objective = 0.0
         for policy, old, ref, engine in zip(*(sequence[n] for n in ("policy", "old", "ref", "engine")), strict=True):
             ratio = math.exp(policy) / math.exp(old)
-            surrogate = min(ratio, 1 + CLIP) * advantage if advantage >= 0 else max(ratio, 1 - CLIP) * advantage
-            kl = math.exp(ref) / math.exp(policy) - math.log(math.exp(ref) / math.exp(policy)) - 1
-            objective += min(math.exp(policy) / math.exp(engine), CAP) * surrogate - beta * kl
-        total += objective / len(sequence["policy"])
-    return -total / normaliser
+            surrogate = min(ratio, 1 + high) * advantage if advantage >= 0 else max(ratio, 1 - loss.clip) * advantage
+            x = math.exp(ref) / math.exp(policy)
+            kl = {"k1": -math.log(x), "k2": math.log(x) ** 2 / 2, "k3": x - math.log(x) - 1}[loss.kl]
+            objective += min(math.exp(policy) / math.exp(engine), CAP) * surrogate - loss.beta * kl
+        total += {
+            "grpo": objective / len(sequence["policy"]) / size.num_sequences,
+            "dapo": objective / size.num_tokens,
+            "dr_grpo": objective / loss.max_tokens / size.num_sequences,
+        }[loss.objective]
+    return -total
 
 
-def loss_of(
-    tensors: dict[str, torch.Tensor], mask: torch.Tensor, advantages_B: list[float], beta: float, normaliser: float
-) -> torch.Tensor:
-    return grpo_loss(
+def loss_of(tensors: dict[str, torch.Tensor], lengths: list[int], loss: PolicyLoss, size: BatchSize) -> torch.Tensor:
+    return policy_loss(
         tensors["policy"],
         tensors["old"],
-        tensors["ref"] if beta else None,
-        torch.tensor(advantages_B),
-        mask,
-        beta=beta,
-        clip=CLIP,
-        normaliser=normaliser,
-        weights_BT=importance_BT(tensors["policy"], tensors["engine"], mask, CAP),
+        tensors["ref"] if loss.beta else None,
+        tensors["advantages"],
+        token_weights(loss, lengths, size),
+        loss,
+        importance_N(tensors["policy"], tensors["engine"], CAP),
     )
 
 
 @pytest.mark.parametrize("beta", [0.0, BETA])
-@pytest.mark.parametrize("padding", [(0, 0), (3, 2)])
-def test_loss_equals_the_plain_python_one(beta: float, padding: tuple[int, int]) -> None:
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("clip_high", [None, 0.28])
+def test_loss_equals_the_plain_python_one(objective: Any, kl: Any, clip_high: float | None, beta: float) -> None:
     sequences, advantages_B = make_sequences(0)
-    tensors, mask = collate(sequences, *padding)
-    expected = reference_loss(sequences, advantages_B, beta, 28.0)
-    assert loss_of(tensors, mask, advantages_B, beta, 28.0).item() == pytest.approx(expected, rel=1e-5)
+    loss, size = PolicyLoss(objective, beta, kl, CLIP, clip_high, CAP, max_tokens=11), BatchSize(28, 130)
+    expected = reference_loss(sequences, advantages_B, loss, size)
+    assert loss_of(*collate(sequences, advantages_B), loss, size).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradient_on_policy_equals_the_derivative_by_hand() -> None:
-    """With old = policy, d(-loss)/d(log p) of a token is (w A - beta (1 - ref / policy)) / length / normaliser."""
+    """With old = policy, d(-loss)/d(log p) of a token is (w A - beta (1 - ref / policy)) / length / sequences."""
     sequences, advantages_B = make_sequences(1)
-    tensors, mask = collate(sequences, left=2)
+    tensors, lengths = collate(sequences, advantages_B)
     policy = tensors["policy"].requires_grad_()
     tensors["old"] = policy.detach()
-    loss_of(tensors, mask, advantages_B, BETA, 7.0).backward()
-    expected = torch.zeros_like(policy)
-    for row, (sequence, advantage) in enumerate(zip(sequences, advantages_B, strict=True)):
-        for t, (lp, ref, engine) in enumerate(zip(*(sequence[n] for n in ("policy", "ref", "engine")), strict=True)):
+    loss_of(tensors, lengths, PolicyLoss(beta=BETA, tis_cap=CAP), BatchSize(7, 25)).backward()
+    expected = []
+    for sequence, advantage in zip(sequences, advantages_B, strict=True):
+        for lp, ref, engine in zip(*(sequence[n] for n in ("policy", "ref", "engine")), strict=True):
             weight = min(math.exp(lp - engine), CAP)
             slope = weight * advantage - BETA * (1 - math.exp(ref - lp))
-            expected[row, 2 + t] = -slope / len(sequence["policy"]) / 7.0
-    torch.testing.assert_close(policy.grad, expected)
+            expected.append(-slope / len(sequence["policy"]) / 7.0)
+    torch.testing.assert_close(policy.grad, torch.tensor(expected))
 
 
-def test_clipped_tokens_have_no_gradient() -> None:
-    """Eq. 11: no push further up above 1 + clip when A > 0, nor further down below 1 - clip when A < 0."""
-    old = torch.full((4, 1), -1.0)
-    policy = (old + torch.tensor([[0.3], [-0.3], [0.3], [-0.3]])).requires_grad_()
-    mask = torch.ones(4, 1, dtype=torch.bool)
-    grpo_loss(
-        policy, old, None, torch.tensor([1.0, 1.0, -1.0, -1.0]), mask, beta=0.0, clip=0.2, normaliser=4.0
-    ).backward()
+@pytest.mark.parametrize(("clip_high", "moves"), [(None, [False, True, True, False]), (0.4, [True, True, True, False])])
+def test_clipped_tokens_have_no_gradient(clip_high: float | None, moves: list[bool]) -> None:
+    """No push further up above 1 + clip (clip-higher: 1 + clip_high) when A > 0, nor down below 1 - clip when A < 0."""
+    old = torch.full((4,), -1.0)
+    policy = (old + torch.tensor([0.3, -0.3, 0.3, -0.3])).requires_grad_()
+    advantages_N, weights_N = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.full((4,), 0.25)
+    policy_loss(policy, old, None, advantages_N, weights_N, PolicyLoss(beta=0.0, clip_high=clip_high)).backward()
     assert policy.grad is not None
-    assert (policy.grad[:, 0] != 0).tolist() == [False, True, True, False]
+    assert (policy.grad != 0).tolist() == moves
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
-    """Loss, gradients of shared parameters and reported sums, for any split and padding."""
+def test_dr_grpo_takes_advantages_without_dividing_by_the_spread() -> None:
+    assert advantages(torch.tensor([1.0, -1.0, -1.0, -1.0]), scaled=False).tolist() == [1.5, -0.5, -0.5, -0.5]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dr_grpo", "dapo"])
+def test_rows_add_up_to_the_batch(objective: Any) -> None:
+    """Loss, gradients of shared parameters and reported sums, for any split."""
     sequences, advantages_B = make_sequences(2)
+    loss, size = PolicyLoss(objective, BETA, tis_cap=CAP), BatchSize(7, 25)
 
-    def run(split: list[list[int]], right: int) -> tuple[float, torch.Tensor, dict[str, float]]:
+    def run(split: list[list[int]]) -> tuple[float, torch.Tensor, dict[str, float]]:
         shared = torch.tensor([1.0, 0.0], requires_grad=True)
-        loss, sums = 0.0, dict.fromkeys(TokenStatistics.NAMES, 0.0)
+        total, sums = 0.0, dict.fromkeys(TokenStatistics.NAMES, 0.0)
         for rows in split:
-            tensors, mask = collate([sequences[r] for r in rows], right=right)
+            tensors, lengths = collate([sequences[r] for r in rows], [advantages_B[r] for r in rows])
             tensors["policy"] = tensors["policy"] * shared[0] + shared[1]
-            part = loss_of(tensors, mask, [advantages_B[r] for r in rows], BETA, 7.0)
+            part = loss_of(tensors, lengths, loss, size)
             part.backward()
-            loss += part.item()
+            total += part.item()
             logps = [tensors[name] for name in ("policy", "old", "engine", "ref")]
-            for name, value in token_sums(*logps, mask, clip=CLIP, cap=CAP).items():
+            for name, value in token_sums(*logps, loss).items():
                 sums[name] += value.item()
         assert shared.grad is not None
-        return loss, shared.grad, sums
+        return total, shared.grad, sums
 
-    loss, grad, sums = run([[0, 1, 2, 3, 4, 5, 6]], right=0)
-    for split, right in [([[4], [0, 6], [1, 2], [3, 5]], 0), ([[r] for r in range(7)], 3)]:
-        got_loss, got_grad, got_sums = run(split, right)
-        assert got_loss == pytest.approx(loss, rel=1e-5)
+    total, grad, sums = run([[0, 1, 2, 3, 4, 5, 6]])
+    for split in ([[4], [0, 6], [1, 2], [3, 5]], [[r] for r in range(7)]):
+        got_total, got_grad, got_sums = run(split)
+        assert got_total == pytest.approx(total, rel=1e-5)
         torch.testing.assert_close(got_grad, grad)
         assert got_sums == pytest.approx(sums, rel=1e-5)
 
 
 def test_reported_sums_equal_the_plain_python_ones() -> None:
-    sequences, _ = make_sequences(3)
-    tensors, mask = collate(sequences, left=1, right=1)
+    sequences, advantages_B = make_sequences(3)
+    tensors, _ = collate(sequences, advantages_B)
     logps = [tensors[name] for name in ("policy", "old", "engine", "ref")]
-    got = {name: value.item() for name, value in token_sums(*logps, mask, clip=CLIP, cap=CAP).items()}
+    got = {name: value.item() for name, value in token_sums(*logps, PolicyLoss(clip=CLIP, tis_cap=CAP)).items()}
     tokens = [t for s in sequences for t in zip(s["policy"], s["old"], s["engine"], s["ref"], strict=True)]
     assert got == pytest.approx(
         {
@@ -193,6 +207,25 @@ def test_k3_is_an_unbiased_estimate_of_the_kl_divergence() -> None:
     exact = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=policy), torch.distributions.Categorical(logits=ref)
     )
-    k3 = kl_BT(policy, ref, torch.ones(1, 50, dtype=torch.bool))
+    k3 = kl_N(policy, ref)
     assert (k3 >= 0).all()
     assert (policy.exp() * k3).sum().item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_gradient_of_k2_is_that_of_the_kl_divergence_and_that_of_k1_is_zero_on_average() -> None:
+    """What `kl_N` says of the estimators as loss terms, with samples weighted exactly by the policy."""
+    rng = torch.Generator().manual_seed(5)
+    logits, ref = torch.randn(2, 40, generator=rng).double()
+    ref = ref.log_softmax(-1)
+
+    def gradient(term: Any) -> torch.Tensor:
+        leaf = logits.clone().requires_grad_()
+        logp = leaf.log_softmax(-1)
+        term(logp).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    exact = gradient(lambda logp: (logp.exp() * (logp - ref)).sum())
+    as_loss = {k: gradient(lambda logp, k=k: (logp.detach().exp() * kl_N(logp, ref, k)).sum()) for k in ("k1", "k2")}
+    torch.testing.assert_close(as_loss["k2"], exact)
+    torch.testing.assert_close(as_loss["k1"], torch.zeros_like(exact), atol=1e-12, rtol=0)

@@ -151,9 +151,9 @@ def test_metrics_of_a_step_counted_by_hand() -> None:
 def test_samples_without_signal_are_left_out_only_where_they_have_no_gradient() -> None:
     mixed = [make_rollout("correct"), make_rollout("wrong")]
     same = [make_rollout("wrong"), make_rollout("no_box")]
-    assert [s.advantage for s in with_advantages([mixed, same], keep_all=True)] == [1, -1, 0, 0]
-    assert [s.advantage for s in with_advantages([mixed, same], keep_all=False)] == [1, -1]
-    assert [s.advantage for s in with_advantages([same], keep_all=False)] == [0, 0]
+    assert [s.advantage for s in with_advantages([mixed, same], "grpo", keep_all=True)] == [1, -1, 0, 0]
+    assert [s.advantage for s in with_advantages([mixed, same], "grpo", keep_all=False)] == [1, -1]
+    assert [s.advantage for s in with_advantages([same], "grpo", keep_all=False)] == [0, 0]
 
 
 def test_too_long_prompts_are_dropped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

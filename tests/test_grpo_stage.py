@@ -68,12 +68,13 @@ def make_inputs(root: Path) -> None:
         for item in items
         for score in (0, 1)
     ]
-    batch = make_batch([ids for ids, _ in examples], [length for _, length in examples])
-    targets = batch.input_ids[:, 1:].masked_fill(~batch.loss_mask, -100)
+    width = max(len(ids) for ids, _ in examples)
+    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
+    targets = torch.tensor([[-100] * n + ids[n:] + [-100] * (width - len(ids)) for ids, n in examples])[:, 1:]
     torch.set_num_threads(1)  # as in the stage; more only wait for each other on a busy machine
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
-        logits = model(batch.input_ids, batch.attention_mask).logits[:, :-1]
+        logits = model(padded).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -13,23 +13,27 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.batch import BatchSize
+from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.grpo_update import Sample, add_reference, rank_micro_batches, update_policy
 from spct_ray.learn.reference import Reference
 from spct_ray.learn.trainer import Trainer
 
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", betas=(0.0, 0.9), grad_clip=0.5, dtype="float32")
-BETA, CLIP, CAP, NUM_SEQUENCES = 0.3, 0.2, 1.1, 8
+BETA, CAP, NUM_SEQUENCES = 0.3, 1.1, 8
+LOSS, SIZE = PolicyLoss(beta=BETA, tis_cap=CAP), BatchSize(NUM_SEQUENCES, 99)
 NUM_SAMPLES = (7, 1)  # of each update; of one sample, the second of two ranks has nothing to train on
 
 
 def make_samples(num: int) -> list[Sample]:
-    """Sequences of 9 to 40 tokens; the engine's log-probs are off by enough for the cap to act."""
+    """Sequences of 9 to 34 tokens, groups of three with one prompt; the engine's log-probs are off by enough for the
+    cap to act."""
     rng = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, 280, (3, 22), generator=rng).tolist()
     samples = []
     for i in range(num):
-        prompt, completion = 4 + 3 * i, 5 + (7 * i) % 17
-        ids = torch.randint(3, 280, (prompt + completion,), generator=rng).tolist()
+        prompt, completion = 4 + 9 * (i // 3), 5 + (7 * i) % 17
+        ids = prompts[i // 3][:prompt] + torch.randint(3, 280, (completion,), generator=rng).tolist()
         engine = (-6 + torch.randn(completion, generator=rng)).tolist()
         samples.append(Sample(tuple(ids), prompt, tuple(engine), [1.7, -0.6, 0.0, 1.0, -1.0, -0.6, 0.5][i]))
     return samples
@@ -46,7 +50,7 @@ def train(model_dir: str, out: str, micro_tokens: int, zero_stage: int) -> list[
             make_samples(num_samples), trainer.rank, trainer.world_size, micro_tokens
         )
         batches = add_reference(batches, num_passes, reference)
-        numbers.append(update_policy(trainer, batches, beta=BETA, clip=CLIP, tis_cap=CAP, num_sequences=NUM_SEQUENCES))
+        numbers.append(update_policy(trainer, batches, LOSS, SIZE))
     trainer.export(out)
     return numbers
 
@@ -105,6 +109,9 @@ def test_updates_equal_plain_torch_for_any_micro_batches(model_dir: str, tmp_pat
         assert numbers[1]["kl"] > 0.0
         assert numbers[0]["clip_share"] == 0.0
         assert 0.0 < numbers[0]["tis_capped_share"] < 1.0
+        assert numbers[0]["tokens_naive"] == sum(len(s.token_ids) for s in make_samples(7))
+        assert numbers[0]["tokens_trained"] < numbers[0]["tokens_naive"]
+        assert numbers[1]["tokens_trained"] == numbers[1]["tokens_naive"]  # a sample alone shares nothing
 
 
 @pytest.mark.slow
@@ -120,7 +127,7 @@ def test_updates_after_a_resume_are_bit_equal(model_dir: str, tmp_path: Path) ->
         for step in range(first, first + num_updates):
             batches, num_passes = rank_micro_batches(make_samples(7 - step), 0, 1, resources.micro_tokens)
             batches = add_reference(batches, num_passes, reference)
-            update_policy(trainer, batches, beta=BETA, clip=CLIP, tis_cap=CAP, num_sequences=NUM_SEQUENCES)
+            update_policy(trainer, batches, LOSS, SIZE)
         trainer.export(out)
         trainer.save(checkpoints, {"step": first + num_updates})
 

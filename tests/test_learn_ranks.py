@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spct_ray.learn import model as learn_model
-from spct_ray.learn.batch import Batch, make_batch, plan_micro_batches, share_of_rank
+from spct_ray.learn.batch import Batch, make_batch, plan_rows
 
 pytestmark = pytest.mark.slow
 SEQUENCES = 7  # odd, so that two ranks never hold equal shares
@@ -56,11 +56,10 @@ def run_job(job: dict[str, Any]) -> None:
     while trainer.steps_done < job.get("until", 4):
         sequences, prompts = data_of_step(trainer.steps_done)
         tokens = sum(len(s) - p for s, p in zip(sequences, prompts, strict=True))
-        share = share_of_rank([len(s) for s in sequences], trainer.rank, trainer.world_size)
-        if job.get("lonely"):  # all work on rank 0: the others must keep up without any
-            share = list(range(SEQUENCES)) if trainer.rank == 0 else []
-        plan = plan_micro_batches([len(sequences[i]) for i in share], job.get("micro_tokens", 4096))
-        batches = [make_batch([sequences[share[i]] for i in m], [prompts[share[i]] for i in m]) for m in plan]
+        num_ranks = 1 if job.get("lonely") else trainer.world_size  # lonely: the other ranks have nothing to do
+        plan = plan_rows(sequences, prompts, micro_tokens=job.get("micro_tokens", 4096), num_ranks=num_ranks)
+        rows = plan[trainer.rank] if trainer.rank < num_ranks else []
+        batches = [make_batch([sequences[i] for i in row], [prompts[i] for i in row]) for row in rows]
 
         def lm_loss(batch: Batch, tokens: int = tokens) -> Tensor:
             return -trainer.logprobs(batch).sum() / tokens
@@ -68,7 +67,7 @@ def run_job(job: dict[str, Any]) -> None:
         def scalar_loss(batch: Batch) -> Tensor:
             return (
                 F.binary_cross_entropy_with_logits(
-                    trainer.scores(batch), (batch.attention_mask.sum(-1) % 2).float(), reduction="sum"
+                    trainer.scores(batch), (batch.position_ids[0, batch.last_B] % 2).float(), reduction="sum"
                 )
                 / SEQUENCES
             )

@@ -1,7 +1,9 @@
-"""Padded batches: from token ids to tensors, and which sequences go together.
+"""Packed rows: many sequences in one row without padding, each prompt once, and which sequences go together.
 
-Sequences are padded on the right, so under a causal model padding never reaches a real token. Leaves out the loss:
-it is normalised by the caller over the whole batch, so the split into micro-batches and ranks never changes it.
+A judge's prompt is several times its completion, and all completions of a group share it. A row therefore holds trees:
+a trunk (the prompt) and the branches (its completions), each of which attends to the trunk and to itself. Leaves out
+the loss, which its caller normalises over the whole update: how sequences are spread over rows and ranks never changes
+it; and attention (see `attention.py`).
 """
 
 from __future__ import annotations
@@ -13,64 +15,154 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Tokens of a trunk, followed in the row by those of each branch. A sequence alone is one trunk."""
+
+    trunk: int
+    branches: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Batch:
-    """B right-padded sequences of up to T tokens.
+    """One row of T tokens with B sequences, N of whose tokens are trained on, sequence after sequence.
 
-    `loss_mask` is True where the NEXT token (position t + 1 of `input_ids`) is trained on. `extras` carries what a loss
-    needs beside it: tensors whose first axis is B, e.g. advantages [B] or old log-probs [B, T-1].
+    Trained token n is `target_N[n]`, predicted by the hidden state at `source_N[n]`; the first tokens of all branches
+    of a tree have the same source. `extras` carries what a loss needs beside it: tensors over N or B.
     """
 
-    input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] bool, False at padding
-    loss_mask: Tensor  # [B, T-1] bool
+    input_ids: Tensor  # [1, T] int64
+    position_ids: Tensor  # [1, T], from 0 in each sequence
+    trees: tuple[Tree, ...]
+    source_N: Tensor  # places in the row
+    target_N: Tensor  # token ids
+    sequence_N: Tensor  # 0 .. B-1
+    last_B: Tensor  # place of each sequence's last token
+    num_trained: tuple[int, ...]  # trained tokens of each sequence
+    num_naive: int  # tokens of all sequences, each with its own prompt
     extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            loss_mask=self.loss_mask.to(device),
-            extras={name: value.to(device) for name, value in self.extras.items()},
-        )
+        tensors = ("input_ids", "position_ids", "source_N", "target_N", "sequence_N", "last_B")
+        moved = {name: getattr(self, name).to(device) for name in tensors}
+        return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
+
+    def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
+        """Values of trained tokens, one tensor a sequence."""
+        return torch.split(values_N, list(self.num_trained))
 
 
-def make_batch(
-    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], extras: dict[str, Tensor] | None = None
-) -> Batch:
-    """Pad token ids (with 0, which is masked) to the longest; everything after a sequence's prompt is trained on."""
-    num_tokens = max(2, max(len(ids) for ids in sequences))
-    input_ids = torch.zeros(len(sequences), num_tokens, dtype=torch.long)
-    attention_mask = torch.zeros(len(sequences), num_tokens, dtype=torch.bool)
-    loss_mask = torch.zeros(len(sequences), num_tokens - 1, dtype=torch.bool)
-    for row, (ids, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        attention_mask[row, : len(ids)] = True
-        loss_mask[row, max(prompt_length, 1) - 1 : len(ids) - 1] = True
-    return Batch(input_ids, attention_mask, loss_mask, extras or {})
+@dataclass(frozen=True)
+class BatchSize:
+    """Of one update, over all ranks: what a loss divides by."""
+
+    num_sequences: int
+    num_tokens: int  # trained on
 
 
-def plan_micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Indices of the sequences of each micro-batch: alike in length, padded size (count x longest) <= micro_tokens.
+def make_batch(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], share_prompts: bool = True) -> Batch:
+    """All sequences in one row, equal prompts once. What follows a sequence's prompt (at least its first token) is
+    trained on."""
+    ids: list[int] = []
+    positions: list[int] = []
+    trees: list[Tree] = []
+    sources: list[list[int]] = [[] for _ in sequences]
+    last = [0] * len(sequences)
+    trunks = [max(1, length) for length in prompt_lengths]
+    for group in _groups(sequences, trunks, share_prompts):
+        trunk = trunks[group[0]]
+        if len(group) == 1:  # trunk and branch in one piece: plain causal attention is the fastest
+            (index,) = group
+            start, num = len(ids), len(sequences[index])
+            ids += sequences[index]
+            positions += range(num)
+            sources[index] += range(start + trunk - 1, start + num - 1)
+            last[index] = start + num - 1
+            trees.append(Tree(num))
+            continue
+        ids += sequences[group[0]][:trunk]
+        positions += range(trunk)
+        trunk_end = len(ids) - 1
+        branches = []
+        for index in group:
+            start, branch = len(ids), sequences[index][trunk:]
+            ids += branch
+            positions += range(trunk, trunk + len(branch))
+            sources[index] += [trunk_end, *range(start, start + len(branch) - 1)][: len(branch)]
+            last[index] = len(ids) - 1 if branch else trunk_end
+            branches.append(len(branch))
+        trees.append(Tree(trunk, tuple(branches)))
+    num_trained = tuple(map(len, sources))
+    targets = [token for s, trunk in zip(sequences, trunks, strict=True) for token in s[trunk:]]
+    return Batch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        trees=tuple(trees),
+        source_N=torch.tensor([place for places in sources for place in places], dtype=torch.long),
+        target_N=torch.tensor(targets, dtype=torch.long),
+        sequence_N=torch.arange(len(sequences)).repeat_interleave(torch.tensor(num_trained)),
+        last_B=torch.tensor(last),
+        num_trained=num_trained,
+        num_naive=sum(map(len, sequences)),
+    )
 
-    A sequence longer than `micro_tokens` gets a micro-batch of its own.
+
+def plan_rows(
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    *,
+    micro_tokens: int,
+    num_ranks: int = 1,
+    share_prompts: bool = True,
+) -> list[list[list[int]]]:
+    """Indices of the sequences of each row of each rank; every sequence is in exactly one.
+
+    Sequences with equal prompts stay together where `micro_tokens` allows, as they then cost their prompt once. Ranks
+    get about equally many tokens (longest first, to the rank with the least). A row holds at most `micro_tokens`, but
+    for a sequence that alone is longer.
     """
-    plan: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if plan and (len(plan[-1]) + 1) * lengths[plan[-1][0]] <= micro_tokens:
-            plan[-1].append(index)
+    trunks = [max(1, length) for length in prompt_lengths]
+    units: list[tuple[int, list[int]]] = []  # tokens, indices
+    for group in _groups(sequences, trunks, share_prompts):
+        size, members = 0, []  # type: int, list[int]
+        for index in group:
+            branch = len(sequences[index]) - trunks[index]
+            if members and size + branch > micro_tokens:
+                units.append((size, members))
+                members = []
+            size = size + branch if members else trunks[index] + branch
+            members = [*members, index]
+        units.append((size, members))
+    units.sort(key=lambda unit: (-unit[0], unit[1]))
+    loads = [0] * num_ranks
+    rows: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    sizes: list[list[int]] = [[] for _ in range(num_ranks)]
+    for size, members in units:
+        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
+        loads[rank] += size
+        for row, used in enumerate(sizes[rank]):  # first fit
+            if used + size <= micro_tokens:
+                rows[rank][row] += members
+                sizes[rank][row] += size
+                break
         else:
-            plan.append([index])
-    return plan
+            rows[rank].append(list(members))
+            sizes[rank].append(size)
+    return rows
 
 
-def share_of_rank(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """Indices of the sequences that one rank trains on: about equal work for all, every sequence on exactly one rank.
+def _groups(sequences: Sequence[Sequence[int]], trunks: Sequence[int], share_prompts: bool) -> list[list[int]]:
+    """Indices of sequences that share their first `trunks` tokens, in order of first appearance."""
+    groups: dict[object, list[int]] = {}
+    for index, (ids, trunk) in enumerate(zip(sequences, trunks, strict=True)):
+        groups.setdefault(tuple(ids[:trunk]) if share_prompts else index, []).append(index)
+    return list(groups.values())
 
-    Longest first, dealt out to and fro.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    to_and_fro = [*range(world_size), *reversed(range(world_size))]
-    return [index for place, index in enumerate(order) if to_and_fro[place % (2 * world_size)] == rank]
+
+EMPTY = make_batch([[0, 0]], [1])  # one trained token, for ranks that keep others company without work of their own

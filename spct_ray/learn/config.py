@@ -24,8 +24,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class PolicyLoss:
+    """What one GRPO update minimises; see `learn.grpo` for the objectives and the KL estimators.
+
+    Ratios are clipped to 1 - `clip` .. 1 + `clip_high` (None: `clip`; DAPO's clip-higher takes 0.28). `tis_cap` bounds
+    the importance weights that correct for the engine's arithmetic. `max_tokens` is dr_grpo's divisor.
+    """
+
+    objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    beta: float = 0.08
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    clip: float = 0.2
+    clip_high: float | None = None
+    tis_cap: float = 2.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True)
 class TrainResources:
-    """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a padded micro-batch.
+    """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a packed row.
 
     `offload_optimizer` keeps master weights and moments in CPU memory (compiles DeepSpeedCPUAdam on first use).
     """

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spct_ray.learn.batch import Batch, make_batch, plan_micro_batches, share_of_rank
+from spct_ray.learn.batch import Batch, BatchSize, make_batch, plan_rows
 from spct_ray.learn.examples import DataOrder, Example, ExampleFile
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """Of one update, over all ranks: what a loss divides by."""
-
-    num_sequences: int
-    num_tokens: int  # trained on
 
 
 def fit(
@@ -38,7 +30,7 @@ def fit(
     """Train until `order` is used up, from the newest checkpoint in `out`/checkpoints. Collective.
 
     Writes `out`/metrics.jsonl: step (from 0), loss, grad_norm, lr, tokens (trained on), tokens_per_second (real tokens,
-    prompts included) and seconds. `loss_fn` is given a micro-batch (label in `extras`) and the size of the whole
+    prompts included) and seconds. `loss_fn` is given a packed row (label in `extras`) and the size of the whole
     update, by which it divides.
     """
     trainer.resume(f"{out}/checkpoints")
@@ -47,23 +39,24 @@ def fit(
         started = time.monotonic()
         batch = [examples[i] for i in order.batch(step)]
         size = BatchSize(len(batch), sum(len(e.ids) - e.prompt_length for e in batch))
-        lengths = [len(e.ids) for e in batch]
-        share = [batch[i] for i in share_of_rank(lengths, trainer.rank, trainer.world_size)]
-        numbers = trainer.step(micro_batches(share, micro_tokens), lambda part, size=size: loss_fn(part, size))  # type: ignore[misc]
+        rows = rank_rows(batch, trainer.rank, trainer.world_size, micro_tokens)
+        numbers = trainer.step(rows, lambda row, size=size: loss_fn(row, size))  # type: ignore[misc]
         if metrics is not None:
             seconds = time.monotonic() - started
-            rates = {"tokens_per_second": round(sum(lengths) / seconds, 1), "seconds": round(seconds, 4)}
+            num_tokens = sum(len(e.ids) for e in batch)
+            rates = {"tokens_per_second": round(num_tokens / seconds, 1), "seconds": round(seconds, 4)}
             metrics.append({"step": step, **numbers, "tokens": size.num_tokens, **rates})
             progress(step + 1, order.num_steps, "steps", f"loss {numbers['loss']:.4f}")
         if (step + 1) % checkpoint_every == 0 or step + 1 == order.num_steps:
             trainer.save(f"{out}/checkpoints", {})
 
 
-def micro_batches(examples: list[Example], micro_tokens: int) -> list[Batch]:
-    """Padded batches of at most `micro_tokens`, with the examples' labels."""
-    plan = plan_micro_batches([len(e.ids) for e in examples], micro_tokens)
-    parts = [[examples[i] for i in indices] for indices in plan]
+def rank_rows(examples: Sequence[Example], rank: int, num_ranks: int, micro_tokens: int) -> list[Batch]:
+    """One rank's share as packed rows of at most `micro_tokens`, with the examples' labels."""
+    ids, prompts = [e.ids for e in examples], [e.prompt_length for e in examples]
+    rows = plan_rows(ids, prompts, micro_tokens=micro_tokens, num_ranks=num_ranks)[rank]
+    batches = [make_batch([ids[i] for i in row], [prompts[i] for i in row]) for row in rows]
     return [
-        make_batch([e.ids for e in p], [e.prompt_length for e in p], {"label": torch.tensor([e.label for e in p])})
-        for p in parts
+        replace(batch, extras={"label": torch.tensor([examples[i].label for i in row])})
+        for batch, row in zip(batches, rows, strict=True)
     ]

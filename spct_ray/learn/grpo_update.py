@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spct_ray.learn.batch import Batch, make_batch, plan_micro_batches, share_of_rank
-from spct_ray.learn.grpo import TokenStatistics, grpo_loss, importance_BT
+from spct_ray.learn.batch import Batch, BatchSize, make_batch, plan_rows
+from spct_ray.learn.config import PolicyLoss
+from spct_ray.learn.grpo import TokenStatistics, importance_N, policy_loss, token_weights
 from spct_ray.learn.reference import Reference
 from spct_ray.learn.trainer import Trainer
 
@@ -25,67 +26,61 @@ class Sample:
 
 
 def rank_micro_batches(
-    samples: Sequence[Sample], rank: int, world_size: int, micro_tokens: int
+    samples: Sequence[Sample], rank: int, world_size: int, micro_tokens: int, share_prompts: bool = True
 ) -> tuple[list[Batch], int]:
-    """This rank's share as micro-batches, and how many micro-batches the rank with the most has.
+    """This rank's share as packed rows, and how many rows the rank with the most has.
 
-    Every rank is given the same `samples`; each sample is trained on by exactly one of them.
+    Every rank is given the same `samples`; each sample is trained on by exactly one of them. Samples of one prompt
+    share it, which changes neither loss nor gradient; `share_prompts` False is the naive way, for comparisons.
     """
-    lengths = [len(sample.token_ids) for sample in samples]
-    plans = []
-    for r in range(world_size):
-        share = share_of_rank(lengths, r, world_size)
-        plan = plan_micro_batches([lengths[i] for i in share], micro_tokens)
-        plans.append([[samples[share[i]] for i in indices] for indices in plan])
-    return [_batch(part) for part in plans[rank]], max(map(len, plans))
+    ids, prompts = [s.token_ids for s in samples], [s.num_prompt_tokens for s in samples]
+    plan = plan_rows(ids, prompts, micro_tokens=micro_tokens, num_ranks=world_size, share_prompts=share_prompts)
+    return [_batch([samples[i] for i in row], share_prompts) for row in plan[rank]], max(map(len, plan))
 
 
-def _batch(samples: Sequence[Sample]) -> Batch:
-    batch = make_batch([s.token_ids for s in samples], [s.num_prompt_tokens for s in samples])
-    engine_logprobs = torch.tensor([lp for s in samples for lp in s.engine_logprobs])
+def _batch(samples: Sequence[Sample], share_prompts: bool) -> Batch:
+    batch = make_batch([s.token_ids for s in samples], [s.num_prompt_tokens for s in samples], share_prompts)
     extras = {
-        "advantages": torch.tensor([s.advantage for s in samples]),
-        "engine_logp": torch.zeros(batch.loss_mask.shape).masked_scatter(batch.loss_mask, engine_logprobs),
+        "advantages": torch.tensor([s.advantage for s in samples])[batch.sequence_N],
+        "engine_logp": torch.tensor([lp for s in samples for lp in s.engine_logprobs]),
     }
     return replace(batch, extras=extras)
 
 
 def add_reference(batches: Sequence[Batch], num_passes: int, reference: Reference) -> list[Batch]:
-    """The micro-batches with the frozen model's log-probs. Collective."""
+    """The rows with the frozen model's log-probs. Collective."""
     ref_logps = reference.logprobs(batches, num_passes)
     return [replace(b, extras={**b.extras, "ref_logp": lp}) for b, lp in zip(batches, ref_logps, strict=True)]
 
 
-def update_policy(
-    trainer: Trainer, batches: Sequence[Batch], *, beta: float, clip: float, tis_cap: float, num_sequences: int
-) -> dict[str, float]:
-    """One optimiser step on Eq. 11 over `num_sequences` sequences (all ranks'). Collective.
+def update_policy(trainer: Trainer, batches: Sequence[Batch], loss: PolicyLoss, size: BatchSize) -> dict[str, float]:
+    """One optimiser step on Eq. 11 over the sequences and completion tokens in `size` (all ranks'). Collective.
 
     Exactly on-policy: the old log-probs are those of this very forward pass, so there is no pass for them. Returns
-    `Trainer.step`'s numbers and the token statistics (no `kl` at beta 0).
+    `Trainer.step`'s numbers, the token statistics (no `kl` at beta 0), the tokens that passed through the network as
+    `tokens_trained`, and what they would be without shared prompts as `tokens_naive`.
     """
     statistics = TokenStatistics(trainer.device)
 
     def loss_fn(batch: Batch) -> Tensor:
         batch = batch.to(trainer.device)
-        mask_BT, engine_logp_BT = batch.loss_mask, batch.extras["engine_logp"]
-        ref_logp_BT = batch.extras.get("ref_logp")
-        logp_BT = trainer.logprobs(batch)
-        old_logp_BT = logp_BT.detach()
-        statistics.add(logp_BT, old_logp_BT, engine_logp_BT, ref_logp_BT, mask_BT, clip=clip, cap=tis_cap)
-        return grpo_loss(
-            logp_BT,
-            old_logp_BT,
-            ref_logp_BT,
+        engine_logp_N, ref_logp_N = batch.extras["engine_logp"], batch.extras.get("ref_logp")
+        logp_N = trainer.logprobs(batch)
+        old_logp_N = logp_N.detach()
+        statistics.add(logp_N, old_logp_N, engine_logp_N, ref_logp_N, loss)
+        return policy_loss(
+            logp_N,
+            old_logp_N,
+            ref_logp_N,
             batch.extras["advantages"],
-            mask_BT,
-            beta=beta,
-            clip=clip,
-            normaliser=num_sequences,
-            weights_BT=importance_BT(logp_BT, engine_logp_BT, mask_BT, tis_cap),
+            token_weights(loss, batch.num_trained, size).to(trainer.device),
+            loss,
+            importance_N(logp_N, engine_logp_N, loss.tis_cap),
         )
 
+    counts = torch.tensor([[b.num_tokens, b.num_naive] for b in batches], dtype=torch.float64).view(-1, 2).sum(0)
     numbers = {**trainer.step(batches, loss_fn), **statistics.reduce()}
-    if beta == 0:
+    if loss.beta == 0:
         del numbers["kl"]  # not measured, which is not the same as 0
-    return numbers
+    trained, naive = trainer.sum_over_ranks(counts).tolist()
+    return {**numbers, "tokens_trained": trained, "tokens_naive": naive}

@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spct_ray.chat import encode_example
-from spct_ray.learn.batch import Batch, make_batch, plan_micro_batches
-from spct_ray.learn.fit import BatchSize
+from spct_ray.learn.batch import EMPTY, Batch, BatchSize, make_batch, plan_rows
+from spct_ray.learn.examples import Example
 from spct_ray.learn.model import LastTokenScore, load_model
 from spct_ray.learn.trainer import Trainer
 from spct_ray.records import Message
 
 
-def encode_judgement(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of `judge.prompt.meta_messages`, up to and with the end of the judgement's turn."""
+def encode_judgement(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], int]:
+    """Token ids of `judge.prompt.meta_messages`, up to and with the end of the judgement's turn, and how many of them
+    are its prompt: judgements of the same responses in the same order share it."""
     *prompt, judgement = messages
-    return encode_example(tokenizer, prompt, judgement.content)[0]
+    return encode_example(tokenizer, prompt, judgement.content)
 
 
 def meta_loss(trainer: Trainer, batch: Batch, size: BatchSize) -> Tensor:
@@ -46,11 +47,15 @@ class MetaScorer:
     @torch.inference_mode()
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """A raw logit for each of `judge.prompt.meta_messages`, in order; above 0 means "right" is more likely."""
-        sequences = [encode_judgement(self._tokenizer, messages) for messages in conversations]
+        if not conversations:
+            return []
+        encoded = [encode_judgement(self._tokenizer, messages) for messages in conversations]
+        sequences, prompt_lengths = zip(*encoded, strict=True)
         logits = [0.0] * len(sequences)
-        for indices in plan_micro_batches([len(ids) for ids in sequences], self._micro_tokens):
-            batch = make_batch([sequences[i] for i in indices], [1] * len(indices)).to(self._device)
-            values = self._module(batch.input_ids, batch.attention_mask, batch.loss_mask).tolist()
+        (rows,) = plan_rows(sequences, prompt_lengths, micro_tokens=self._micro_tokens)
+        for indices in rows:
+            batch = make_batch([sequences[i] for i in indices], [prompt_lengths[i] for i in indices])
+            values = self._module(batch.to(self._device)).tolist()
             for index, value in zip(indices, values, strict=True):
                 logits[index] = value
         return logits
@@ -61,15 +66,15 @@ def score_judgements(model_dir: str, conversations: Sequence[Sequence[Message]])
     return MetaScorer(model_dir).score(conversations)
 
 
-def score_over_ranks(trainer: Trainer, sequences: Sequence[Sequence[int]], micro_tokens: int) -> list[float]:
-    """Logits of all sequences from the model in training, the work shared by all ranks. Collective."""
-    plan = plan_micro_batches([len(ids) for ids in sequences], micro_tokens)
+def score_over_ranks(trainer: Trainer, examples: Sequence[Example], micro_tokens: int) -> list[float]:
+    """Logits of all judgements from the model in training, the work shared by all ranks. Collective."""
+    sequences, prompt_lengths = [e.ids for e in examples], [e.prompt_length for e in examples]
+    plan = plan_rows(sequences, prompt_lengths, micro_tokens=micro_tokens, num_ranks=trainer.world_size)
     logits = torch.zeros(len(sequences), dtype=torch.float64)
     with torch.no_grad():
-        for first in range(0, len(plan), trainer.world_size):  # every rank runs as many passes, ZeRO-3 wants it
-            mine = plan[first + trainer.rank] if first + trainer.rank < len(plan) else []
-            rows = [sequences[i] for i in mine] or [[0, 0]]
-            values = trainer.scores(make_batch(rows, [1] * len(rows))).double().cpu()
-            logits[mine] = values[: len(mine)]
+        for place in range(max(map(len, plan))):  # every rank runs as many passes, ZeRO-3 wants it
+            row = plan[trainer.rank][place] if place < len(plan[trainer.rank]) else []
+            batch = make_batch([sequences[i] for i in row], [prompt_lengths[i] for i in row]) if row else EMPTY
+            logits[row] = trainer.scores(batch).double().cpu()[: len(row)]
     summed: list[float] = trainer.sum_over_ranks(logits).tolist()
     return summed

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spct_ray.errors import ConfigError
+from spct_ray.learn import attention
+from spct_ray.learn.batch import Batch
 
 Head = Literal["lm", "scalar"]
 
@@ -22,8 +24,8 @@ _MAX_LOGITS = 1 << 26  # logits alive at once, in fp32 (256 MiB): more tokens th
 def load_model(model_dir: str, head: Head, dtype: torch.dtype) -> Any:
     """A transformers causal LM, or sequence classifier with one output, with its weights in `dtype`.
 
-    Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError for models whose
-    output layer does more than a linear map and a soft-cap.
+    It takes packed rows. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
+    for models whose output layer does more than a linear map and a soft-cap, or whose attention is of another kind.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -32,13 +34,13 @@ def load_model(model_dir: str, head: Head, dtype: torch.dtype) -> Any:
     for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
         if getattr(text, name, None) not in (None, 1, 1.0):
             raise ConfigError(f"{model_dir}: {type(text).__name__}.{name} scales the logits, which is not supported")
-    # sdpa silently drops Gemma-2's attention soft-cap (1.3 nats off).
-    attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
+    attention.check_model(model_dir, text)
+    attention.register()
     if head == "lm":
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention.NAME)
     config.num_labels = 1
     return AutoModelForSequenceClassification.from_pretrained(
-        model_dir, config=config, dtype=dtype, attn_implementation=attention
+        model_dir, config=config, dtype=dtype, attn_implementation=attention.NAME
     )
 
 
@@ -50,11 +52,9 @@ class TokenLogprobs(nn.Module):
         self.model = model
         self.head = LogprobHead(model.get_output_embeddings(), model.config.get_text_config())
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
-        """Log p [B, T-1] in fp32 of each next token where `loss_mask` is True, 0 elsewhere."""
-        hidden_BTH = _hidden_states(self.model, input_ids)
-        values_N = self.head(hidden_BTH[:, :-1][loss_mask], input_ids[:, 1:][loss_mask])
-        return torch.zeros(loss_mask.shape, device=loss_mask.device).masked_scatter(loss_mask, values_N)
+    def forward(self, batch: Batch) -> Tensor:
+        """Log p [N] in fp32 of each trained token. Only what predicts them passes through the output layer."""
+        return self.head(_hidden_states(self.model, batch)[batch.source_N], batch.target_N)  # type: ignore[no-any-return]
 
 
 class LogprobHead(nn.Module):
@@ -80,21 +80,22 @@ class LogprobHead(nn.Module):
 
 
 class LastTokenScore(nn.Module):
-    """A sequence classifier with one output, read at the last real token (transformers guesses it from the pad id)."""
+    """A sequence classifier with one output, read at each sequence's last token."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Raw logits [B] in fp32."""
-        hidden_BTH = _hidden_states(self.model, input_ids)
-        last_B = attention_mask.sum(-1) - 1
-        scores_B1: Tensor = self.model.score(hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B])
+        scores_B1: Tensor = self.model.score(_hidden_states(self.model, batch)[batch.last_B])
         return scores_B1.float()[:, 0]
 
 
-def _hidden_states(model: Any, input_ids: Tensor) -> Tensor:
-    # No attention mask: padding is on the right, so causality alone hides it, and the fast attention kernels apply.
-    hidden_BTH: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden_BTH
+def _hidden_states(model: Any, batch: Batch) -> Tensor:
+    """[T, H]."""
+    output = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, trees=batch.trees
+    )
+    hidden_1TH: Tensor = output.last_hidden_state
+    return hidden_1TH[0]

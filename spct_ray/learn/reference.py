@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spct_ray.learn.batch import Batch, make_batch
+from spct_ray.learn.batch import EMPTY, Batch
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.learn.trainer import Trainer
@@ -44,8 +44,6 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[Batch], num_passes: int) -> list[Tensor]:
         """As `Trainer.logprobs`, for each micro-batch. Every rank makes `num_passes` passes, empty ones if need be."""
-        empty = make_batch([[0, 0]], [1])
-        batches = [*micro_batches, *[empty] * (num_passes - len(micro_batches))]
-        moved = [batch.to(self._device) for batch in batches]
-        logps: list[Tensor] = [self._module(b.input_ids, b.attention_mask, b.loss_mask) for b in moved]
+        batches = [*micro_batches, *[EMPTY] * (num_passes - len(micro_batches))]
+        logps: list[Tensor] = [self._module(batch.to(self._device)) for batch in batches]
         return logps[: len(micro_batches)]

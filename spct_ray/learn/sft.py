@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from spct_ray.chat import encode_example
-from spct_ray.learn.batch import Batch
+from spct_ray.learn.batch import Batch, BatchSize
 from spct_ray.learn.examples import Example
-from spct_ray.learn.fit import BatchSize
 from spct_ray.learn.trainer import Trainer
 from spct_ray.records import Message
 

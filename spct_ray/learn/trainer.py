@@ -22,7 +22,7 @@ from torch import Tensor
 from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
-from spct_ray.learn.batch import Batch, make_batch
+from spct_ray.learn.batch import EMPTY, Batch
 from spct_ray.learn.config import OptimConfig, TrainResources, learning_rate
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
 
@@ -75,19 +75,15 @@ class Trainer:
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """Log p [B, T-1] (fp32) of each next token where `batch.loss_mask` is True, and 0 elsewhere.
-
-        Only masked positions pass through the output layer: a judge's prompt is several times its completion.
-        """
+        """Log p [N] (fp32) of each trained token."""
         return self._forward(batch)
 
     def scores(self, batch: Batch) -> Tensor:
-        """Raw logits [B] (fp32) of the scalar head, read at the last real token."""
+        """Raw logits [B] (fp32) of the scalar head, read at each sequence's last token."""
         return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device)
-        output: Tensor = self._engine(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        output: Tensor = self._engine(batch.to(self.device))
         return output
 
     def step(self, micro_batches: Sequence[Batch], loss_fn: Callable[[Batch], Tensor]) -> dict[str, float]:
@@ -207,7 +203,7 @@ class Trainer:
 
     def _empty_loss(self) -> Tensor:
         """A loss of 0 that runs the whole network, for ranks that have fewer micro-batches than others."""
-        return self._forward(make_batch([[0, 0]], [1])).sum() * 0.0
+        return self._forward(EMPTY).sum() * 0.0
 
     def _masters(self) -> list[Tensor]:
         """The flat fp32 tensors that the optimizer updates (DeepSpeed hides ZeRO-3's from the parameter groups)."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from spct_ray.chat import encode_prompt
 from spct_ray.data.store import read_items
@@ -24,12 +24,13 @@ from spct_ray.errors import ConfigError, DataError, ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.records import Item
 from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
 
 if TYPE_CHECKING:
     from spct_ray.cluster.pool import EnginePool
+    from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.grpo_update import Sample
     from spct_ray.learn.trainer import Trainer
 
@@ -48,6 +49,7 @@ class GrpoConfig:
     `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
     arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after a weight sync.
+    `objective`, `kl`, `clip` and `clip_high` are explained in `learn.config.PolicyLoss`.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -55,12 +57,22 @@ class GrpoConfig:
     steps: int = 900
     prompts_per_step: int = 128
     group_size: int = 4
+    objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     beta: float = 0.08
+    kl: Literal["k1", "k2", "k3"] = "k3"
     clip: float = 0.2
+    clip_high: float | None = None
     tis_cap: float = 2.0
     max_prompt_tokens: int = 3000
     parity_tolerance: float = 0.3
     checkpoint_every: int = 10
+
+    @property
+    def loss(self) -> PolicyLoss:
+        """The part that the loss needs."""
+        return PolicyLoss(
+            self.objective, self.beta, self.kl, self.clip, self.clip_high, self.tis_cap, self.judge.max_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 parity = rollouts.check_parity(step)
             with phase("rollout"):
                 groups = rollouts.sample(step)
-            samples = with_advantages(groups, keep_all=config.beta > 0)
+            samples = with_advantages(groups, config.objective, keep_all=config.beta > 0)
             batches, num_passes = rank_micro_batches(
                 samples, trainer.rank, trainer.world_size, resources.train.micro_tokens
             )
@@ -131,14 +143,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 with phase("reference"):
                     batches = add_reference(batches, num_passes, reference)
             with phase("train"):
-                numbers = update_policy(
-                    trainer,
-                    batches,
-                    beta=config.beta,
-                    clip=config.clip,
-                    tis_cap=config.tis_cap,
-                    num_sequences=sum(map(len, groups)),
-                )
+                numbers = update_policy(trainer, batches, config.loss, size_of(groups))
             if metrics is not None:
                 line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
                 metrics.append({**line, **phase.finish_step(groups)})
@@ -205,8 +210,8 @@ class Rollouts:
 
         batch = make_batch(self._parity_sequences, [1] * len(self._parity_sequences))
         with torch.no_grad():
-            logp_BT = self._trainer.logprobs(batch).cpu()
-        return [row[mask].tolist() for row, mask in zip(logp_BT, batch.loss_mask, strict=True)]
+            logp_N = self._trainer.logprobs(batch).cpu()
+        return [values.tolist() for values in batch.split(logp_N)]
 
     def sample(self, step: int) -> list[list[Rollout]]:
         """The step's groups: G rollouts of each prompt. Collective; the same on every rank."""
@@ -256,7 +261,7 @@ def fitting_items(context: StepContext, config: GrpoConfig, tokenizer: Any) -> l
     return fitting
 
 
-def with_advantages(groups: Sequence[Sequence[Rollout]], keep_all: bool) -> list[Sample]:
+def with_advantages(groups: Sequence[Sequence[Rollout]], objective: str, keep_all: bool) -> list[Sample]:
     """Samples to train on. Those with advantage 0 have no gradient and are left out, unless they count for the KL term
     (`keep_all`) or nothing else is there: an update is made in every step."""
     import torch
@@ -264,13 +269,22 @@ def with_advantages(groups: Sequence[Sequence[Rollout]], keep_all: bool) -> list
     from spct_ray.learn.grpo import advantages
     from spct_ray.learn.grpo_update import Sample
 
-    advantages_MG = advantages(torch.tensor([[rollout.reward for rollout in group] for group in groups])).tolist()
+    rewards_MG = torch.tensor([[rollout.reward for rollout in group] for group in groups])
+    advantages_MG = advantages(rewards_MG, scaled=objective != "dr_grpo").tolist()
     samples = [
         Sample(rollout.token_ids, rollout.num_prompt_tokens, rollout.engine_logprobs, advantage)
         for group, advantages_G in zip(groups, advantages_MG, strict=True)
         for rollout, advantage in zip(group, advantages_G, strict=True)
     ]
     return samples if keep_all else [sample for sample in samples if sample.advantage] or samples
+
+
+def size_of(groups: Sequence[Sequence[Rollout]]) -> BatchSize:
+    """Rollouts and completion tokens that one update's loss is a mean over, also of those left out of training."""
+    from spct_ray.learn.batch import BatchSize
+
+    rollouts = [rollout for group in groups for rollout in group]
+    return BatchSize(len(rollouts), sum(len(rollout.engine_logprobs) for rollout in rollouts))
 
 
 class Phases:

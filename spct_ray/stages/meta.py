@@ -78,7 +78,7 @@ def train_loop(context: StepContext, config: MetaConfig, resources: TrainResourc
     trainer = train(context, config, resources, init="init", head="scalar", loss_fn=meta_loss, examples="train.arrow")
     held = ExampleFile(f"{context.out}/heldout.arrow")
     heldout = [held[i] for i in range(len(held))]
-    logits = score_over_ranks(trainer, [e.ids for e in heldout], resources.micro_tokens)
+    logits = score_over_ranks(trainer, heldout, resources.micro_tokens)
     if trainer.rank == 0:
         content = {"logits": logits, "labels": [int(e.label) for e in heldout]}
         temporary = Path(context.out, "heldout.json.tmp")
@@ -97,13 +97,13 @@ def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, 
     counts: Counter[str] = Counter()
     parts: dict[str, list[Example]] = {"train": [], "heldout": []}
     for judgement in labelled_judgements(context, counts):
-        ids = encode_judgement(tokenizer, judgement.messages)
+        ids, prompt_length = encode_judgement(tokenizer, judgement.messages)
         if len(ids) > config.max_tokens:
             counts["too_long"] += 1
             continue
         part = "heldout" if is_heldout(judgement.item_id, config.heldout_share, context.seed) else "train"
         counts[part] += 1
-        parts[part].append(Example(ids, len(ids), float(judgement.label)))
+        parts[part].append(Example(ids, prompt_length, float(judgement.label)))
     for part, examples in parts.items():
         if not examples:
             raise DataError(
