@@ -32,7 +32,7 @@ CASES = [
     (Constraint("num_words", 3), "the old hat.", "the hat.", "3 words", "2 words"),
     (Constraint("include", "hat"), "The old hat, maybe.", "The hats.", '"old hat"', 'no "hat"'),
     (Constraint("exclude", "hat"), "The hats.", "Hat on.", 'no "hat"', '"Hat"'),
-    (Constraint("first_word", "soon"), '"Soon, the hat"', "So soon", 'first "soon"', 'first "so"'),
+    (Constraint("first_word", "Soon"), '"Soon, the hat"', "So soon", 'first "Soon"', 'first "So"'),
     (Constraint("last_word", "hat"), "The old hat!", "The hat on", 'last "hat"', 'last "on"'),
     (Constraint("no_commas"), "The hat.", "Soon, the hat.", "no comma", "comma ,"),
     (Constraint("number"), "On day 12.", "On day two.", "digit 1", "no digit"),

@@ -149,10 +149,10 @@ def _is_quoted(text: str, _: Value) -> bool:
 
 def _word_at(place: int, name: str) -> tuple[Callable[[str, Value], bool], Callable[[str, Value], str]]:
     def check(text: str, value: Value) -> bool:
-        return _lower_words(text)[place : place + 1 or None] == [value]
+        return _lower_words(text)[place : place + 1 or None] == [str(value).lower()]
 
     def evidence(text: str, _: Value) -> str:
-        return f'{name} "{(_lower_words(text) or [""])[place]}"'
+        return f'{name} "{(words_of(text) or [""])[place]}"'
 
     return check, evidence
 
@@ -233,7 +233,7 @@ KINDS: dict[str, Kind] = {
         ('Begin with the word "{value}".', 'The first word must be "{value}".'),
         'first word "{value}"',
         _slots("start opener"),
-        OPENERS_OF,
+        {split: tuple(word.capitalize() for word in words) for split, words in OPENERS_OF.items()},
         _first_check,
         _first_evidence,
     ),

@@ -218,7 +218,8 @@ def _write_exclude(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
 
 
 def _write_first(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
-    draft.opener = str(value) if ok else _other(OPENERS, value, rng)
+    opener = str(value).lower()
+    draft.opener = opener if ok else _other(OPENERS, opener, rng)
 
 
 def _write_last(draft: Draft, value: Value, ok: bool, rng: Random) -> None:
