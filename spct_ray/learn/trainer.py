@@ -1,8 +1,8 @@
 """One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU and CUDA.
 
-Weights are bf16 with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the number of
-ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller brings,
-and starting processes (see `spct_ray.cluster.train`).
+Weights are bf16 (or fp32) with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the
+number of ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller
+brings, and starting processes (see `spct_ray.cluster.train`).
 """
 
 from __future__ import annotations
