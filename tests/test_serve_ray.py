@@ -1,6 +1,7 @@
 """Serving for real: Ray Serve, vLLM on a tiny random model, a random meta RM, HTTP. The rest is in test_serve.py."""
 
 import socket
+import time
 from pathlib import Path
 
 import httpx
@@ -85,8 +86,32 @@ def test_refusals_over_http(url):
         client.judge([Message("user", "long " * 400)], ["a", "b"], k=2)
     assert (raised.value.status, raised.value.kind) == (413, "too_long")
     assert str(MAX_MODEL_LEN) in str(raised.value)
-    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-    assert [m["role"] for m in httpx.get(f"{url}/v1/models").json()["models"]] == ["judge", "meta"]
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+    assert [m["role"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == ["judge", "meta"]
+
+
+def test_a_stream_over_http_ends_with_the_verdict(url):
+    with JudgeClient(url) as client:
+        *samples, answer = client.stream([Message("user", "Name a prime.")], ["4", "7"], k=4, seed=1)
+    assert sorted(s.sample.sample for s in samples) == [0, 1, 2, 3]
+    assert [s.num_samples for s in samples] == [1, 2, 3, 4]
+    assert {s.sample.sample: s.sample.text for s in samples} == {s.sample: s.text for s in answer.samples}
+
+
+def test_a_client_that_goes_away_ends_the_engines_work(url):
+    """Its tasks leave the judge's replica; Serve counts those that run."""
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+
+    judge: DeploymentHandle = serve.get_deployment_handle("JudgeReplica", "spct")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/judge", json={**OK, "k": 64}, timeout=0.5)
+    assert becomes_idle(judge)
+    with httpx.stream("POST", f"{url}/v1/judge", json={**OK, "k": 64, "stream": True}, timeout=60) as reply:
+        assert next(reply.iter_lines()) == "event: sample"
+        assert judge.num_under_way.remote().result() > 0
+    assert becomes_idle(judge)
+    assert httpx.post(f"{url}/v1/judge", json={**OK, "k": 1}, timeout=60).status_code == 200
 
 
 def test_one_cluster_serves_once(url, config):
@@ -106,6 +131,15 @@ def test_a_killed_judge_is_replaced_and_a_lost_meta_rm_makes_the_vote_plain(url,
     if len(answer["failures"]) < 2:
         assert (answer["voting"], answer["scores"] is None) == ("plain", False)
         assert "meta RM" in answer["voting_reason"]
+
+
+def becomes_idle(judge):
+    """Whether no judgement is under way, long before 64 of them could have been written."""
+    for _ in range(20):
+        if judge.num_under_way.remote().result() == 0:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def kill_replicas():
