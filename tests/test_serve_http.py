@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,10 @@ from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.config import ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.routes import build_app
+from spct_ray.serve.schema import JudgeAnswer, JudgeRequest, SampleOut
 from tests.test_serve import OK, TABLE_17, Meta, Script, SilentEngine, ask, client, refuse
+
+HTTP = client(Script((1, 2)))
 
 
 def by_length(request):
@@ -236,12 +240,21 @@ def test_the_openapi_document_names_bodies_and_answers():
     assert "auto" in json.dumps(schemas["JudgeRequest"]["properties"]["k"])
 
 
+def test_the_page_names_every_field_of_a_request():
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) >= set(JudgeRequest.model_fields)
+    example = json.loads(re.search(r'```json\n(\{"scores".*?)\n```', page, re.DOTALL)[1])
+    assert set(example) == set(JudgeAnswer.model_fields)
+    assert set(example["samples"][0]) == set(SampleOut.model_fields)
+    routes = {route.path for route in HTTP.app.routes} - {"/docs/oauth2-redirect", "/redoc"}
+    assert all(f"{route}`" in page for route in routes)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=10,
 )
-HTTP = client(Script((1, 2)))
 NAMES = [
     "messages",
     "responses",
