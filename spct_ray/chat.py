@@ -1,13 +1,14 @@
 """Chat messages to token ids: the one place, used by the engine and by the trainer, so that both see the same prompt.
 
 Text of messages can never turn into control tokens: where a message quotes one ("<|im_end|>"), it is encoded as
-ordinary characters. Leaves out decoding, and loading of tokenizers (any transformers tokenizer fits).
+ordinary characters; where a tokenizer would still read one, the messages are refused. Leaves out decoding, and loading
+of tokenizers (any transformers tokenizer fits).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -16,6 +17,7 @@ from spct_ray.errors import ConfigError, RequestError
 from spct_ray.records import Message
 
 _MARK = "\U000f5bc7"  # private-use character that stands for the assistant's text while a template is examined
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIRST_STAND_IN = 0xF0000  # private-use characters that stand for quoted control tokens while a template is rendered
 
 
@@ -23,7 +25,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of the conversation, up to where the assistant starts to write (chat template, generation prompt).
 
     Raises ConfigError when the tokenizer has no usable chat template, RequestError when the template refuses these
-    messages (some know no system role).
+    messages (some know no system role) or a text is not Unicode (half of a surrogate pair).
     """
     _end_of_prompt(tokenizer)
     return _encode(tokenizer, messages, generate=True)
@@ -32,14 +34,16 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 def encode_example(tokenizer: Any, messages: Sequence[Message], completion: str) -> tuple[list[int], int]:
     """Token ids of prompt + completion + end-of-turn token, and the prompt's length in tokens."""
     prompt = encode_prompt(tokenizer, messages)
-    return [*prompt, *_encode_text(tokenizer, completion), end_of_turn(tokenizer)], len(prompt)
+    return [*prompt, *_encode_text(tokenizer, completion, _special_tokens(tokenizer)), end_of_turn(tokenizer)], len(
+        prompt
+    )
 
 
 def end_of_turn(tokenizer: Any) -> int:
     """Id of the token that ends an assistant's turn in the chat template (often, but not always, the EOS token)."""
     _, _, tail = _end_of_prompt(tokenizer)
     ids = tokenizer.encode(tail, add_special_tokens=False)
-    special = next((i for i in ids if i in _control_tokens(tokenizer).values()), tokenizer.eos_token_id)
+    special = next((i for i in ids if i in _special_tokens(tokenizer).values()), tokenizer.eos_token_id)
     if special is None:
         raise ConfigError(f"{_name(tokenizer)}: no special token ends the assistant's turn; set an EOS token")
     return int(special)
@@ -47,9 +51,13 @@ def end_of_turn(tokenizer: Any) -> int:
 
 def _encode(tokenizer: Any, messages: Sequence[Message], generate: bool) -> list[int]:
     control = _control_tokens(tokenizer)
+    for place, message in enumerate(messages):
+        if _SURROGATE.search(message.content):
+            raise RequestError(f"message {place}: a lone surrogate is no Unicode text; remove or replace it")
     quoted = sorted({c for c in control for m in messages if c in m.content}, key=len, reverse=True)
     if not quoted:
-        return list(tokenizer.encode(_render(tokenizer, messages, generate), add_special_tokens=False))
+        text = _render(tokenizer, messages, generate)
+        return _checked(tokenizer, _encode_raw(tokenizer, text), text, control)
     stand_ins = _stand_ins(quoted, "".join(m.content for m in messages))
     hidden = []
     for message in messages:
@@ -59,28 +67,50 @@ def _encode(tokenizer: Any, messages: Sequence[Message], generate: bool) -> list
         hidden.append(Message(message.role, content))
     originals = {stand_in: token for token, stand_in in stand_ins.items()}
     ids: list[int] = []
-    for piece in re.split(f"([{''.join(originals)}])", _render(tokenizer, hidden, generate)):
-        ids += _encode_text(tokenizer, originals[piece]) if piece in originals else _encode_raw(tokenizer, piece)
+    text = _render(tokenizer, hidden, generate)
+    for piece in re.split(f"([{''.join(originals)}])", text):
+        ids += (
+            _encode_text(tokenizer, originals[piece], control) if piece in originals else _encode_raw(tokenizer, piece)
+        )
+    return _checked(tokenizer, ids, text, control)
+
+
+def _encode_text(tokenizer: Any, text: str, control: Mapping[str, int]) -> list[int]:
+    """Ids of plain text; tokens of `control` in it are cut after their first character, so none is recognised."""
+    ids: list[int] = []
+    start = 0
+    for match in re.finditer(f"(?={_any_of(control)})", text) if control else ():
+        ids += _encode_raw(tokenizer, text[start : match.start() + 1])
+        start = match.start() + 1
+    return _checked(tokenizer, ids + _encode_raw(tokenizer, text[start:]), "", control)
+
+
+def _checked(tokenizer: Any, ids: list[int], template: str, control: Mapping[str, int]) -> list[int]:
+    """`ids`, unless more of them are control tokens than `template` spells: a tokenizer that normalises text before it
+    looks for them finds some where none is spelt (in full-width letters)."""
+    spelt = len(re.findall(_any_of(control), template)) if control else 0
+    if sum(map(set(control.values()).__contains__, ids)) > spelt:
+        raise RequestError(f"{_name(tokenizer)} reads control tokens where the text spells none; the text is refused")
     return ids
 
 
-def _encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain text; control tokens in it are cut after their first character, so none is recognised."""
-    control = sorted(_control_tokens(tokenizer), key=len, reverse=True)
-    ids: list[int] = []
-    start = 0
-    for match in re.finditer("|".join(map(re.escape, control)), text) if control else ():
-        ids += _encode_raw(tokenizer, text[start : match.start() + 1])
-        start = match.start() + 1
-    return ids + _encode_raw(tokenizer, text[start:])
+def _any_of(tokens: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
 
 
 def _encode_raw(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
-def _control_tokens(tokenizer: Any) -> dict[str, int]:
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens, and those that are not called so but that the chat template writes (say, "<think>")."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    written = {token: i for token, i in added.items() if token.strip() and token in tokenizer.chat_template}
+    return _special_tokens(tokenizer) | written
 
 
 def _stand_ins(tokens: Sequence[str], text: str) -> dict[str, str]:

@@ -21,6 +21,10 @@ class RequestError(SpctError):
     """One request that no engine can serve (too long, too many responses); not a fault of the engine."""
 
 
+class TooLongError(RequestError):
+    """A request that is longer than a limit; the message has both numbers."""
+
+
 class ParityError(SpctError):
     """Trainer and engine disagree about log-probabilities: the engine does not hold the trainer's weights."""
 

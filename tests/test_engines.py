@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from spct_ray.chat import encode_example, encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
+from spct_ray.engines.judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError
-from spct_ray.records import Message
+from spct_ray.judge.judge import JudgeTask
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Item, Message
 from tests.tiny import CONTROL, make_tiny_model, make_tiny_tokenizer
 
 PIECES = [*CONTROL, *CONTROL, "<|", "im_end", "|>", " ", "\n", "Scores: ", "é"]
@@ -173,6 +176,30 @@ class TestVllm:
         assert len(good.result()) == 1
         with pytest.raises(RequestError, match="a sequence of 128 tokens"):
             engine.prompt_logprobs([[5] * 128])
+
+    def test_a_cancelled_request_is_no_longer_worked_on(self, engine, monkeypatch):
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        aborted, abort = [], LLMEngine.abort_request
+
+        def record(core, request_ids, *rest):
+            aborted.extend(request_ids)
+            abort(core, request_ids, *rest)
+
+        monkeypatch.setattr(LLMEngine, "abort_request", record)
+        judge = EngineJudge(engine, JudgeConfig(template="compact", max_tokens=90), "m", guided=False)
+        item = Item("i", (Message("user", "q"),), ("a", "b"))
+        unwanted = [judge.submit(JudgeTask(item, (0, 1), k, 1.0, k)) for k in range(3)]
+        wanted = engine.submit(ask("go on", max_tokens=40, guide="[a-z ]{90}"))
+        assert all(future.cancel() for future in unwanted)
+        assert wanted.result()[0].completion_tokens
+        assert engine.generate([ask("and on")])[0][0].completion_tokens
+        assert len(aborted) in range(4)  # those that were not even begun need no abort
+        started = judge.submit(JudgeTask(item, (0, 1), 4, 1.0, 4))
+        engine.generate([ask("a step", max_tokens=1)])  # so that it has begun
+        begun = started.cancel()
+        engine.generate([ask("another", max_tokens=1)])
+        assert not begun or aborted
 
     def test_many_threads_share_one_batch(self, engine):
         requests = [ask(f"word {i}", temperature=0.0) for i in range(40)]

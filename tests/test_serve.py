@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from spct_ray.engines.base import SamplingParams
 from spct_ray.engines.scripted import ScriptedEngine
-from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.errors import ConfigError, EngineError, TooLongError
 from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.config import ServeConfig, resolve
-from spct_ray.serve.gateway import MAX_BODY_BYTES, Gateway, build_app
+from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.routes import build_app
 
 RESPONSES = ["alpha", "beta"]
 OK = {"messages": [{"role": "user", "content": "Which word?"}], "responses": RESPONSES}
@@ -49,7 +50,7 @@ class SilentEngine(ScriptedEngine):
 
 
 def refuse(request):
-    raise RequestError(TOO_LONG)
+    raise TooLongError(TOO_LONG)
 
 
 TOO_LONG = "a prompt of 5000 tokens + max_tokens 100 exceeds the engine's max_model_len of 4096"
@@ -226,9 +227,9 @@ def test_duplicate_responses_and_unicode_are_allowed():
 def test_too_long_requests_are_413():
     reply = client(refuse).post("/v1/judge", json=OK)
     assert (reply.status_code, reply.json()["error"]["message"]) == (413, TOO_LONG)
-    reply = client(Script((1, 2))).post("/v1/judge", json={**OK, "reference": "x" * MAX_BODY_BYTES})
+    reply = client(Script((1, 2))).post("/v1/judge", json={**OK, "reference": "x" * ServeConfig.max_body_bytes})
     assert reply.status_code == 413
-    assert str(MAX_BODY_BYTES) in reply.json()["error"]["message"]
+    assert str(ServeConfig.max_body_bytes) in reply.json()["error"]["message"]
 
 
 def test_a_dead_engine_is_503_and_fails_the_health_check():
@@ -254,10 +255,14 @@ def test_a_judge_that_never_answers_is_504():
 def test_other_routes():
     http = client(Script((1, 2)), Meta())
     assert http.get("/healthz").json() == {"status": "ok"}
-    assert [m["role"] for m in http.get("/v1/models").json()["models"]] == ["judge", "meta"]
+    models = http.get("/v1/models").json()
+    assert [(m["id"], m["role"]) for m in models["data"]] == [("grpo", "judge"), ("meta", "meta")]
+    assert {m["object"] for m in models["data"]} | {models["object"]} == {"model", "list"}
     assert http.get("/v1/judge").status_code == 405
     assert http.get("/nothing").json()["error"]["type"] == "http"
-    assert client(refuse, ready=False).get("/healthz").status_code == 503
+    assert http.get("/readyz").json() == {"status": "ok"}
+    unready = client(refuse, ready=False)
+    assert (unready.get("/healthz").status_code, unready.get("/readyz").status_code) == (200, 503)
 
 
 def finish(root, name, step_id, inputs=(), stage="", **config):

@@ -1,6 +1,8 @@
 """Serving for real: Ray Serve, vLLM on a tiny random model, a random meta RM, HTTP. The rest is in test_serve.py."""
 
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 OK = {"messages": [{"role": "user", "content": "Name a prime."}], "responses": ["4", "7"]}
 MAX_MODEL_LEN = 1024
+JUDGE = ReplicaConfig(num_cpus=1, max_ongoing_requests=4, max_queued_requests=4)
 
 
 def free_port():
@@ -46,7 +49,7 @@ def config(tmp_path_factory):
         guided=True,
         resources=ServeResources(
             port=free_port(),
-            judge=ReplicaConfig(num_cpus=1),
+            judge=JUDGE,
             meta=ReplicaConfig(num_cpus=0.5),
             engine=EngineConfig(max_model_len=MAX_MODEL_LEN, max_num_seqs=16, kv_cache_gib=0.1),
             cluster=session.ClusterResources(num_cpus=4, object_store_gib=0.1),
@@ -85,8 +88,33 @@ def test_refusals_over_http(url):
         client.judge([Message("user", "long " * 400)], ["a", "b"], k=2)
     assert (raised.value.status, raised.value.kind) == (413, "too_long")
     assert str(MAX_MODEL_LEN) in str(raised.value)
-    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-    assert [m["role"] for m in httpx.get(f"{url}/v1/models").json()["models"]] == ["judge", "meta"]
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
+    assert [m["role"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == ["judge", "meta"]
+
+
+def test_a_stream_over_http_ends_with_the_verdict(url):
+    with JudgeClient(url) as client:
+        *samples, answer = client.stream([Message("user", "Name a prime.")], ["4", "7"], k=4, seed=1)
+    assert sorted(s.sample.sample for s in samples) == [0, 1, 2, 3]
+    assert [s.num_samples for s in samples] == [1, 2, 3, 4]
+    assert {s.sample.sample: s.sample.text for s in samples} == {s.sample: s.text for s in answer.samples}
+
+
+def test_a_client_that_goes_away_ends_the_engines_work(url):
+    """Its tasks leave the judge's replica; Serve counts those that run."""
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+
+    judge: DeploymentHandle = serve.get_deployment_handle("JudgeReplica", "spct")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/judge", json={**OK, "k": 64}, timeout=0.5)
+    assert becomes_idle(judge)
+    with httpx.stream("POST", f"{url}/v1/judge", json={**OK, "k": 64, "stream": True}, timeout=60) as reply:
+        lines = reply.iter_lines()  # a name keeps it, and with it the connection
+        assert next(lines) == "event: sample"
+        assert judge.num_under_way.remote().result() > 0
+    assert becomes_idle(judge)
+    assert httpx.post(f"{url}/v1/judge", json={**OK, "k": 1}, timeout=60).status_code == 200
 
 
 def test_one_cluster_serves_once(url, config):
@@ -96,16 +124,46 @@ def test_one_cluster_serves_once(url, config):
         pass
 
 
-def test_a_killed_judge_is_replaced_and_a_lost_meta_rm_makes_the_vote_plain(url, config):
+def test_a_full_queue_is_503_and_recovers(url):
+    """More requests than the judge runs and holds: the rest is refused at once, the accepted ones are answered."""
+
+    def ask(_):
+        return httpx.post(f"{url}/v1/judge", json={**OK, "k": 1}, timeout=60)
+
+    with ThreadPoolExecutor(40) as threads:
+        replies = list(threads.map(ask, range(40)))
+    statuses = [reply.status_code for reply in replies]
+    assert set(statuses) == {200, 503}
+    assert statuses.count(200) >= JUDGE.max_ongoing_requests + JUDGE.max_queued_requests
+    assert all("retry-after" in reply.headers for reply in replies if reply.status_code == 503)
+    assert ask(0).status_code == 200
+
+
+def test_a_judge_killed_at_work_is_replaced_and_a_lost_meta_rm_makes_the_vote_plain(url, config):
+    from ray import serve
+
+    judge = serve.get_deployment_handle("JudgeReplica", "spct")
     Path(config.meta_model, "model.safetensors").unlink()  # so that no replacement of the meta RM can load
-    kill_replicas()
-    reply = httpx.post(f"{url}/v1/judge", json={**OK, "k": 2}, timeout=150)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(httpx.post, f"{url}/v1/judge", json={**OK, "k": 32, "seed": 1}, timeout=150)
+        while not judge.num_under_way.remote().result():
+            time.sleep(0.05)
+        kill_replicas()
+        reply = asked.result()
     assert reply.status_code == 200, reply.text
     answer = reply.json()
-    assert answer["num_samples"] == 2
-    if len(answer["failures"]) < 2:
-        assert (answer["voting"], answer["scores"] is None) == ("plain", False)
-        assert "meta RM" in answer["voting_reason"]
+    assert [s["sample"] for s in answer["samples"]] == list(range(32))
+    assert (answer["voting"], answer["scores"] is None) == ("plain", False)
+    assert "meta RM" in answer["voting_reason"]
+
+
+def becomes_idle(judge):
+    """Whether no judgement is under way, long before 64 of them could have been written."""
+    for _ in range(20):
+        if judge.num_under_way.remote().result() == 0:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def kill_replicas():

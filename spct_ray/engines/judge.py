@@ -23,11 +23,15 @@ class EngineJudge:
     guided: bool = False
 
     def submit(self, task: JudgeTask) -> Future[Trajectory]:
-        """One judgement; the future fails with RequestError (too long) or EngineError (engine dead)."""
+        """One judgement; the future fails with RequestError (too long) or EngineError (engine dead).
+
+        Cancelling it cancels the engine's work.
+        """
         result: Future[Trajectory] = Future()
+        completions = self.engine.submit(self._request(task))
 
         def finish(done: Future[tuple[Completion, ...]]) -> None:
-            if not result.set_running_or_notify_cancel():
+            if done.cancelled() or not result.set_running_or_notify_cancel():
                 return
             error = done.exception()
             if error is not None:
@@ -35,7 +39,8 @@ class EngineJudge:
             else:
                 result.set_result(self._trajectory(task, done.result()[0]))
 
-        self.engine.submit(self._request(task)).add_done_callback(finish)
+        completions.add_done_callback(finish)
+        result.add_done_callback(lambda judged: completions.cancel() if judged.cancelled() else None)
         return result
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:

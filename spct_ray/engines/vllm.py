@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
@@ -34,7 +35,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from spct_ray.chat import encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request
-from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError
+from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
 from spct_ray.precision import resolve
 from spct_ray.records import Completion
 
@@ -72,8 +73,9 @@ _Job = _Sample | _Score | _Reload | _Close
 class VllmEngine:
     """One vLLM engine on one model directory (HF safetensors and a tokenizer with a chat template).
 
-    Safe to share between threads: all waiting requests run as one batch. A `reload` waits for the requests before it,
-    and those after it wait for the reload, so every completion comes from one version of the weights.
+    Safe to share between threads: all waiting requests run as one batch. To cancel a future ends its request's work. A
+    `reload` waits for the requests before it, and those after it wait for the reload, so every completion comes from
+    one version of the weights.
     The constructor raises ConfigError on settings or a chat template that cannot work, EngineError when vLLM does
     not start. After an EngineError the engine is dead: every pending and later call raises it.
     """
@@ -144,8 +146,7 @@ class VllmEngine:
             while not self._jobs.empty():
                 waiting.append(self._jobs.get())
         for job in (*running.values(), *waiting):
-            if job.future.running() or job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineError(end))
+            _fail(job, EngineError(end))
 
     def _start(self) -> LLMEngine:
         config, on_cpu = self._config, current_platform.is_cpu()
@@ -177,8 +178,9 @@ class VllmEngine:
                 **arguments,
             )
         )
-        self._tokenizer = core.renderer.tokenizer
-        self._end_of_turn = end_of_turn(self._tokenizer)
+        tokenizer = core.renderer.tokenizer
+        self._encoded = lru_cache(maxsize=64)(partial(encode_prompt, tokenizer))  # samples of one item share prompts
+        self._end_of_turn = end_of_turn(tokenizer)
         return core
 
     def _serve(self, core: LLMEngine, running: dict[str, _Sample | _Score], waiting: deque[_Job]) -> None:
@@ -196,19 +198,24 @@ class VllmEngine:
                     if running:
                         break
                     self._reload(core, job)
-                elif job.future.set_running_or_notify_cancel() and self._admit(core, job, str(num_admitted)):
+                elif not job.future.cancelled() and self._admit(core, job, str(num_admitted)):
                     running[str(num_admitted)] = job
                     num_admitted += 1
                 waiting.popleft()
+            unwanted = [request_id for request_id, job in running.items() if job.future.cancelled()]
+            if unwanted:
+                core.abort_request(unwanted)
+                for request_id in unwanted:
+                    del running[request_id]
             if running:
                 for output in core.step():
-                    if output.finished:
+                    if output.finished and output.request_id in running:
                         self._resolve(running.pop(output.request_id), output)
 
     def _admit(self, core: LLMEngine, job: _Sample | _Score, request_id: str) -> bool:
         try:
             if isinstance(job, _Sample):
-                token_ids = encode_prompt(self._tokenizer, job.request.messages)
+                token_ids = list(self._encoded(job.request.messages))
                 params = self._sampling_params(job.request)
                 wanted = f"a prompt of {len(token_ids)} tokens + max_tokens {params.max_tokens}"
             else:
@@ -216,12 +223,12 @@ class VllmEngine:
                 params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
                 wanted = f"a sequence of {len(token_ids)} tokens to score + 1"
             if len(token_ids) + params.max_tokens > self._config.max_model_len:
-                raise RequestError(f"{wanted} exceeds the engine's max_model_len of {self._config.max_model_len}")
+                raise TooLongError(f"{wanted} exceeds the engine's max_model_len of {self._config.max_model_len}")
             core.add_request(request_id, {"prompt_token_ids": token_ids}, params)
         except RequestError as error:
-            job.future.set_exception(error)
+            _fail(job, error)
         except (ValueError, VLLMClientError) as error:  # vLLM's words for a request that it will not take
-            job.future.set_exception(RequestError(f"vLLM refuses the request: {error}"))
+            _fail(job, RequestError(f"vLLM refuses the request: {error}"))
         else:
             return True
         return False
@@ -240,6 +247,8 @@ class VllmEngine:
         )
 
     def _resolve(self, job: _Sample | _Score, output: RequestOutput) -> None:
+        if not job.future.set_running_or_notify_cancel():
+            return
         if isinstance(job, _Score):
             entries = zip(job.token_ids[1:], output.prompt_logprobs[1:], strict=True)
             job.future.set_result([entry[token].logprob for token, entry in entries])
@@ -272,6 +281,11 @@ class VllmEngine:
         core.reset_prefix_cache()
         self.weight_version = job.weight_version
         job.future.set_result(None)
+
+
+def _fail(job: _Job, error: Exception) -> None:
+    if job.future.set_running_or_notify_cancel():
+        job.future.set_exception(error)
 
 
 def _repack_kept_weights(worker: Any) -> None:

@@ -3,10 +3,15 @@
 All n responses go into one prompt, in a user turn without a system prompt. `full` carries the general criteria with
 their bands; `compact` is the same frame for models with a context of a few hundred tokens. Responses stand between
 begin and end markers that carry a number.
+
+Text from outside (conversation, responses, reference, principles) cannot pass for a part of the frame: a marker,
+heading or turn label in it gets a backslash before its name, and a `\\boxed{` a space before its brace, so that a judge
+who quotes it gives no score. Distinct texts stay distinct, and text without any of these is shown as it is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +42,7 @@ Before scoring, analyse step by step, and score as strictly as you can.
 
 #### Conversation ####
 {conversation}
-{reference}
+{principles}{reference}
 #### Responses to be scored ####
 {responses}
 
@@ -50,6 +55,7 @@ _TASK = (
     "By the general criteria below, and by further criteria that are specific to the query and that you state first "
     "with their weights, give {each} an overall score."
 )
+_PRINCIPLES = "\n#### Principles for this query ####\nTake these as the specific criteria.\n{}\n"
 _BANDS = """1. Instruction adherence: 9-10 follows every instruction and constraint; 6-8 follows most, small slips; \
 3-5 misses important parts; 1-2 ignores the instructions.
 2. Usefulness: 9-10 solves the problem fully and correctly; 6-8 helps, with small errors; 3-5 helps little; \
@@ -101,9 +107,10 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
         anchors=_BINARY_ANCHORS if binary else _ANCHORS,
         criteria=_SINGLE_CRITERIA if binary else _BANDS,
         conversation=conversation(item.messages),
-        reference=f"\n#### Reference answer ####\n{item.reference}\n" if item.reference else "",
+        principles=_PRINCIPLES.format(_inert(item.principles)) if item.principles else "",
+        reference=f"\n#### Reference answer ####\n{_inert(item.reference)}\n" if item.reference else "",
         responses="\n".join(
-            f"[The Begin of Response {p}]\n{text}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
+            f"[The Begin of Response {p}]\n{_inert(text)}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
         ),
         compare="judge the response" if num == 1 else "compare the responses",
         box="x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1)),
@@ -112,17 +119,48 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
 
 def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     scale = scale_of(len(shown), config)
-    query = item.messages[0].content if len(item.messages) == 1 else conversation(item.messages)
-    parts = [f"Score {scale.low}-{scale.high}.", f"Query: {query}"]
+    parts = [f"Score {scale.low}-{scale.high}.", f"Query: {_query(item)}"]
+    if item.principles:
+        parts.append(f"Principles: {_inert_turn(item.principles)}")
     if item.reference:
-        parts.append(f"Reference: {item.reference}")
-    parts += [f"[Response {p}]\n{text}\n[End {p}]" for p, text in enumerate(shown, 1)]
-    return "\n".join(parts) + "\n"
+        parts.append(f"Reference: {_inert_turn(item.reference)}")
+    return "\n".join([*parts, _marked(shown)]) + "\n"
 
 
 def conversation(messages: Sequence[Message]) -> str:
     """A conversation as text, one labelled turn after the other."""
-    return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in messages)
+    return "\n\n".join(f"{m.role.capitalize()}: {_inert_turn(m.content)}" for m in messages)
+
+
+def _query(item: Item) -> str:
+    return _inert_turn(item.messages[0].content) if len(item.messages) == 1 else conversation(item.messages)
+
+
+def _marked(shown: Sequence[str]) -> str:
+    return "\n".join(f"[Response {p}]\n{_inert(text)}\n[End {p}]" for p, text in enumerate(shown, 1))
+
+
+_FRAME = re.compile(
+    r"(?:\[|####)\s*\\*(?=(?:The\s+(?:Begin|End)\s+of\s+Response|Response|End)\s*\d+\s*\]"
+    r"|(?:General\s+criteria|Conversation|Principles\s+for\s+this\s+query|Reference\s+answer"
+    r"|Responses\s+to\s+be\s+scored|Output\s+format)\s*####)",
+    re.IGNORECASE,
+)
+_BOX = re.compile(r"(\\boxed\s*)\{")
+_BREAK = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # whatever a model may take for the end of a line
+_LABEL = re.compile(
+    rf"(?<=[{_BREAK}])[^\S{_BREAK}]*\\*(?=(?:System|User|Assistant|Query|Principles|Reference)\s*:)", re.IGNORECASE
+)
+
+
+def _inert(text: str) -> str:
+    """`text` without a marker, heading or box of ours: it may stand between two markers."""
+    return _BOX.sub(r"\1 {", _FRAME.sub(r"\g<0>\\", text))
+
+
+def _inert_turn(text: str) -> str:
+    """The same, and no line begins with a label: it may stand where labels part one text from the next."""
+    return _LABEL.sub(r"\g<0>\\", _inert(text))
 
 
 def guide(num_responses: int, config: JudgeConfig) -> str:
@@ -143,7 +181,6 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
 
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
     """What the meta RM reads: the query and the responses as the judge saw them, then the judgement as the answer."""
-    shown = "\n".join(f"[Response {p}]\n{item.responses[i]}\n[End {p}]" for p, i in enumerate(order, 1))
-    query = item.messages[0].content if len(item.messages) == 1 else conversation(item.messages)
-    ask = f"Please score the responses.\nQuery: {query}\n{shown}\n"
+    shown = _marked([item.responses[i] for i in order])
+    ask = f"Please score the responses.\nQuery: {_query(item)}\n{shown}\n"
     return (Message("user", ask), Message("assistant", judgement))

@@ -7,6 +7,8 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from spct_ray.judge.parse import Scale
 from spct_ray.records import Trajectory, Verdict
 
@@ -50,3 +52,16 @@ def decide_single(verdict: Verdict, scale: Scale, seed: int) -> int | None:
         return None
     twice = 2 * verdict.scores[0] - (scale.low + scale.high) * len(verdict.used)
     return int(twice > 0) if twice else random.Random(seed).randrange(2)
+
+
+def confidence(scores_KN: Sequence[Sequence[int]], winner: int, seed: int, num_resamples: int = 1000) -> float:
+    """Share of bootstrap resamples of K samples in which `winner` has the highest sum, a tie counting as its share.
+
+    It says how far the vote hangs on which samples were drawn, not how often the judge is right.
+    """
+    scores = np.asarray(scores_KN)
+    num_samples = len(scores)
+    counts = np.random.default_rng(seed).multinomial(num_samples, [1 / num_samples] * num_samples, size=num_resamples)
+    sums = counts @ scores
+    is_top = sums == sums.max(axis=1, keepdims=True)
+    return float((is_top[:, winner] / is_top.sum(axis=1)).mean())

@@ -1,15 +1,14 @@
 """The Ray Serve application: judge and meta RM as two deployments behind one HTTP gateway, each scaled on its own.
 
-Plain classes do the work (gateway.py, backends.py); here they become deployments. Leaves out authentication: the
-host is the loopback unless the configuration says otherwise.
+Plain classes do the work (gateway.py, routes.py, backends.py); here they become deployments.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -22,12 +21,12 @@ from spct_ray.judge.judge import JudgeTask
 from spct_ray.records import Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
 from spct_ray.serve.config import ReplicaConfig, ServeConfig
-from spct_ray.serve.gateway import Gateway, build_app
+from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.routes import build_app
 
 APP_NAME = "spct"
+MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
-
-T = TypeVar("T")
 
 
 class JudgeReplica(LocalJudge):
@@ -57,16 +56,25 @@ class _RemoteJudge:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
-        """All tasks on one replica, where they share the cached prompt; once more when that replica dies on the way."""
-
-        async def attempt() -> list[Trajectory]:
-            return await _call("judge", lambda: self._handle.judge.remote(tasks))
-
-        try:
-            return await attempt()
-        except _ReplicaDied:
-            return await attempt()
+    async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
+        """All tasks on one replica, where they share the cached prompt; those that are not done when it dies are sent
+        again, up to `MAX_ATTEMPTS` times in all."""
+        missing = {task.sample: task for task in tasks}
+        for attempt in range(MAX_ATTEMPTS):
+            response = self._handle.options(stream=True).judge.remote(list(missing.values()))
+            try:
+                with _translated("judge"):
+                    async for batch in response:
+                        for trajectory in batch:
+                            del missing[trajectory.sample]
+                        yield batch
+                return
+            except _ReplicaDied:
+                if attempt + 1 == MAX_ATTEMPTS:
+                    raise
+            finally:
+                if missing:
+                    response.cancel()
 
 
 class _RemoteMeta:
@@ -75,7 +83,8 @@ class _RemoteMeta:
 
     async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         try:
-            return await _call("meta RM", lambda: self._handle.score.remote(conversations))
+            with _translated("meta RM"):
+                return await self._handle.score.remote(conversations)  # type: ignore[no-any-return]
         except RayTaskError as error:  # whatever it was (say, out of memory), the vote can go on without
             raise EngineError(f"{type(error.cause).__name__}: {error.cause}") from error
 
@@ -84,10 +93,11 @@ class _ReplicaDied(EngineError):
     """The replica or its engine died with the request in it; the work can be done again elsewhere."""
 
 
-async def _call(name: str, send: Callable[[], Awaitable[T]]) -> T:
-    """Await a call to a deployment, its errors turned into ours."""
+@contextlib.contextmanager
+def _translated(name: str) -> Iterator[None]:
+    """Turns the errors of a call to a deployment into ours."""
     try:
-        return await send()
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, RequestError):
             raise error.cause from None

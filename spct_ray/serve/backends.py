@@ -7,7 +7,7 @@ its own thread, the meta RM scores on a worker thread, one batch at a time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from spct_ray.engines.base import Engine
@@ -19,9 +19,13 @@ from spct_ray.serve.config import ServeConfig
 
 
 class JudgeBackend(Protocol):
-    """Raises RequestError (prompt too long) or EngineError (engine dead, no replica, queue full)."""
+    """Trajectories of all tasks, in batches as they are done, in no order (`sample` tells which is which).
 
-    async def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]: ...
+    Raises RequestError (prompt too long) or EngineError (engine dead, no replica, queue full). To close the generator
+    ends the work on tasks that are not done.
+    """
+
+    def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]: ...
 
 
 class MetaBackend(Protocol):
@@ -36,27 +40,36 @@ class LocalJudge:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self._judge = EngineJudge(engine, config.judge, config.name, guided=config.guided)
         self._death = ""
+        self._num_under_way = 0
 
-    async def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
-        """One trajectory a task, all in flight at once. The first error counts, after all tasks have ended."""
+    async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
+        """All tasks are in flight at once; closing the generator cancels those that are not done."""
+        pending: set[asyncio.Future[Trajectory]] = set()
+        self._num_under_way += len(tasks)
+        num_left = len(tasks)
         try:
-            futures = [asyncio.wrap_future(self._judge.submit(task)) for task in tasks]
-            done = await asyncio.gather(*futures, return_exceptions=True)
-            return [_value(result) for result in done]
+            pending |= {asyncio.wrap_future(self._judge.submit(task)) for task in tasks}
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                num_left -= len(done)
+                self._num_under_way -= len(done)
+                yield sorted((future.result() for future in done), key=lambda t: t.sample)
         except EngineError as error:
             self._death = str(error)
             raise
+        finally:
+            self._num_under_way -= num_left
+            for future in pending:
+                future.cancel()
+
+    async def num_under_way(self) -> int:
+        """Judgements that the engine works on or holds in line."""
+        return self._num_under_way
 
     def check_health(self) -> None:
         """Raises EngineError once the engine has died; Ray Serve then replaces the replica."""
         if self._death:
             raise EngineError(self._death)
-
-
-def _value(result: Trajectory | BaseException) -> Trajectory:
-    if isinstance(result, BaseException):
-        raise result
-    return result
 
 
 class LocalMeta:

@@ -37,7 +37,8 @@ def add_parsers(subparsers: Any) -> None:
     judge.add_argument("--query", help="the user's message")
     judge.add_argument("--response", action="append", default=[], help="one response; repeat it for each")
     judge.add_argument("--reference", default="", help="a reference answer to show to the judge")
-    judge.add_argument("-k", type=int, default=8, help="number of judgements to sample (default: 8)")
+    judge.add_argument("--principles", default="", help="a rubric to judge by")
+    judge.add_argument("-k", default="8", help="number of judgements to sample, or auto (default: 8)")
     judge.add_argument("--k-meta", type=int, help="how many of them the meta RM keeps (default: half)")
     judge.add_argument("--seed", type=int, help="makes the orders and the sampling repeat")
     judge.add_argument("--file", metavar="FILE", help="a request as JSON, as for POST /v1/judge; - reads stdin")
@@ -113,7 +114,8 @@ def format_answer(answer: JudgeAnswer, request: JudgeRequest) -> str:
         lines.append(f"  response {i + 1}: sum {total:4d}, mean {mean:5.2f}  {response[:60]}")
     if answer.winner is not None:
         tie = f" (a tie of {', '.join(str(i + 1) for i in answer.winners)}, broken at random)" if answer.tie else ""
-        lines.append(f"winner: response {answer.winner + 1}{tie}")
+        sure = "" if answer.confidence is None else f", in {answer.confidence:.0%} of resamples"
+        lines.append(f"winner: response {answer.winner + 1}{sure}{tie}")
     return "\n".join(lines)
 
 
@@ -129,14 +131,14 @@ def _config(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def _request(arguments: argparse.Namespace) -> JudgeRequest:
-    from spct_ray.serve.schema import parse_request
+    from spct_ray.serve.schema import JudgeRequest, parse
 
     if arguments.file:
         if arguments.query or arguments.response:
             raise RequestError("give --file or --query with --response, not both")
         try:
-            return parse_request(
-                sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+            return parse(
+                JudgeRequest, sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
             )
         except OSError as error:
             raise ConfigError(f"{arguments.file}: {error.strerror}") from error
@@ -146,8 +148,9 @@ def _request(arguments: argparse.Namespace) -> JudgeRequest:
         "messages": [{"role": "user", "content": arguments.query}],
         "responses": arguments.response,
         "reference": arguments.reference,
-        "k": arguments.k,
+        "principles": arguments.principles,
+        "k": int(arguments.k) if arguments.k.isdecimal() else arguments.k,
         "k_meta": arguments.k_meta,
         "seed": arguments.seed,
     }
-    return parse_request(json.dumps(request))
+    return parse(JudgeRequest, json.dumps(request))

@@ -31,7 +31,7 @@ class ReplicaConfig:
 
 @dataclass(frozen=True)
 class ServeResources:
-    """Where it runs. `host` is the loopback unless told otherwise: there is no authentication."""
+    """Where it runs. `host` is the loopback unless told otherwise."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -56,6 +56,11 @@ class ServeConfig:
     guided: bool = False  # hold judgements to the format by structured output
     judge_timeout_s: float = 120.0  # a request that takes longer is answered 504
     meta_timeout_s: float = 10.0  # without logits by then, the vote is plain
+    k_auto_max: int = 32  # most samples of an adaptive k
+    k_auto_error: float = 0.01  # share of its decisions that may differ from those of the vote over `k_auto_max`
+    max_cohort: int = 8  # responses in one prompt where many are scored (rerank, reward); more are judged in chunks
+    max_body_bytes: int = 4 * 2**20
+    api_key_env: str = ""  # the environment variable with the API key; empty: none is asked for
     resources: ServeResources = field(default_factory=ServeResources)
 
 

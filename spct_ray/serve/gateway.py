@@ -1,7 +1,6 @@
-"""From a request to a verdict, and the HTTP routes around it. Plain classes on any ASGI server; Ray lives in app.py.
+"""From a request to a verdict: seeds, fan-out, meta scores, vote. Leaves out HTTP (routes.py) and Ray (app.py).
 
-A sample that cannot be parsed is a named failure in the answer and never a score. Every error is JSON of one shape:
-{"error": {"type": ..., "message": ..., "details": [{"path": ..., "message": ...}]}}.
+A sample that cannot be parsed is a named failure in the answer and never a score.
 """
 
 from __future__ import annotations
@@ -11,165 +10,262 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
 
 from spct_ray.errors import EngineError, RequestError
+from spct_ray.judge.adaptive import is_settled, looks
+from spct_ray.judge.cohort import score_cohort
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.orders import balanced_orders
+from spct_ray.judge.parse import Scale
 from spct_ray.judge.prompt import meta_messages, scale_of
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.judge.vote import decide, vote
-from spct_ray.records import Item, Message, Trajectory, Verdict
+from spct_ray.judge.vote import confidence, decide, vote
+from spct_ray.records import Item, Message, Trajectory
 from spct_ray.serve.backends import JudgeBackend, MetaBackend
 from spct_ray.serve.config import ServeConfig
-from spct_ray.serve.schema import MAX_SEED, InvalidRequest, JudgeAnswer, JudgeRequest, SampleOut, parse_request
+from spct_ray.serve.schema import MAX_SEED, Budget, JudgeAnswer, JudgeRequest, SampleOut, Tally
 
-MAX_BODY_BYTES = 4 * 2**20
-RETRY_AFTER_S = 5
+OnSample = Callable[[Tally], None]
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How to judge an item, whatever request it came with. A temperature or seed of None is the server's choice."""
+
+    k: int | Literal["auto"] = 8
+    k_meta: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    budget: Budget = field(default_factory=Budget)
+
+
+@dataclass(frozen=True)
+class CohortScores:
+    """Scores [N] of many responses on the judge's scale, NaN without a verdict; and what they cost, in tokens."""
+
+    scores: list[float]
+    scale: Scale
+    tokens: int
+
+    @property
+    def shares(self) -> list[float]:
+        """The scores on a scale of 0 to 1; what alignment moved beyond the ends is cut off."""
+        low, high = self.scale.low, self.scale.high
+        return [s if math.isnan(s) else min(max((s - low) / (high - low), 0.0), 1.0) for s in self.scores]
+
+
 class Gateway:
     """Judges requests with `judge` and, where there is one, lets `meta` guide the vote."""
 
-    config: ServeConfig
-    judge: JudgeBackend
-    meta: MetaBackend | None
+    def __init__(self, config: ServeConfig, judge: JudgeBackend, meta: MetaBackend | None) -> None:
+        self.config = config
+        self.judge = judge
+        self.meta = meta
+        replicas = config.resources.judge
+        # Parts of batches and cohorts wait here, so that a large one does not overrun the judge's queue.
+        self._parts = asyncio.Semaphore(replicas.max_ongoing_requests * replicas.max_replicas)
 
-    async def answer(self, request: JudgeRequest) -> JudgeAnswer:
-        """Sample k judgements, vote, answer.
+    async def answer(self, request: JudgeRequest, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
+        """Sample k judgements, vote, answer; `on_sample` is told of each as it comes.
 
-        Raises RequestError (prompt too long), EngineError (judge not available), TimeoutError (`judge_timeout_s`).
+        Raises RequestError (TooLongError for the prompt), EngineError (judge not available), TimeoutError.
         """
-        started = time.perf_counter()
-        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
         item = Item(
             "request",
             tuple(Message(m.role, m.content) for m in request.messages),
             request.responses,
             reference=request.reference,
+            principles=request.principles,
         )
-        orders = balanced_orders(len(item.responses), request.k, derive_seed(seed, "orders"))
-        temperature = self.config.temperature if request.temperature is None else request.temperature
-        tasks = [JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)]
-        async with asyncio.timeout(self.config.judge_timeout_s):
-            trajectories = await self.judge.judge(tasks)
-        logits, plain_because = await self._logits(item, trajectories)
-        verdict = vote(item.id, len(item.responses), trajectories, logits, request.k_meta if logits else None)
-        return self._answer(verdict, trajectories, plain_because, seed, started)
+        plan = Plan(request.k, request.k_meta, request.temperature, request.seed, request.budget)
+        return await self.verdict(item, plan, on_sample)
 
-    async def _logits(self, item: Item, trajectories: Sequence[Trajectory]) -> tuple[list[float], str]:
-        """A logit a sample (NaN for an unparsable one), or none and the reason why the vote is plain."""
-        usable = [k for k, t in enumerate(trajectories) if not t.failure]
-        if self.meta is None:
-            return [], "no meta RM is served"
-        if not usable:
-            return [], "no usable sample to score"
-        conversations = [meta_messages(item, trajectories[k].order, trajectories[k].text) for k in usable]
+    async def part(self, work: Callable[[], Awaitable[JudgeAnswer]]) -> JudgeAnswer:
+        """`work()` once there is room for one more part of a batch or cohort."""
+        async with self._parts:
+            return await work()
+
+    async def cohort(self, item: Item, plan: Plan) -> CohortScores:
+        """Mean scores of all responses of `item`, judged in chunks of `config.max_cohort`. Raises as `answer`."""
+        seed = _seed(plan)
+        tokens = 0
+
+        async def judge(part: tuple[int, ...]) -> list[float] | None:
+            nonlocal tokens
+            chunk = replace(item, responses=tuple(item.responses[i] for i in part))
+            own = replace(plan, seed=derive_seed(seed, *part) % MAX_SEED)
+            answer = await self.part(lambda: self.verdict(chunk, own))
+            tokens += answer.prompt_tokens + answer.completion_tokens
+            return answer.mean_scores
+
+        scores = await score_cohort(len(item.responses), self.config.max_cohort, judge)
+        return CohortScores(scores, scale_of(len(item.responses), self.config.judge), tokens)
+
+    async def verdict(self, item: Item, plan: Plan, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
+        """As `answer`, for an item."""
+        started = time.perf_counter()
+        seed, config, num_responses = _seed(plan), self.config, len(item.responses)
+        k_max = config.k_auto_max if plan.k == "auto" else plan.k
+        temperature = config.temperature if plan.temperature is None else plan.temperature
+        orders = balanced_orders(num_responses, k_max, derive_seed(seed, "orders"))
+        tasks = [JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)]
+        in_rounds = plan.k == "auto" or plan.budget.tokens is not None
+        ends = looks(num_responses, k_max) if in_rounds else [k_max]
+        limit_s = min(config.judge_timeout_s, (plan.budget.milliseconds or math.inf) / 1000)
+        samples: list[Trajectory] = []
+        scorer = _Scorer(self.meta, item, config.meta_timeout_s)
+        stopped: Literal["k", "settled", "budget"] = "k"
         try:
-            async with asyncio.timeout(self.config.meta_timeout_s):
-                scored = await self.meta.score(conversations)
+            async with asyncio.timeout(limit_s):
+                for start, end in pairwise([0, *ends]):
+                    async with aclosing(self.judge.judge(tasks[start:end])) as batches:
+                        async for batch in batches:
+                            for trajectory in batch:
+                                samples.append(trajectory)
+                                on_sample(_tally(samples))
+                            scorer.add(batch)
+                    if end == k_max:
+                        break
+                    if plan.k == "auto" and await self._is_settled(samples, scorer, k_max, len(ends) - 1):
+                        stopped = "settled"
+                        break
+                    if plan.budget.tokens and sum(t.completion_tokens for t in samples) >= plan.budget.tokens:
+                        stopped = "budget"
+                        break
+            samples.sort(key=lambda t: t.sample)
+            logits, plain_because = await scorer.logits(samples)
         except TimeoutError:
-            return [], f"the meta RM did not answer within {self.config.meta_timeout_s:g} s"
-        except (EngineError, RequestError) as error:
-            return [], f"the meta RM failed: {error}"
-        if not all(map(math.isfinite, scored)):
-            return [], "the meta RM gave a logit that is not finite"
-        logits = [math.nan] * len(trajectories)
-        for k, logit in zip(usable, scored, strict=True):
-            logits[k] = logit
-        return logits, ""
+            if plan.budget.milliseconds is None or not samples:
+                raise
+            stopped = "budget"
+            samples.sort(key=lambda t: t.sample)
+            logits, plain_because = await scorer.logits(samples)
+        finally:
+            scorer.cancel()
+        return self._answer(num_responses, samples, logits, plan.k_meta, plain_because, stopped, seed, started)
+
+    async def _is_settled(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int, num_looks: int) -> bool:
+        """The rule of judge/adaptive.py, over the samples that the vote would count now."""
+        logits, _ = await scorer.logits(samples)
+        verdict = vote("", len(samples[0].order), samples, logits)
+        num_more = k_max // 2 - len(verdict.used) if logits else k_max - len(samples)
+        scale = scale_of(len(samples[0].order), self.config.judge)
+        error = self.config.k_auto_error / num_looks
+        return is_settled([samples[k].scores for k in verdict.used], max(num_more, 1), scale, error)
 
     def _answer(
-        self, verdict: Verdict, trajectories: Sequence[Trajectory], plain_because: str, seed: int, started: float
+        self,
+        num_responses: int,
+        samples: Sequence[Trajectory],
+        logits: Sequence[float],
+        k_meta: int | None,
+        plain_because: str,
+        stopped: Literal["k", "settled", "budget"],
+        seed: int,
+        started: float,
     ) -> JudgeAnswer:
-        num_responses = len(trajectories[0].order)
+        verdict = vote("", num_responses, samples, logits, k_meta if logits else None)
         winners = list(verdict.winners) if num_responses > 1 else []
+        winner = decide(verdict, derive_seed(seed, "tie")) if winners else None
+        used = [samples[k].scores for k in verdict.used]
         scale = scale_of(num_responses, self.config.judge)
+        is_sure = confidence(used, winner, seed) if winner is not None and len(used) > 1 else None
         return JudgeAnswer(
             scores=list(verdict.scores) or None,
             mean_scores=[s / len(verdict.used) for s in verdict.scores] or None,
             scale=(scale.low, scale.high),
-            winner=decide(verdict, derive_seed(seed, "tie")) if winners else None,
+            winner=winner,
             winners=winners,
             tie=len(winners) > 1,
+            confidence=is_sure,
             num_samples=verdict.num_samples,
+            stopped=stopped,
             used=list(verdict.used),
             failures=verdict.failures,
             voting="plain" if plain_because else "meta",
             voting_reason=plain_because,
             samples=[
-                SampleOut(
-                    order=list(t.order),
-                    text=t.text,
-                    scores=list(t.scores) or None,
-                    failure=t.failure or None,
-                    meta_logit=verdict.logits[k] if verdict.logits and not t.failure else None,
-                    kept=k in verdict.used,
-                    prompt_tokens=t.prompt_tokens,
-                    completion_tokens=t.completion_tokens,
-                    stop_reason=t.stop_reason,
-                )
-                for k, t in enumerate(trajectories)
+                sample_out(t, verdict.logits[k] if verdict.logits and not t.failure else None, k in verdict.used)
+                for k, t in enumerate(samples)
             ],
             model=self.config.name,
-            weight_version=trajectories[0].weight_version,
+            weight_version=max(t.weight_version for t in samples),
             seed=seed,
+            prompt_tokens=sum(t.prompt_tokens for t in samples),
+            completion_tokens=sum(t.completion_tokens for t in samples),
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )
 
 
-def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -> FastAPI:
-    """The HTTP routes: POST /v1/judge, GET /v1/models, GET /healthz."""
-    app = FastAPI(title="spct-ray", openapi_url=None)
+class _Scorer:
+    """Meta-RM logits of samples, asked for as the samples come. Without a working meta RM it says why."""
 
-    @app.post("/v1/judge")
-    async def judge(request: Request) -> JSONResponse:
-        try:
-            answer = await gateway.answer(parse_request(await _body(request)))
-        except InvalidRequest as error:
-            return _error(422, "invalid_request", str(error), error.details)
-        except RequestError as error:
-            return _error(413, "too_long", str(error))
-        except EngineError as error:
-            return _error(503, "unavailable", str(error))
-        except TimeoutError:
-            return _error(504, "timeout", f"no verdict within {gateway.config.judge_timeout_s:g} s; ask for a lower k")
-        return JSONResponse(answer.model_dump(mode="json"))
+    def __init__(self, meta: MetaBackend | None, item: Item, timeout_s: float) -> None:
+        self._meta, self._item, self._timeout_s = meta, item, timeout_s
+        self._running: list[tuple[list[int], asyncio.Task[list[float]]]] = []
+        self._logits: dict[int, float] = {}
+        self._plain_because = "" if meta else "no meta RM is served"
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, list[dict[str, str]]]:
-        served = [{"name": gateway.config.name, "role": "judge"}]
-        return {"models": [*served, {"name": "meta", "role": "meta"}] if gateway.meta else served}
+    def add(self, batch: Sequence[Trajectory]) -> None:
+        usable = [t for t in batch if not t.failure]
+        if self._meta and usable and not self._plain_because:
+            self._running.append(([t.sample for t in usable], asyncio.create_task(self._score(self._meta, usable))))
 
-    @app.get("/healthz")
-    async def healthz() -> JSONResponse:
-        if await judge_is_ready():
-            return JSONResponse({"status": "ok"})
-        return _error(503, "unavailable", "no judge replica is running")
+    async def logits(self, samples: Sequence[Trajectory]) -> tuple[list[float], str]:
+        """A logit a sample (NaN for an unparsable one), or none and the reason why the vote is plain."""
+        while self._running and not self._plain_because:
+            numbers, task = self._running.pop(0)
+            try:
+                scored = await task
+            except TimeoutError:
+                self._plain_because = f"the meta RM did not answer within {self._timeout_s:g} s"
+            except (EngineError, RequestError) as error:
+                self._plain_because = f"the meta RM failed: {error}"
+            else:
+                if not all(map(math.isfinite, scored)):
+                    self._plain_because = "the meta RM gave a logit that is not finite"
+                self._logits |= zip(numbers, scored, strict=True)
+        if self._plain_because:
+            return [], self._plain_because
+        if all(t.failure for t in samples):
+            return [], "no usable sample to score"
+        return [self._logits.get(t.sample, math.nan) for t in samples], ""
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, "http", str(error.detail))
+    def cancel(self) -> None:
+        for _, task in self._running:
+            task.cancel()
 
-    return app
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the request's body is larger than {MAX_BODY_BYTES} bytes; send shorter texts")
-    return bytes(body)
+    async def _score(self, meta: MetaBackend, usable: Sequence[Trajectory]) -> list[float]:
+        async with asyncio.timeout(self._timeout_s):
+            return await meta.score([meta_messages(self._item, t.order, t.text) for t in usable])
 
 
-def _error(status: int, kind: str, message: str, details: Sequence[dict[str, str]] = ()) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    return JSONResponse(
-        {"error": {"type": kind, "message": message, "details": list(details)}}, status_code=status, headers=headers
+def sample_out(t: Trajectory, logit: float | None, kept: bool) -> SampleOut:
+    """A judgement as the answer shows it."""
+    return SampleOut(
+        sample=t.sample,
+        order=list(t.order),
+        text=t.text,
+        scores=list(t.scores) or None,
+        failure=t.failure or None,
+        meta_logit=logit,
+        kept=kept,
+        prompt_tokens=t.prompt_tokens,
+        completion_tokens=t.completion_tokens,
+        stop_reason=t.stop_reason,
+        weight_version=t.weight_version,
     )
+
+
+def _tally(samples: Sequence[Trajectory]) -> Tally:
+    sums = vote("", len(samples[0].order), samples).scores
+    last = samples[-1]
+    return Tally(sample=sample_out(last, None, not last.failure), num_samples=len(samples), scores=list(sums) or None)
+
+
+def _seed(plan: Plan) -> int:
+    return secrets.randbelow(MAX_SEED) if plan.seed is None else plan.seed

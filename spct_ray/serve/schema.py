@@ -1,4 +1,4 @@
-"""The wire format of `POST /v1/judge`, for the server, the command line and the client. Leaves out HTTP and judging.
+"""The wire format of `POST /v1/judge` and its batch, for server, command line and client. Leaves out HTTP and judging.
 
 Requests are strict: unknown keys, unknown roles, numbers as strings, blank texts and lone surrogates are refused, each
 with the path of what is wrong. Checks that need the model (is the prompt too long?) are the engine's.
@@ -6,9 +6,9 @@ with the path of what is wrong. Checks that need the model (is the prompt too lo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, model_validator
 
 from spct_ray.errors import SpctError
 from spct_ray.records import Role, StopReason
@@ -17,7 +17,22 @@ MAX_SAMPLES = 64
 MAX_RESPONSES = 64
 MAX_SEED = 2**53  # whole numbers up to here survive JSON readers that use doubles
 
+MAX_BATCH = 256  # requests of a batch
+MAX_DETAILS = 20  # faults of a request that are told
+MAX_PATH = 200  # characters of a fault's path, which may be a key of the request's own
+
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
+
+
+def _k(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if type(value) is not int or not 1 <= value <= MAX_SAMPLES:
+        raise ValueError(f'k: must be a whole number from 1 to {MAX_SAMPLES}, or "auto"')
+    return value
+
+
+NumSamples = Annotated[int | Literal["auto"], PlainValidator(_k, json_schema_input_type=int | Literal["auto"])]
 
 
 class InvalidRequest(SpctError):
@@ -39,20 +54,34 @@ class MessageIn(_Strict):
     content: Text
 
 
+class Budget(_Strict):
+    """What a verdict may cost. It is over the samples that were there when the budget was spent.
+
+    No round of samples begins after `tokens` completion tokens; samples under way after `milliseconds` are given up.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    milliseconds: Annotated[int, Field(ge=1, le=2**31)] | None = None
+
+
 class JudgeRequest(_Strict):
     """One query with the responses to be scored. A temperature or seed left out is the server's choice.
 
-    `k` samples are drawn (Eq. 14); with a meta RM the `k_meta` best of them are summed (default k // 2, at least 1).
-    The same seed gives the same response orders and sampling seeds.
+    `k` samples are drawn (Eq. 14), or with "auto" as many as settle the winner; with a meta RM the `k_meta` best of
+    them are summed (default: half, at least 1). `principles` is a rubric to judge by, `reference` an answer known to
+    be right. The same seed gives the same response orders and sampling seeds.
     """
 
     messages: tuple[MessageIn, ...]
     responses: Annotated[tuple[Text, ...], Field(max_length=MAX_RESPONSES)]
-    k: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 8
+    k: NumSamples = 8
     k_meta: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     reference: str = ""
+    principles: str = ""
+    budget: Budget = Budget()
+    stream: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> JudgeRequest:
@@ -60,7 +89,9 @@ class JudgeRequest(_Strict):
             raise ValueError(f"{'responses' if self.messages else 'messages'}: must not be empty")
         if self.messages[-1].role != "user":
             raise ValueError(f"messages: the last message must be from the user, not from the {self.messages[-1].role}")
-        if self.k_meta is not None and self.k_meta > self.k:
+        if self.k_meta is not None and self.k == "auto":
+            raise ValueError('k_meta: must be left out when k is "auto", where it is half of the samples')
+        if self.k_meta is not None and self.k != "auto" and self.k_meta > self.k:
             raise ValueError(f"k_meta: {self.k_meta} samples cannot be kept of k = {self.k}")
         return self
 
@@ -71,6 +102,7 @@ class SampleOut(BaseModel):
     `scores` is null where `failure` names why there are none. `kept`: whether the vote counted it.
     """
 
+    sample: int
     order: list[int]
     text: str
     scores: list[int] | None
@@ -80,6 +112,15 @@ class SampleOut(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     stop_reason: StopReason
+    weight_version: int
+
+
+class Tally(BaseModel):
+    """One sample of a stream, and the plain sums (in the request's order) over the usable samples so far."""
+
+    sample: SampleOut
+    num_samples: int
+    scores: list[int] | None
 
 
 class JudgeAnswer(BaseModel):
@@ -87,7 +128,10 @@ class JudgeAnswer(BaseModel):
 
     `scores` are sums over the `used` samples and `mean_scores` their means; both are null when no sample could be
     used, then `failures` says why by name. `winner` is one of `winners`, drawn with the seed when they tie; a single
-    response has no winner. `voting` is "plain" where no meta RM scored the samples; `voting_reason` says why.
+    response has no winner. `confidence` is the share of bootstrap resamples of the used samples that `winner` wins
+    (null for fewer than two). `voting` is "plain" where no meta RM scored the samples; `voting_reason` says why.
+    `stopped`: all `k` were sampled, an adaptive k was "settled", or the "budget" was spent. `weight_version` is the
+    newest of the samples'. `milliseconds` counts from the gateway's having read the request.
     """
 
     scores: list[int] | None
@@ -96,7 +140,9 @@ class JudgeAnswer(BaseModel):
     winner: int | None
     winners: list[int]
     tie: bool
+    confidence: float | None
     num_samples: int
+    stopped: Literal["k", "settled", "budget"]
     used: list[int]
     failures: dict[str, int]
     voting: Literal["meta", "plain"]
@@ -105,21 +151,55 @@ class JudgeAnswer(BaseModel):
     model: str
     weight_version: int
     seed: int
+    prompt_tokens: int
+    completion_tokens: int
     milliseconds: float
 
 
-def parse_request(body: bytes | str) -> JudgeRequest:
-    """A request from JSON. Raises InvalidRequest with the path of every fault."""
+class BatchRequest(_Strict):
+    """Requests to be judged side by side; each gets a verdict or an error of its own."""
+
+    requests: Annotated[tuple[JudgeRequest, ...], Field(min_length=1, max_length=MAX_BATCH)]
+
+
+class Fault(BaseModel):
+    """What is wrong: `type` is a word for programs, `message` a sentence, `details` name the paths of a request."""
+
+    type: str
+    message: str
+    details: list[dict[str, str]] = []
+
+
+class BatchResult(BaseModel):
+    """The verdict on one request of a batch, or why there is none."""
+
+    answer: JudgeAnswer | None = None
+    error: Fault | None = None
+
+
+class BatchAnswer(BaseModel):
+    """One result a request, in order."""
+
+    results: list[BatchResult]
+
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+def parse(model: type[Request], body: bytes | str) -> Request:
+    """A `model` from JSON. Raises InvalidRequest with the path of every fault."""
     try:
-        return JudgeRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
-        raise InvalidRequest([_detail(e) for e in error.errors(include_url=False, include_input=False)]) from error
+        faults = error.errors(include_url=False, include_input=False)
+        raise InvalidRequest([_detail(fault) for fault in faults[:MAX_DETAILS]]) from error
 
 
 def _detail(error: Any) -> dict[str, str]:
     path, message = ".".join(str(part) for part in error["loc"]), error["msg"]
-    if error["type"] == "value_error":  # from _consistent, which names the path itself
-        path, _, message = str(error["ctx"]["error"]).partition(": ")
+    if error["type"] == "value_error":  # from _k and _consistent, which name the key themselves
+        key, _, message = str(error["ctx"]["error"]).partition(": ")
+        path = key if not path or path == key else path if path.endswith(f".{key}") else f"{path}.{key}"
     elif error["type"] == "string_pattern_mismatch":
         message = "must not be empty or blank"
-    return {"path": path or "body", "message": message}
+    return {"path": path[:MAX_PATH] or "body", "message": message}

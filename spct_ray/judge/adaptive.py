@@ -1,0 +1,67 @@
+"""Adaptive k: stop sampling judgements once further ones would hardly change the decision.
+
+The rule. After m usable samples of at most K, the leader's lead over a rival is d_1..d_m (the difference of the two
+scores in each sample). Taken as draws of one normal distribution, the lead after K samples is predicted by Student's
+t: mean K * d, standard deviation s * sqrt(r * (1 + r / m)) for r = K - m more samples, where s^2 = (sum (d_k - d)^2 +
+1) / m holds one pseudo-observation a point off, so that m equal leads are not taken for certain. Sampling stops when
+the chances that a rival draws level, added up over rivals, are at most `error` divided by the number of looks. By
+that model at most `error` of the decisions differ from those of the vote over all K samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from spct_ray.judge.parse import Scale
+
+FIRST_LOOK = 4  # samples before the first look, at least
+PSEUDO_DEVIATION = 1.0  # in points of the scale
+
+
+def looks(num_responses: int, k_max: int) -> list[int]:
+    """Numbers of samples after which to look, the last of them `k_max`: doubling, so that rounds stay few.
+
+    Each is a multiple of `num_responses` where that is possible, for then the orders are balanced.
+    """
+    ends = []
+    k = num_responses * math.ceil(FIRST_LOOK / num_responses)
+    while k < k_max:
+        ends.append(k)
+        k *= 2
+    return [*ends, k_max]
+
+
+def is_settled(scores_KN: Sequence[Sequence[int]], num_more: int, scale: Scale, error: float) -> bool:
+    """Whether the decision over `scores_KN` and `num_more` further samples is today's, but for a chance of `error`.
+
+    The decision is the response with the highest sum; for N = 1, on which side of the scale's middle the mean lies. A
+    tie is never settled. `error` is that of this look alone (`error` of the rule / number of looks before the last).
+    """
+    if not scores_KN:
+        return False
+    sums = [sum(column) for column in zip(*scores_KN, strict=True)]
+    best = sums.index(max(sums))
+    if len(sums) == 1:
+        middle = (scale.low + scale.high) / 2
+        leads = [[s - middle for (s,) in scores_KN]]
+        leads = [leads[0] if sum(leads[0]) > 0 else [-d for d in leads[0]]]
+    else:
+        leads = [[s[best] - s[i] for s in scores_KN] for i in range(len(sums)) if i != best]
+    return sum(_chance_to_draw_level(lead, num_more, scale) for lead in leads) <= error
+
+
+def _chance_to_draw_level(lead: Sequence[float], num_more: int, scale: Scale) -> float:
+    total, m = sum(lead), len(lead)
+    if total <= 0:
+        return 1.0
+    width = scale.high - scale.low
+    if total > num_more * width:
+        return 0.0
+    mean = total / m
+    variance = (sum((d - mean) ** 2 for d in lead) + PSEUDO_DEVIATION**2) / m
+    t = (total + num_more * mean) / math.sqrt(variance * num_more * (1 + num_more / m))
+    # Wallace's normal approximation of Student's t with m degrees of freedom, good to about 2 % of the tail here.
+    z = (8 * m + 1) / (8 * m + 3) * math.sqrt(m * math.log1p(t * t / m))
+    return NormalDist().cdf(-z)

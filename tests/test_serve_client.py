@@ -1,0 +1,181 @@
+"""Clients and reward functions against a live HTTP server (uvicorn, an engine that writes given scores)."""
+
+import asyncio
+import inspect
+import math
+import re
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from spct_ray.records import Message
+from spct_ray.serve import client as client_module
+from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, request
+from spct_ray.serve.rewards import cohort_rewards, trl_reward, verl_reward
+from spct_ray.serve.schema import JudgeAnswer
+from tests.test_serve import Script
+from tests.test_serve_http import app_of, by_length
+
+QUERY = [Message("user", "Which word?")]
+
+
+@contextmanager
+def served(app):
+    """The app's address while it is served from a thread."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def engine(answer):
+    from spct_ray.engines.scripted import ScriptedEngine
+
+    return ScriptedEngine(answer)
+
+
+class Log:
+    """A judge that likes length; remembers what it was shown, and fails where `bad` is shown."""
+
+    def __init__(self, bad="never shown"):
+        self.prompts, self.bad = [], bad
+
+    def __call__(self, asked):
+        self.prompts.append(asked.messages[0].content)
+        return ["no box"] if self.bad in self.prompts[-1] else by_length(asked)
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    monkeypatch.setattr(client_module, "_LONGEST_WAIT_S", 0.0)
+
+
+def test_both_clients_give_the_same_verdicts_and_streams():
+    async def ask_async(url):
+        async with AsyncJudgeClient(url) as client:
+            one = await client.judge(QUERY, ["alpha", "beta"], k=3, seed=1)
+            many = await client.judge_batch([request(QUERY, ["alpha", "beta"], k=3, seed=1)])
+            stream = [event async for event in client.stream(QUERY, ["alpha", "beta"], k=3, seed=1)]
+        return one, many, stream
+
+    def plain(answer):
+        return answer.model_copy(update={"milliseconds": 0.0})
+
+    with served(app_of(engine(Script((8, 8), (5, 9), (7, 10))))) as url:
+        with JudgeClient(url) as client:
+            one = client.judge(QUERY, ["alpha", "beta"], k=3, seed=1)
+            (many,) = client.judge_batch([request(QUERY, ["alpha", "beta"], k=3, seed=1)])
+            stream = list(client.stream(QUERY, ["alpha", "beta"], k=3, seed=1))
+            with pytest.raises(ServerError) as refused:
+                client.judge(QUERY, ["alpha"], k=99)
+            with pytest.raises(ServerError) as refused_stream:
+                list(client.stream(QUERY, [], k=1))
+        other = asyncio.run(ask_async(url))
+    assert one.scores == [20, 27]
+    assert plain(one) == plain(many.answer) == plain(stream[-1]) == plain(other[0]) == plain(other[1][0].answer)
+    assert len(stream) == len(other[2]) == 4
+    assert isinstance(other[2][-1], JudgeAnswer)
+    assert (refused.value.status, refused.value.kind) == (422, "invalid_request")
+    assert refused_stream.value.status == 422
+
+
+def flaky(statuses):
+    """Answers with each status in turn, then with a verdict; counts its requests."""
+    app, left = FastAPI(), list(statuses)
+    inner = app_of(engine(Script((1, 2))))
+
+    @app.middleware("http")
+    async def fail(asked, call_next):
+        if not left:
+            return await call_next(asked)
+        body = {"error": {"type": "unavailable", "message": "busy", "details": []}}
+        return JSONResponse(body, status_code=left.pop(0), headers={"Retry-After": "0"})
+
+    app.mount("/", inner)
+    return app
+
+
+def test_busy_servers_are_tried_again_and_refusals_are_not(no_wait):
+    async def ask_async(url):
+        async with AsyncJudgeClient(url) as client:
+            return await client.judge(QUERY, ["alpha", "beta"], k=1)
+
+    with served(flaky([503, 429, 504])) as url, JudgeClient(url) as client:
+        assert client.judge(QUERY, ["alpha", "beta"], k=1).scores == [1, 2]
+    with served(flaky([502, 503])) as url:
+        assert asyncio.run(ask_async(url)).scores == [1, 2]
+    with (
+        served(flaky([503] * 5)) as url,
+        JudgeClient(url, max_attempts=2) as client,
+        pytest.raises(ServerError, match=r"503 \(unavailable\): busy"),
+    ):
+        client.judge(QUERY, ["alpha", "beta"], k=1)
+    with served(flaky([413])) as url, JudgeClient(url) as client:
+        with pytest.raises(ServerError, match="413"):
+            client.judge(QUERY, ["alpha", "beta"], k=1)
+        with pytest.raises(httpx.TransportError):
+            JudgeClient("http://127.0.0.1:1", max_attempts=2).judge(QUERY, ["alpha"])
+
+
+def test_trl_gets_one_reward_a_completion_from_prompts_judged_together():
+    log = Log(bad="sad")
+    prompts = ["one", [{"role": "user", "content": "two"}], "one", "sad", "one"]
+    completions = ["a", [{"role": "assistant", "content": "abc"}], "abcd", "abc", ""]
+    with served(app_of(engine(log), name="j")) as url:
+        reward = trl_reward(url, k=2, seed=1, reference_column="answer")
+        assert inspect.iscoroutinefunction(reward)
+        rewards = asyncio.run(reward(prompts=prompts, completions=completions, answer=["ref"] * 5, completion_ids=[]))
+    # a single response is scored 0 or 1 by this judge's template, and a length of 3 is out of that range
+    assert rewards == [2.0, None, 5.0, None, 1.0 + len("(no text)")]
+    groups = [p for p in log.prompts if "Query: one" in p]
+    assert len(groups) == 2
+    assert all("[Response 3]" in p and "Reference: ref" in p for p in groups)
+
+
+def test_many_completions_are_judged_in_chunks_on_one_scale():
+    log = Log()
+    completions = ["x" * (i % 9) + "y" for i in range(20)]
+
+    async def run(url):
+        async with AsyncJudgeClient(url) as client:
+            return await cohort_rewards(client, [((QUERY[0],), "")] * 20, completions, max_cohort=6, k=1)
+
+    with served(app_of(engine(log))) as url:
+        rewards = asyncio.run(run(url))
+    assert rewards == pytest.approx([1 + len(c) for c in completions])
+    assert max(int(p) for text in log.prompts for p in re.findall(r"\[Response (\d+)\]", text)) == 6
+
+
+def test_verl_gets_scores_and_nan():
+    infos = [{"question": "one"}, {"question": "sad"}, {"question": [{"role": "user", "content": "one"}]}]
+    with served(app_of(engine(Log(bad="sad")))) as url:
+        rows = verl_reward(
+            data_sources=["d"] * 3, solution_strs=["a", "ab", "abc"], ground_truths=["", "", ""], extra_infos=infos,
+            base_url=url, k=1,
+        )  # fmt: skip
+    assert [(row["score"], row["judge_failed"]) for row in rows[::2]] == [(2.0, 0.0), (4.0, 0.0)]
+    assert math.isnan(rows[1]["score"])
+    assert rows[1]["judge_failed"] == 1.0
+    with pytest.raises(KeyError, match="question"):
+        verl_reward(["d"], ["a"], [None], [{}])
+
+
+def test_a_mistake_of_the_set_up_is_raised_and_a_lost_server_is_masked(no_wait):
+    with served(app_of(engine(Log()))) as url, pytest.raises(ServerError, match="k: must be"):
+        asyncio.run(trl_reward(url, k=0)(prompts=["q"], completions=["a"]))
+    assert asyncio.run(trl_reward("http://127.0.0.1:1", k=1)(prompts=["q"], completions=["a"])) == [None]
