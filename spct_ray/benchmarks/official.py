@@ -30,7 +30,8 @@ class Sheet:
     option_IO: Bools
     right_IO: Bools
     single_I: Bools  # n = 1
-    subset_I: tuple[str, ...]
+    names: tuple[str, ...]  # of the subsets
+    subset_I: Ints  # index into `names`
     question_I: Ints  # items of one row of the benchmark share a number
     facts_I: tuple[dict[str, Any], ...]
 
@@ -40,6 +41,7 @@ class Sheet:
         width = max(max(2, len(item.responses)) for item in items)
         option_IO, right_IO = np.zeros((len(items), width), bool), np.zeros((len(items), width), bool)
         numbers: dict[str, int] = {}
+        names = tuple(sorted({item.subset for item in items}))
         facts = tuple(facts_of(item) for item in items)
         for i, item in enumerate(items):
             option_IO[i, : max(2, len(item.responses))] = True
@@ -51,7 +53,8 @@ class Sheet:
             option_IO,
             right_IO,
             np.array([len(item.responses) == 1 for item in items]),
-            tuple(item.subset for item in items),
+            names,
+            np.array([names.index(item.subset) for item in items]),
             np.array([numbers.setdefault(f["question"], len(numbers)) for f in facts]),
             facts,
         )
@@ -110,8 +113,20 @@ def _average(parts: dict[str, float | None]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _where(sheet: Sheet, wanted: Callable[[str], bool]) -> Bools:
+    """[I] whether the name of the item's subset is wanted."""
+    return np.array([wanted(name) for name in sheet.names], dtype=bool)[sheet.subset_I]
+
+
 def _in(sheet: Sheet, subset: str) -> Bools:
-    return np.array([s == subset for s in sheet.subset_I])
+    return _where(sheet, subset.__eq__)
+
+
+def cell_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] share of RM-Bench's pairs that are right (nine of a list, one of a pair)."""
+    win_I33 = _cell_wins(sheet, scores_IO).reshape(len(scores_IO), 9)
+    pair_I9 = ~np.isnan(win_I33)
+    return np.asarray(np.where(pair_I9, win_I33, 0).sum(axis=1) / pair_I9.sum(axis=1))
 
 
 def accuracy(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
@@ -230,7 +245,7 @@ def rm_bench(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """
     cells: dict[str, Floats] = {}
     win_I33 = _cell_wins(sheet, decision.scores_IO)
-    for name in sorted(set(sheet.subset_I)):
+    for name in sheet.names:
         inside = _in(sheet, name)[:, None, None] & ~np.isnan(win_I33)
         total_33 = (inside * weight_I[:, None, None]).sum(axis=0)
         if total_33.all():
@@ -271,8 +286,7 @@ def rmb(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     by_question = np.ones(sheet.num_questions)
     np.minimum.at(by_question, sheet.question_I, strict_credit(sheet, decision.scores_IO))
     _, first = np.unique(sheet.question_I, return_index=True)
-    subset_Q = np.array(sheet.subset_I)[first]
-    parts = {name: _mean(by_question, weight_I[first], subset_Q == name) for name in sorted(set(sheet.subset_I))}
+    parts = {name: _mean(by_question, weight_I[first], _in(sheet, name)[first]) for name in sheet.names}
     return _kept({"score": _average(parts), **parts})
 
 
@@ -292,7 +306,7 @@ def judge_bench(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     right_I = np.asarray(verdicts[0] + verdicts[1] > 0, dtype=np.float64)
     everything = weight_I > 0
     parts = {
-        name: _mean(right_I, weight_I, np.array([s.startswith(prefix) for s in sheet.subset_I]))
+        name: _mean(right_I, weight_I, _where(sheet, lambda s, prefix=prefix: s.startswith(prefix)))  # type: ignore[misc]
         for name, prefix in JUDGE_BENCH_GROUPS.items()
     }
     both = np.asarray((verdicts[0] > 0) & (verdicts[1] > 0), dtype=np.float64)
@@ -316,7 +330,7 @@ def ppe_correctness(sheet: Sheet, decision: Decision, weight_I: Floats) -> Score
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     whole_I = np.array([facts.get("kind") == "best of k" for facts in sheet.facts_I])
-    parts = {n or "pairs": _mean(credit_I, weight_I, _in(sheet, n) & ~whole_I) for n in sorted(set(sheet.subset_I))}
+    parts = {n or "pairs": _mean(credit_I, weight_I, _in(sheet, n) & ~whole_I) for n in sheet.names}
     return _kept({"score": _average(parts), **parts, "best of k": _mean(credit_I, weight_I, whole_I)})
 
 
@@ -359,9 +373,12 @@ def llmbar(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     After princeton-nlp/LLMBar (Evaluators/evaluate.py, statistics); arXiv 2310.07641, Table 2.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
-    ends = np.array([re.split(r"[/-]", s)[-1].lower() for s in sheet.subset_I])
-    study = np.array([s.startswith("CaseStudy") for s in sheet.subset_I])
-    parts = {n: _mean(credit_I, weight_I, (ends == n.lower()) & ~study) for n in ("Natural", *LLMBAR_ADVERSARIAL)}
+    ends = {name: re.split(r"[/-]", name)[-1].lower() for name in sheet.names if not name.startswith("CaseStudy")}
+    study = _where(sheet, lambda name: name not in ends)
+    parts: dict[str, float | None] = {}
+    for part in ("Natural", *LLMBAR_ADVERSARIAL):
+        chosen = {name for name, end in ends.items() if end == part.lower()}
+        parts[part] = _mean(credit_I, weight_I, _where(sheet, chosen.__contains__))
     hard = _average({name: parts[name] for name in LLMBAR_ADVERSARIAL})
     return _kept(
         {"score": _average(parts), **parts, "adversarial": hard, "CaseStudy": _mean(credit_I, weight_I, study)}

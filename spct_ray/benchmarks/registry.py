@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spct_ray.benchmarks import official, readers
-from spct_ray.benchmarks.official import Scorer
+from spct_ray.benchmarks.curves import Floats
+from spct_ray.benchmarks.official import Scorer, Sheet
 from spct_ray.benchmarks.readers import Reader, facts_of, is_own
 from spct_ray.data.shapes import Cells, Row, UnusableRow
 from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
@@ -38,6 +39,8 @@ class Benchmark:
     read: Reader
     score: Scorer
     several_right: bool = False
+    credit: Callable[[Sheet, Floats], Floats] = official.best_credit  # of one item, for paired tests and subset tables
+    both_orders: bool = False  # the score needs a judgement of each order
     subsets: tuple[str, ...] = ()
 
 
@@ -61,14 +64,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         subsets=official.REWARD_BENCH_2_SUBSETS,
     ),
     "rmbench": Benchmark(
-        "RM-Bench", (("THU-KEG/RM-Bench", "train"),), readers.rm_bench, official.rm_bench, several_right=True
+        "RM-Bench", (("THU-KEG/RM-Bench", "train"),), readers.rm_bench, official.rm_bench, True, official.cell_credit
     ),
-    "rmb": Benchmark("RMB", (), readers.rmb, official.rmb),
+    "rmb": Benchmark("RMB", (), readers.rmb, official.rmb, credit=official.strict_credit),
     "judgebench": Benchmark(
         "JudgeBench",
         (("ScalerLab/JudgeBench", "gpt"), ("ScalerLab/JudgeBench", "claude")),
         readers.judge_bench,
         official.judge_bench,
+        both_orders=True,
     ),
     "ppe_preference": Benchmark(
         "PPE preference", (("lmarena-ai/PPE-Human-Preference-V1", "test"),), readers.ppe_preference, official.accuracy

@@ -1,0 +1,231 @@
+"""The report of `spct evaluate`: every judge on every benchmark, side by side, from samples that earlier steps drew.
+
+Writes summary.json, samples.parquet (a row a judgement), index.html; its metrics hold the table for the terminal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spct_ray.errors import DataError
+from spct_ray.graph.record import write_atomically
+from spct_ray.judge.prompt import JudgeConfig, scale_of
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.records import Item, Trajectory
+
+if TYPE_CHECKING:
+    from spct_ray.benchmarks.compute import Rates
+    from spct_ray.benchmarks.evaluation import Counting, Judged, Task
+    from spct_ray.graph.step import StepContext
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """`judges` and their scales for n = 1; `names` in the registry and `labels` of the benchmarks; the rest as in
+    `spct_ray.benchmarks.evaluation.Counting`."""
+
+    judges: tuple[str, ...]
+    singles: tuple[Literal["binary", "scale"], ...]
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    k_meta_share: float = 0.5
+    num_draws: int = 16
+    resamples: int = 300
+
+
+@dataclass(frozen=True)
+class CompareResources:
+    """The report needs nothing but the step's own process."""
+
+
+def run(context: StepContext, config: CompareConfig, resources: CompareResources) -> dict[str, Any]:
+    """Write the report. Raises DataError when the inputs do not fit together."""
+    from spct_ray.benchmarks import evaluation, evaluation_text
+    from spct_ray.benchmarks.compute import pareto
+
+    seed = derive_seed(context.seed, "compare")
+    counting = evaluation.Counting(config.ks, config.k_meta_share, config.num_draws, config.resamples, seed)
+    tasks = _tasks(context.inputs["items"], config)
+    rates = {name: _rates(context.inputs, name) for name in config.judges}
+    judged: dict[str, dict[str, Judged]] = {}
+    for name, single in zip(config.judges, config.singles, strict=True):
+        judged[name] = _judged(context.inputs, name, tasks, single, rates[name])
+    report = json.loads(Path(context.inputs["items"], "data_report.json").read_text())
+    blocks: dict[str, Any] = {}
+    for label, task in tasks.items():
+        blocks[label] = report[label] | _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
+    points = [
+        {"benchmark": label, "judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
+        for label, block in blocks.items()
+        for name, model in block["models"].items()
+        for way, made in ways(model)
+        if made["score"] is not None
+    ]
+    result = {
+        "judges": {name: _about(context.inputs, name, rates[name]) for name in config.judges},
+        "ks": list(config.ks),
+        "benchmarks": blocks,
+        "points": points,
+        "pareto": {
+            label: {axis: pareto([p for p in points if p["benchmark"] == label], axis) for axis in ("tokens", "flops")}
+            for label in blocks
+        },
+    }
+    out = Path(context.out)
+    _write_samples(out / "samples.parquet", tasks, judged)
+    write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    return {"summary_text": evaluation_text.summary_text(result)}
+
+
+def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every way to decide of one judge's block, with its entry."""
+    found = [("greedy", model["greedy"])]
+    found += [(f"vote@{k}", made) for k, made in model["vote"].items()]
+    found += [(f"meta vote@{k}", made) for k, made in model["meta_vote"].items()]
+    found += [(name, made) for name, made in model["aggregators"].items() if made and name not in ("sum", "meta_top")]
+    return found + [(f"adaptive, {name}", made) for name, made in model["adaptive"].items()]
+
+
+def _block(task: Task, judged: Mapping[str, Judged], counting: Counting, context: StepContext) -> dict[str, Any]:
+    from spct_ray.benchmarks import evaluation
+
+    weights = evaluation.weights(task, counting)
+    models: dict[str, Any] = {}
+    outcomes: dict[str, dict[str, evaluation.Outcome]] = {}
+    for name, found in judged.items():
+        context.progress(len(models), len(judged), "judges", task.benchmark.title)
+        models[name], outcomes[name] = evaluation.judge_block(task, found, weights, counting)
+    top = counting.k_max
+    shown = ("greedy", f"sum@{top}", f"meta_top@{top}")
+    pairs = {
+        f"{b} - {a}": evaluation.paired(outcomes[a], outcomes[b], shown, task, counting)
+        for a, b in itertools.combinations(judged, 2)
+    }
+    return {"chance": evaluation.chance(task), "models": models, "paired": pairs}
+
+
+def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
+    from spct_ray.benchmarks.evaluation import Task
+    from spct_ray.benchmarks.official import Sheet
+    from spct_ray.benchmarks.registry import find
+    from spct_ray.data.store import judged_files, read_items
+
+    files = judged_files(directory)
+    found = {}
+    for name, label in zip(config.names, config.labels, strict=True):
+        items = tuple(read_items(str(files[label])))
+        found[label] = Task(find(name), items, Sheet.of(items))
+    return found
+
+
+def _rates(inputs: Mapping[str, str], name: str) -> Rates:
+    """Mean cost of one judgement: tokens as drawn, seconds as the last attempt of the step measured them."""
+    from spct_ray.benchmarks.compute import Rates, count_weights
+    from spct_ray.cluster.sampling import read_trajectories
+
+    directory = inputs[f"evaluate_{name}"]
+    made = read_trajectories(directory)
+    timing = json.loads(Path(directory, "timing.json").read_text())
+    meta = inputs.get(f"meta_{name}")
+    return Rates(
+        params=count_weights(str(Path(inputs[f"model_{name}"], "model"))),
+        meta_params=count_weights(str(Path(meta, "model"))) if meta else 0,
+        prompt_tokens=sum(t.prompt_tokens for t in made) / len(made),
+        completion_tokens=sum(t.completion_tokens for t in made) / len(made),
+        seconds=timing["engine_seconds"] / timing["judgements"] if timing["judgements"] else 0.0,
+    )
+
+
+def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]:
+    from spct_ray.graph.record import read_record
+
+    record = read_record(inputs[f"evaluate_{name}"])
+    return {
+        "weights": rates.params,
+        "meta_weights": rates.meta_params,
+        "prompt_tokens": rates.prompt_tokens,
+        "completion_tokens": rates.completion_tokens,
+        "engine_seconds_a_judgement": rates.seconds,
+        "evaluate": record.config if record else None,
+    }
+
+
+def _judged(
+    inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], single: Literal["binary", "scale"], rates: Rates
+) -> dict[str, Judged]:
+    from spct_ray.benchmarks.curves import tabulate
+    from spct_ray.benchmarks.evaluation import Judged
+    from spct_ray.cluster.sampling import read_trajectories
+
+    scale = scale_of(1, JudgeConfig(single=single))
+    middle, logits = (scale.low + scale.high) / 2, _logits(inputs, name)
+    of_item: dict[str, list[Trajectory]] = {}
+    for t in read_trajectories(inputs[f"evaluate_{name}"]):
+        of_item.setdefault(t.item_id, []).append(t)
+    found = {}
+    for label, task in tasks.items():
+        missing = [item.id for item in task.items if item.id not in of_item]
+        if missing:
+            raise DataError(f"evaluation of {name}: no judgement of {len(missing)} items, the first is {missing[0]!r}")
+        made = [t for item in task.items for t in of_item[item.id]]
+        sampled = [t for t in made if t.temperature]
+        greedy = [t for item in task.items for t in _twice(item, [t for t in of_item[item.id] if not t.temperature])]
+        found[label] = Judged(
+            tuple(sampled),
+            tabulate(task.items, sampled, middle, logits),
+            tabulate(task.items, greedy, middle),
+            rates,
+        )
+    return found
+
+
+def _twice(item: Item, greedy: Sequence[Trajectory]) -> Sequence[Trajectory]:
+    """A single response has one order and one greedy judgement: it stands for both, so that all items have two."""
+    return greedy if len(item.responses) > 1 else [*greedy, *(replace(t, sample=1) for t in greedy)]
+
+
+def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
+    import pyarrow.parquet as pq
+
+    role = f"meta_scores_{name}"
+    if role not in inputs:
+        return None
+    rows = pq.read_table(Path(inputs[role], "logits.parquet")).to_pylist()
+    return {row["key"]: row["logit"] for row in rows}
+
+
+def _write_samples(file: Path, tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> None:
+    """One row a sampled judgement: what was asked, written, scored, and whether it is right by Eq. 10."""
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from spct_ray.benchmarks.curves import correct_samples
+
+    rows = []
+    for name, by_label in judged.items():
+        for label, found in by_label.items():
+            right_IK = correct_samples(found.samples)
+            items = {item.id: (i, item) for i, item in enumerate(tasks[label].items)}
+            place: dict[str, int] = {}
+            for t in sorted(found.trajectories, key=lambda t: (t.item_id, t.sample)):
+                i, item = items[t.item_id]
+                k = place[t.item_id] = place.get(t.item_id, -1) + 1
+                logits = found.samples.logits_IK
+                logit = float(logits[i, k]) if logits is not None and not t.failure else None
+                rows.append(
+                    {"judge": name, "benchmark": label, "subset": item.subset, "right": bool(right_IK[i, k])}
+                    | {"logit": logit, "key": t.key, **t.to_row()}
+                )
+    partial = file.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows), partial)
+    os.replace(partial, file)
