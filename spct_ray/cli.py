@@ -25,9 +25,9 @@ from spct_ray.graph.step import Step
 if TYPE_CHECKING:
     from spct_ray.stages.recipe import Recipe
 
-REPORT_FILES = ("index.html", "summary.json", "samples.parquet")
+REPORT_FILES = ("index.html", "summary.json", "samples.parquet", "pairs.parquet")
 
-_EVALUATE_OPTIONS = ("benchmarks", "k", "limit", "temperature", "seed", "root", "config")
+_EVALUATE_OPTIONS = ("benchmarks", "k", "suite", "limit", "temperature", "seed", "root", "config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--benchmarks", required=True, metavar="A,B=PATH", help="names, from the hub or with a file")
     command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
+    command.add_argument(
+        "--suite", choices=("benchmarks", "robustness"), default="benchmarks",
+        help="official scores, or probes made of the benchmarks' items: who is fooled by what",
+    )  # fmt: skip
     command.add_argument("--limit", type=int, help="draw so many rows of each benchmark")
     command.add_argument("--temperature", type=float, help="of the samples (default: the run's, else 0.5)")
     command.add_argument("--seed", type=int, default=1)
@@ -156,7 +160,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         raise ConfigError(f"--k {parsed.k!r}: write whole numbers, e.g. --k 1,2,4,8") from error
     config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
     benchmarks = evaluation.specs(parsed.benchmarks)
-    asked = evaluation.Evaluation(benchmarks, ks, parsed.limit, parsed.temperature, config)
+    asked = evaluation.Evaluation(benchmarks, ks, parsed.suite, parsed.limit, parsed.temperature, config)
     first = parsed.targets[0].partition(":")[0]
     inside = os.path.isdir(os.path.join(first, "steps"))
     root = local_root(parsed.root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))

@@ -20,6 +20,7 @@ from spct_ray.records import Item, Trajectory
 
 if TYPE_CHECKING:
     from spct_ray.benchmarks.compute import Rates
+    from spct_ray.benchmarks.curves import ScoreTable
     from spct_ray.benchmarks.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
@@ -129,10 +130,8 @@ def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
 def _rates(inputs: Mapping[str, str], name: str) -> Rates:
     """Mean cost of one judgement: tokens as drawn, seconds as the last attempt of the step measured them."""
     from spct_ray.benchmarks.compute import Rates, count_weights
-    from spct_ray.cluster.sampling import read_trajectories
 
-    directory = inputs[f"evaluate_{name}"]
-    made = read_trajectories(directory)
+    directory, made = inputs[f"evaluate_{name}"], _trajectories(inputs, name)
     timing = json.loads(Path(directory, "timing.json").read_text())
     meta = inputs.get(f"meta_{name}")
     return Rates(
@@ -161,29 +160,44 @@ def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]
 def _judged(
     inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], single: Literal["binary", "scale"], rates: Rates
 ) -> dict[str, Judged]:
-    from spct_ray.benchmarks.curves import tabulate
     from spct_ray.benchmarks.evaluation import Judged
+
+    items = {label: task.items for label, task in tasks.items()}
+    found = judged_tables(inputs, name, items, single)
+    made: dict[str, list[Trajectory]] = {label: [] for label in tasks}
+    label_of = {item.id: label for label, task in tasks.items() for item in task.items}
+    for t in _trajectories(inputs, name):
+        if t.temperature:
+            made[label_of[t.item_id]].append(t)
+    return {label: Judged(tuple(made[label]), *found[label], rates) for label in tasks}
+
+
+def _trajectories(inputs: Mapping[str, str], name: str) -> list[Trajectory]:
     from spct_ray.cluster.sampling import read_trajectories
+
+    return read_trajectories(inputs[f"evaluate_{name}"])
+
+
+def judged_tables(
+    inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]], single: Literal["binary", "scale"]
+) -> dict[str, tuple[ScoreTable, ScoreTable]]:
+    """One judge's samples and greedy judgements (two orders) of each set of items. Raises DataError for items that it
+    did not judge."""
+    from spct_ray.benchmarks.curves import tabulate
 
     scale = scale_of(1, JudgeConfig(single=single))
     middle, logits = (scale.low + scale.high) / 2, _logits(inputs, name)
     of_item: dict[str, list[Trajectory]] = {}
-    for t in read_trajectories(inputs[f"evaluate_{name}"]):
+    for t in _trajectories(inputs, name):
         of_item.setdefault(t.item_id, []).append(t)
     found = {}
-    for label, task in tasks.items():
-        missing = [item.id for item in task.items if item.id not in of_item]
+    for label, asked in items.items():
+        missing = [item.id for item in asked if item.id not in of_item]
         if missing:
             raise DataError(f"evaluation of {name}: no judgement of {len(missing)} items, the first is {missing[0]!r}")
-        made = [t for item in task.items for t in of_item[item.id]]
-        sampled = [t for t in made if t.temperature]
-        greedy = [t for item in task.items for t in _twice(item, [t for t in of_item[item.id] if not t.temperature])]
-        found[label] = Judged(
-            tuple(sampled),
-            tabulate(task.items, sampled, middle, logits),
-            tabulate(task.items, greedy, middle),
-            rates,
-        )
+        sampled = [t for item in asked for t in of_item[item.id] if t.temperature]
+        greedy = [t for item in asked for t in _twice(item, [t for t in of_item[item.id] if not t.temperature])]
+        found[label] = tabulate(asked, sampled, middle, logits), tabulate(asked, greedy, middle)
     return found
 
 

@@ -23,7 +23,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores
+from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
 
 JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
@@ -59,6 +59,7 @@ class Evaluation:
 
     benchmarks: tuple[BenchmarkSpec, ...]
     ks: tuple[int, ...] = (1, 2, 4, 8)
+    suite: Literal["benchmarks", "robustness"] = "benchmarks"
     limit: int | None = None
     temperature: float | None = None  # null: the run's own, 0.5 for a model directory
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -150,7 +151,13 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
     data = benchmarks.BenchmarksConfig(asked.benchmarks, asked.limit, Limits(), tuple(train))
     found = benchmarks.BenchmarksResources(tuple(train.values()))
     steps = [Step("benchmarks", benchmarks.run, benchmarks.VERSION, data, found, one)]
-    read = {"items": "benchmarks"}
+    items = "benchmarks"
+    if asked.suite == "robustness":
+        items = "probes"
+        made = Step(items, probes.run, probes.VERSION, probes.ProbesConfig(), probes.ProbesResources(), one,
+                    {"items": "benchmarks"})  # fmt: skip
+        steps.append(made)
+    read = {"items": items}
     for judge in judges:
         judge_model.check(judge.model)
         model = f"model_{judge.name}"
@@ -162,10 +169,10 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             resources.num_replicas * resources.cpus_per_replica, resources.num_replicas * resources.gpus_per_replica
         )
         name = f"evaluate_{judge.name}"
-        inputs = {"items": "benchmarks", "judge": model}
+        inputs = {"items": items, "judge": model}
         steps.append(Step(name, evaluate.run_both_orders, evaluate.VERSION, config, resources, demand, inputs))
         read |= {name: name, model: model}
-        if judge.meta is not None:
+        if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
             scorers = where.meta_scores
             demand = Demand(
@@ -176,13 +183,14 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             scoring = meta_scores.MetaScoresConfig()
             steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, scoring, scorers, demand, inputs))
             read |= {scores: scores, meta: meta}
-    shown = compare.CompareConfig(
-        judges=tuple(judge.name for judge in judges),
-        singles=tuple(judge.config.single for judge in judges),
-        names=tuple(spec.name for spec in asked.benchmarks),
-        labels=tuple(spec.label for spec in asked.benchmarks),
-        ks=tuple(sorted(set(asked.ks))),
-    )
+    names, singles = tuple(judge.name for judge in judges), tuple(judge.config.single for judge in judges)
+    ks = tuple(sorted(set(asked.ks)))
+    if asked.suite == "robustness":
+        fooled = probes.RobustnessConfig(names, singles, ks)
+        steps.append(Step("report", probes.report, probes.VERSION, fooled, probes.ProbesResources(), one, read))
+        return steps
+    labels = tuple(spec.label for spec in asked.benchmarks)
+    shown = compare.CompareConfig(names, singles, tuple(spec.name for spec in asked.benchmarks), labels, ks)
     steps.append(Step("report", compare.run, compare.VERSION, shown, compare.CompareResources(), one, read))
     return steps
 
