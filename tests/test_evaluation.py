@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import random
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from spct_ray.stages import benchmarks, compare, evaluate, evaluation
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
 from spct_ray.stages.evaluation import Evaluation, EvaluationConfig, build_steps, resolve
 
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 PROMPT = JudgeConfig(template="compact", single="scale")
 
 
@@ -45,7 +49,7 @@ def make_model(directory: Path, fill: int = 0, template: bool = True) -> Path:
 def make_benchmarks(tmp_path: Path, num: int = 30) -> tuple[BenchmarkSpec, ...]:
     """Files of 30 pairs of RewardBench, and of 6 single responses of ReaLMistake."""
     subsets = ("alpacaeval-easy", "hep-go", "math-prm")
-    pairs = [{"id": i, "prompt": f"Q{i}", "chosen": f"g{i}", "rejected": f"b{i}", "subset": subsets[i % 3]}
+    pairs = [{"id": i, "prompt": f"Q{i}{HOSTILE}", "chosen": f"g{i}", "rejected": f"b{i}", "subset": subsets[i % 3]}
              for i in range(num)]  # fmt: skip
     singles = [{"input": f"Q{i}", "llm_response": "r", "error_label": ("error", "no_error")[i % 2]} for i in range(6)]
     for name, rows in (("rb", pairs), ("rm", singles)):
@@ -150,8 +154,10 @@ def test_failures_are_named_and_differences_paired(report: Any) -> None:
     weak, strong = (block["models"][name]["vote"]["8"]["score"] for name in ("weak", "strong"))
     assert found["difference"] == pytest.approx(strong - weak)
     assert found["won"] + found["lost"] + found["equal"] + found["undecided"] == 30
-    greedy = block["paired"]["strong - weak"]["greedy"]
-    assert greedy["undecided"] == round(30 * block["models"]["weak"]["greedy"]["undecided_rate"])
+    greedy = block["paired"]["strong - weak"]["greedy"]  # undecided in either of the two orders
+    rate = block["models"]["weak"]["greedy"]["undecided_rate"]
+    assert 30 * rate <= greedy["undecided"] <= 60 * rate
+    assert block["models"]["weak"]["greedy"]["k"] == 1
 
 
 def test_single_responses_are_scored_by_area(report: Any) -> None:
@@ -176,11 +182,45 @@ def test_every_sample_is_kept_and_the_table_is_printed(report: Any) -> None:
     rows = pq.read_table(out / "samples.parquet").to_pylist()
     assert len(rows) == 2 * 36 * 8
     assert sum(r["logit"] is not None for r in rows) == 36 * 8
-    assert all(r["right"] <= (r["failure"] == "") for r in rows)
+    assert {r["outcome"] for r in rows if r["failure"]} == {"no_box"}
+    assert {r["outcome"] for r in rows if not r["failure"]} == {"right", "wrong"}
     text = metrics["summary_text"]
     assert "RewardBench (rewardbench): official score of 30 rows, 0 dropped" in text
     assert "best by meta" in text
     assert "strong - weak, vote@8" in text
+
+
+class Tags(html.parser.HTMLParser):
+    """Every element, what it loads, and event handlers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.events: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.events += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_self_contained_and_escapes_what_it_shows(report: Any) -> None:
+    page, tags = (report[1] / "index.html").read_text(), Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.tags.count("script") == 1
+    assert tags.events == []
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in tags.sources)
+    assert "&lt;script&gt;alert" in page
+    for words in ("data-outcome='failure'", "data-outcome='right'", "sortable", "Meta RM", "By subset", "adaptive"):
+        assert words in page
 
 
 def test_costs_by_hand() -> None:
@@ -311,3 +351,30 @@ def test_errors_say_what_to_do(
     filled = [a.format(model=tmp_path / "model", bare=tmp_path / "bare") for a in arguments]
     assert main(["evaluate", *filled]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_engine_from_the_command_line_twice(tmp_path: Path) -> None:
+    from tiny import make_tiny_model
+
+    make_tiny_model(tmp_path / "tiny")
+    make_benchmarks(tmp_path, 6)
+    (tmp_path / "c.yaml").write_text(
+        "judge: {template: compact, max_tokens: 8}\ncluster: {num_cpus: 2, object_store_gib: 0.2}\n"
+        "evaluate: {block_size: 12, engine: {max_model_len: 512, max_num_seqs: 16, kv_cache_gib: 0.1}}\n"
+    )
+    command = [
+        sys.executable, "-m", "spct_ray.cli", "evaluate", str(tmp_path / "tiny"), f"--root={tmp_path}/out", "--k=1,2",
+        f"--benchmarks=rewardbench={tmp_path}/rb.jsonl", f"--config={tmp_path}/c.yaml",
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = json.loads((tmp_path / "out/report/summary.json").read_text())
+    assert summary["judges"]["tiny"]["weights"] > 1000
+    failures = summary["benchmarks"]["rewardbench"]["models"]["tiny"]["failures"]
+    assert sum(failures.values()) <= 12
+    assert pq.read_table(tmp_path / "out/report/samples.parquet").num_rows == 12
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0
+    assert "starts" not in again.stdout
+    assert "official score of 6 rows" in again.stdout

@@ -137,10 +137,13 @@ def judge_block(
         return {str(k): made for k in counting.ks if (made := vote(name, k))}
 
     guided, k_max = table.logits_IK is not None, counting.k_max
-    all_greedy = np.ones((len(task.items), 1, judged.greedy.num_samples), dtype=bool)
-    greedy_decisions = aggregate.decide("sum", judged.greedy, all_greedy, 1)
+    # One greedy judgement decides, and the two orders are averaged; only where the score asks for both, both decide.
+    orders, together = judged.greedy.num_samples, task.benchmark.both_orders
+    take = np.ones((1, orders), dtype=bool) if together else np.eye(orders, dtype=bool)
+    greedy_decisions = aggregate.decide("sum", judged.greedy, np.broadcast_to(take, (len(task.items), *take.shape)), 1)
+    k_greedy = orders if together else 1
     greedy, outcomes["greedy"] = entry(
-        task, greedy_decisions, weights_BI, 2, cost(judged.rates, judged.greedy.num_samples, False)
+        task, greedy_decisions, weights_BI, k_greedy, cost(judged.rates, k_greedy, False)
     )
     block: dict[str, Any] = {
         "greedy": greedy,

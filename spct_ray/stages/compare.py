@@ -40,6 +40,7 @@ class CompareConfig:
     k_meta_share: float = 0.5
     num_draws: int = 16
     resamples: int = 300
+    num_examples: int = 12  # judgements on the page, of each judge and benchmark
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class CompareResources:
 
 def run(context: StepContext, config: CompareConfig, resources: CompareResources) -> dict[str, Any]:
     """Write the report. Raises DataError when the inputs do not fit together."""
-    from spct_ray.benchmarks import evaluation, evaluation_text
+    from spct_ray.benchmarks import evaluation, evaluation_page, evaluation_text
     from spct_ray.benchmarks.compute import pareto
 
     seed = derive_seed(context.seed, "compare")
@@ -81,17 +82,23 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         },
     }
     out = Path(context.out)
-    _write_samples(out / "samples.parquet", tasks, judged)
+    rows = _samples(tasks, judged)
+    _write_parquet(out / "samples.parquet", rows)
+    html = evaluation_page.render(result, _shown(rows, tasks, config.num_examples))
+    write_atomically(str(out / "index.html"), html.encode())
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     return {"summary_text": evaluation_text.summary_text(result)}
 
 
 def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Every way to decide of one judge's block, with its entry."""
+    from spct_ray.benchmarks.evaluation_text import NAMES
+
     found = [("greedy", model["greedy"])]
     found += [(f"vote@{k}", made) for k, made in model["vote"].items()]
     found += [(f"meta vote@{k}", made) for k, made in model["meta_vote"].items()]
-    found += [(name, made) for name, made in model["aggregators"].items() if made and name not in ("sum", "meta_top")]
+    others = ((name, made) for name, made in model["aggregators"].items() if made and name not in ("sum", "meta_top"))
+    found += [(NAMES[name], made) for name, made in others]
     return found + [(f"adaptive, {name}", made) for name, made in model["adaptive"].items()]
 
 
@@ -216,19 +223,14 @@ def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
     return {row["key"]: row["logit"] for row in rows}
 
 
-def _write_samples(file: Path, tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> None:
-    """One row a sampled judgement: what was asked, written, scored, and whether it is right by Eq. 10."""
-    import os
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from spct_ray.benchmarks.curves import correct_samples
+def _samples(tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:
+    """One row a sampled judgement: what was asked, written, scored, and its outcome by Eq. 10."""
+    from spct_ray.benchmarks.curves import correct_samples, tied_samples
 
     rows = []
     for name, by_label in judged.items():
         for label, found in by_label.items():
-            right_IK = correct_samples(found.samples)
+            right_IK, tied_IK = correct_samples(found.samples), tied_samples(found.samples)
             items = {item.id: (i, item) for i, item in enumerate(tasks[label].items)}
             place: dict[str, int] = {}
             for t in sorted(found.trajectories, key=lambda t: (t.item_id, t.sample)):
@@ -236,10 +238,46 @@ def _write_samples(file: Path, tasks: Mapping[str, Task], judged: Mapping[str, M
                 k = place[t.item_id] = place.get(t.item_id, -1) + 1
                 logits = found.samples.logits_IK
                 logit = float(logits[i, k]) if logits is not None and not t.failure else None
+                outcome = t.failure or ("right" if right_IK[i, k] else "tied" if tied_IK[i, k] else "wrong")
                 rows.append(
-                    {"judge": name, "benchmark": label, "subset": item.subset, "right": bool(right_IK[i, k])}
-                    | {"logit": logit, "key": t.key, **t.to_row()}
+                    {"judge": name, "benchmark": label, "subset": item.subset, "outcome": outcome, "logit": logit}
+                    | {"key": t.key, **t.to_row()}
                 )
+    return rows
+
+
+def _shown(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Task], num: int) -> list[dict[str, Any]]:
+    """First samples of `num` items of each judge and benchmark: right, wrong, tied and failed ones in turn."""
+    items = {(label, item.id): item for label, task in tasks.items() for item in task.items}
+    groups: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        if row["sample"] == 0:
+            kind = row["outcome"] if row["outcome"] in ("right", "wrong", "tied") else "failure"
+            groups.setdefault((row["judge"], row["benchmark"]), {}).setdefault(kind, []).append(row)
+    chosen: list[dict[str, Any]] = []
+    for kinds in groups.values():
+        turns = [row for turn in itertools.zip_longest(*kinds.values()) for row in turn if row is not None]
+        for row in turns[:num]:
+            item = items[row["benchmark"], row["item_id"]]
+            shown = [
+                (
+                    item.responses[i],
+                    row["scores"][i] if row["scores"] else "–",
+                    item.rewards[i] == max(1, *item.rewards),
+                )
+                for i in row["order"]
+            ]
+            query = "\n\n".join(m.content for m in item.messages)
+            chosen.append({**row, "query": query, "responses": shown})
+    return chosen
+
+
+def _write_parquet(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     partial = file.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
+    pq.write_table(pa.Table.from_pylist(list(rows)), partial)
     os.replace(partial, file)
