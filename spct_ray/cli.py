@@ -1,4 +1,4 @@
-"""The command `spct`: run a job graph, say what a run would do, judge one query, serve a run.
+"""The command `spct`: run a job graph, say what a run would do, evaluate judges, judge one query, serve a run.
 
 Importing this file, `spct --help` and `spct plan` load neither torch, Ray nor vLLM.
 """
@@ -25,7 +25,9 @@ from spct_ray.graph.step import Step
 if TYPE_CHECKING:
     from spct_ray.stages.recipe import Recipe
 
-REPORT_FILES = ("index.html", "summary.json")
+REPORT_FILES = ("index.html", "summary.json", "samples.parquet", "pairs.parquet")
+
+_EVALUATE_OPTIONS = ("benchmarks", "k", "suite", "limit", "temperature", "seed", "root", "config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,10 +125,49 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. conf/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help=overrides_help)
         command.set_defaults(handler=handler)
+    words = "measure judges on benchmarks with their official scores; a killed evaluation resumes"
+    command = subparsers.add_parser("evaluate", help=words, description=words)
+    command.add_argument(
+        "targets",
+        nargs="+",
+        metavar="MODEL_OR_RUN",
+        help="a model directory, a run's root, or RUN:base, RUN:rft, RUN:grpo",
+    )
+    command.add_argument("--benchmarks", required=True, metavar="A,B=PATH", help="names, from the hub or with a file")
+    command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
+    command.add_argument(
+        "--suite", choices=("benchmarks", "robustness"), default="benchmarks",
+        help="official scores, or probes made of the benchmarks' items: who is fooled by what",
+    )  # fmt: skip
+    command.add_argument("--limit", type=int, help="draw so many rows of each benchmark")
+    command.add_argument("--temperature", type=float, help="of the samples (default: the run's, else 0.5)")
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--root", help="where steps and report go (default: <run>/evaluation, or runs/evaluation)")
+    command.add_argument("--config", metavar="FILE", help="a YAML file: judge (prompt of a model directory), resources")
+    command.set_defaults(handler=_evaluate)
     from spct_ray.serve.commands import add_parsers
 
     add_parsers(subparsers)
     return parser
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from spct_ray.stages import evaluation
+
+    try:
+        ks = tuple(sorted({int(k) for k in parsed.k.split(",")}))
+    except ValueError as error:
+        raise ConfigError(f"--k {parsed.k!r}: write whole numbers, e.g. --k 1,2,4,8") from error
+    config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
+    benchmarks = evaluation.specs(parsed.benchmarks)
+    asked = evaluation.Evaluation(benchmarks, ks, parsed.suite, parsed.limit, parsed.temperature, config)
+    first = parsed.targets[0].partition(":")[0]
+    inside = os.path.isdir(os.path.join(first, "steps"))
+    root = local_root(parsed.root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))
+    steps = evaluation.build_steps([evaluation.resolve(target, config) for target in parsed.targets], asked)
+    words = [f"--{name}={getattr(parsed, name)}" for name in _EVALUATE_OPTIONS if getattr(parsed, name) is not None]
+    command = shlex.join(["spct", "evaluate", *parsed.targets, *words])
+    run_graph(steps, root, parsed.seed, config.cluster, command)
 
 
 def _run(parsed: argparse.Namespace) -> None:

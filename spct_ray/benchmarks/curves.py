@@ -43,6 +43,8 @@ class ScoreTable:
     order_IK: Ints  # equal numbers within an item mean equal orders of its responses
     num_responses_I: Ints
     logits_IK: Floats | None  # meta-RM logits; None without meta RM
+    first_IK: Ints  # index of the response that was shown first
+    prompt_tokens_IK: Floats
 
     @property
     def num_samples(self) -> int:
@@ -111,12 +113,13 @@ def tabulate(
     option_IO = np.zeros((len(items), num_options), dtype=bool)
     used_IK = np.zeros((len(items), num_samples), dtype=bool)
     tokens_IK, logits_IK = np.zeros(used_IK.shape), np.full(used_IK.shape, -np.inf)
-    order_IK = np.zeros(used_IK.shape, dtype=np.int64)
+    order_IK, first_IK = np.zeros(used_IK.shape, dtype=np.int64), np.zeros(used_IK.shape, dtype=np.int64)
+    prompt_tokens_IK = np.zeros(used_IK.shape)
     order_numbers: dict[tuple[int, ...], int] = {}
     for i, item in enumerate(items):
         option_IO[i, : max(2, len(item.responses))] = True
         for k, (_, t) in enumerate(sorted(samples[item.id].items())):
-            tokens_IK[i, k] = t.completion_tokens
+            tokens_IK[i, k], prompt_tokens_IK[i, k], first_IK[i, k] = t.completion_tokens, t.prompt_tokens, t.order[0]
             order_IK[i, k] = order_numbers.setdefault(t.order, len(order_numbers))
             if t.failure:
                 continue
@@ -136,6 +139,8 @@ def tabulate(
         order_IK,
         np.array([len(item.responses) for item in items]),
         None if logits is None else logits_IK,
+        first_IK,
+        prompt_tokens_IK,
     )
 
 

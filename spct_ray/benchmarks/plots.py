@@ -21,25 +21,25 @@ from matplotlib.figure import Figure
 from spct_ray.benchmarks.terminal import LABELS
 
 COLOURS = {"base": "#8a94a6", "rft": "#2f6fde", "grpo": "#e0662b"}
-_RIGHT, _WRONG, _INK, _GRID = "#2a9d6f", "#d1495b", "#3b4454", "#e6e9ef"
-_STYLE = {
+RIGHT, WRONG, INK, _GRID = "#2a9d6f", "#d1495b", "#3b4454", "#e6e9ef"
+RC = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#c3c9d4",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": _GRID,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titlecolor": _INK,
+    "axes.titlecolor": INK,
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.hashsalt": "spct-ray",  # equal data give equal files
@@ -47,14 +47,16 @@ _STYLE = {
 }
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG text, equal for equal data; closes it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of one row of axes; sizes in inches."""
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
     return figure, list(axes[0])
 
@@ -64,8 +66,8 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
 
     `models` has the shape of summary.json's "models". A model that wrote nothing parsable is named, not drawn.
     """
-    with plt.rc_context(_STYLE):
-        figure, (axes,) = _figure(5.6, 3.9)
+    with plt.rc_context(RC):
+        figure, (axes,) = new_figure(5.6, 3.9)
         last_x: list[float] = []
         for name, block in models.items():
             if not block["parse_rate"]:
@@ -86,11 +88,11 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
                 )
             if over_tokens and (greedy := block["greedy"]):
                 axes.plot(
-                    greedy["tokens"], greedy["accuracy"], "*", markersize=12, color=COLOURS[name], mec=_INK, zorder=5
+                    greedy["tokens"], greedy["accuracy"], "*", markersize=12, color=COLOURS[name], mec=INK, zorder=5
                 )
-        axes.axhline(chance, color=_INK, linewidth=1, linestyle=":", label="chance")
+        axes.axhline(chance, color=INK, linewidth=1, linestyle=":", label="chance")
         if over_tokens:
-            axes.plot([], [], "*", color=_INK, markersize=9, label="greedy")
+            axes.plot([], [], "*", color=INK, markersize=9, label="greedy")
         axes.set_xscale("log", base=2)
         axes.set_xticks(last_x, [f"{x:,.0f}" for x in last_x])
         axes.minorticks_off()
@@ -98,7 +100,7 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
         axes.set_xlabel("generated tokens per decision" if over_tokens else "samples k")
         axes.set_ylabel("accuracy")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], colour: str) -> str:
@@ -107,12 +109,12 @@ def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequ
     shown = {title: keys for title, keys in shown.items() if keys}
     columns = min(3, max(1, len(shown)))
     num_rows = max(1, -(-len(shown) // columns))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(RC):
         figure, axes_RC = plt.subplots(
             num_rows, columns, figsize=(max(5.6, 3.8 * columns), 2.5 * num_rows + 0.4), squeeze=False
         )
         for axes, (title, keys) in zip(axes_RC.flat, shown.items(), strict=False):
-            for key, shade in zip(keys, (colour, _INK, _WRONG), strict=False):
+            for key, shade in zip(keys, (colour, INK, WRONG), strict=False):
                 points = [(r.get("step", i), r[key]) for i, r in enumerate(rows) if _is_number(r.get(key))]
                 x, y = np.array(points, dtype=float).T
                 window = max(1, len(y) // 25)
@@ -127,7 +129,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequ
                 axes.legend(loc="best", fontsize=8)
         for axes in axes_RC.flat[len(shown) :]:
             axes.set_axis_off()
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _is_number(value: Any) -> bool:
@@ -136,8 +138,8 @@ def _is_number(value: Any) -> bool:
 
 def score_histograms(histograms: Mapping[str, Mapping[str, int]]) -> str:
     """Share of each score among the parsed samples with n >= 2, a panel a model."""
-    with plt.rc_context(_STYLE):
-        figure, all_axes = _figure(5.6, 3.0, max(1, len(histograms)), sharey=True)
+    with plt.rc_context(RC):
+        figure, all_axes = new_figure(5.6, 3.0, max(1, len(histograms)), sharey=True)
         for axes, (name, histogram) in zip(all_axes, histograms.items(), strict=False):
             total = max(1, sum(histogram.values()))
             axes.bar(range(1, 11), [histogram.get(str(s), 0) / total for s in range(1, 11)], color=COLOURS[name])
@@ -146,17 +148,17 @@ def score_histograms(histograms: Mapping[str, Mapping[str, int]]) -> str:
             axes.set_xlim(0.3, 10.7)
             axes.grid(axis="x", visible=False)
         all_axes[0].set_ylabel("share of scores")
-        figure.supxlabel("score", fontsize=10, color=_INK)
-        return _svg(figure)
+        figure.supxlabel("score", fontsize=10, color=INK)
+        return to_svg(figure)
 
 
 def meta_reliability(
     bins: Sequence[Mapping[str, float]], right_logits: Sequence[float], wrong_logits: Sequence[float]
 ) -> str:
     """Left: predicted probability against share right, a dot a bin, area by count. Right: logits by outcome."""
-    with plt.rc_context(_STYLE):
-        figure, (left, right) = _figure(5.6, 3.2, 2)
-        left.plot([0, 1], [0, 1], ":", color=_INK, linewidth=1)
+    with plt.rc_context(RC):
+        figure, (left, right) = new_figure(5.6, 3.2, 2)
+        left.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
         largest = max((b["count"] for b in bins), default=1)
         x, y = [b["mean_probability"] for b in bins], [b["share_positive"] for b in bins]
         left.plot(x, y, color=COLOURS["grpo"], linewidth=1.2)
@@ -166,9 +168,9 @@ def meta_reliability(
         left.set_title("Reliability")
         if joined := [*right_logits, *wrong_logits]:
             edges = np.linspace(min(joined), max(joined) + 1e-6, 31).tolist()
-            right.hist(right_logits, edges, color=_RIGHT, alpha=0.6, label="right")
-            right.hist(wrong_logits, edges, color=_WRONG, alpha=0.6, label="wrong")
+            right.hist(right_logits, edges, color=RIGHT, alpha=0.6, label="right")
+            right.hist(wrong_logits, edges, color=WRONG, alpha=0.6, label="wrong")
         right.set_title("Logits by outcome")
         right.set(xlabel="meta-RM logit", ylabel="samples")
         right.legend(loc="best")
-        return _svg(figure)
+        return to_svg(figure)

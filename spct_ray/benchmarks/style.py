@@ -1,4 +1,4 @@
-"""The report's style sheet and its one script (filters of the judgements), inlined into the page."""
+"""The report's style sheet and its one script (filters of the judgements, sorting of tables), inlined into the page."""
 
 STYLE = """
 :root{--ink:#1f2733;--soft:#667085;--line:#e4e7ee;--bg:#f6f7fa;--blue:#2f6fde;--orange:#e0662b;--grey:#8a94a6;
@@ -62,6 +62,12 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.5 ui-monosp
 .sample li header{display:flex;align-items:center;gap:8px;font-size:12px;color:var(--soft);margin-bottom:2px}
 .sample li b{margin-left:auto;font-size:15px;color:var(--ink)}
 .best{font-style:normal;color:var(--green);font-weight:600}
+.sortable thead th{cursor:pointer;user-select:none}
+.sortable thead th:hover{color:var(--ink)}
+.sortable thead th[aria-sort=ascending]::after{content:" ▴"}
+.sortable thead th[aria-sort=descending]::after{content:" ▾"}
+.heat td{color:var(--ink)}
+small{color:var(--soft);font-weight:400}
 @media(max-width:860px){.grid{grid-template-columns:minmax(0,1fr)}.samples{columns:1}main{padding:24px 14px 60px}}
 """
 
@@ -81,4 +87,14 @@ document.querySelectorAll('.group').forEach(group => {
   buttons.forEach(b => b.addEventListener('click', () => pick(b)));
   pick(group.querySelector('[aria-pressed=true]'));
 });
+document.querySelectorAll('.sortable thead th').forEach(head => head.addEventListener('click', () => {
+  const table = head.closest('table'), place = head.cellIndex, body = table.tBodies[0];
+  const up = head.getAttribute('aria-sort') === 'descending';
+  table.querySelectorAll('thead th').forEach(h => h.removeAttribute('aria-sort'));
+  head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+  const key = row => { const text = row.cells[place].textContent.trim().replace(/,/g, ''), n = parseFloat(text);
+    return isNaN(n) ? text : n; };
+  const compare = (a, b) => typeof a === typeof b ? (a > b) - (a < b) : typeof a === 'number' ? -1 : 1;
+  [...body.rows].sort((a, b) => (up ? 1 : -1) * compare(key(a), key(b))).forEach(row => body.append(row));
+}));
 """

@@ -51,13 +51,13 @@ def detect_shape(row: Row, where: str) -> Shape:
 
 def to_item(row: Row, shape: Shape, item_id: str, source: str, where: str) -> Item:
     """The row as an Item with this id. Raises DataError (malformed, names `where`) and UnusableRow."""
-    return _READERS[shape](_Cells(row, shape, where), item_id, source)
+    return _READERS[shape](Cells(row, shape, where), item_id, source)
 
 
-class _Cells:
+class Cells:
     """Typed access to the cells of one row."""
 
-    def __init__(self, row: Row, shape: Shape, where: str) -> None:
+    def __init__(self, row: Row, shape: str, where: str) -> None:
         self.row, self.shape, self.where = row, shape, where
 
     def error(self, message: str) -> DataError:
@@ -100,7 +100,7 @@ class _Cells:
         return tuple(messages)
 
 
-def _own(cells: _Cells, item_id: str, source: str) -> Item:
+def _own(cells: Cells, item_id: str, source: str) -> Item:
     return Item(
         id=item_id,
         messages=cells.as_messages(cells.get("messages"), "messages"),
@@ -114,7 +114,7 @@ def _own(cells: _Cells, item_id: str, source: str) -> Item:
     )
 
 
-def _dialogue(cells: _Cells, column: str) -> tuple[tuple[Message, ...], str]:
+def _dialogue(cells: Cells, column: str) -> tuple[tuple[Message, ...], str]:
     """A whole HH dialogue: the turns before the last one, and the last one, the assistant's."""
     _, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", cells.text(column))
     if not pieces:
@@ -126,14 +126,14 @@ def _dialogue(cells: _Cells, column: str) -> tuple[tuple[Message, ...], str]:
     return messages, turns[-1][1]
 
 
-def _hh(cells: _Cells, item_id: str, source: str) -> Item:
+def _hh(cells: Cells, item_id: str, source: str) -> Item:
     (messages, chosen), (other, rejected) = _dialogue(cells, "chosen"), _dialogue(cells, "rejected")
     if messages != other:
         raise UnusableRow(Problem.PROMPTS_DIFFER)
     return _pair(item_id, source, messages, chosen, rejected)
 
 
-def _chosen_rejected(cells: _Cells, item_id: str, source: str) -> Item:
+def _chosen_rejected(cells: Cells, item_id: str, source: str) -> Item:
     prompt = cells.row.get("prompt")
     given = (
         ()
@@ -166,7 +166,7 @@ def _pair(item_id: str, source: str, messages: tuple[Message, ...], chosen: str,
     return Item(item_id, messages, (chosen, rejected), (1.0, 0.0), source=source)
 
 
-def _helpsteer2(cells: _Cells, item_id: str, source: str) -> Item:
+def _helpsteer2(cells: Cells, item_id: str, source: str) -> Item:
     """preference_strength is -3..3: below 0 response 1 is better, above 0 response 2, and 0 is a tie."""
     strength = cells.as_number(cells.get("preference_strength"), "preference_strength")
     if strength not in range(-3, 4):
@@ -186,7 +186,7 @@ def _helpsteer2(cells: _Cells, item_id: str, source: str) -> Item:
     )
 
 
-def _ultrafeedback(cells: _Cells, item_id: str, source: str) -> Item:
+def _ultrafeedback(cells: Cells, item_id: str, source: str) -> Item:
     responses, rewards = [], []
     for completion in cells.as_list(cells.get("completions"), "completions"):
         if not isinstance(completion, Mapping) or "response" not in completion:
@@ -197,7 +197,7 @@ def _ultrafeedback(cells: _Cells, item_id: str, source: str) -> Item:
     return Item(item_id, messages, tuple(responses), tuple(rewards), source=source, subset=cells.optional("source"))
 
 
-def _rating(completion: Mapping[str, Any], cells: _Cells) -> float:
+def _rating(completion: Mapping[str, Any], cells: Cells) -> float:
     """Mean of the aspects' ratings, NaN when one is "N/A" (validate refuses it); else the one overall rating."""
     annotations = completion.get("annotations")
     if isinstance(annotations, Mapping) and annotations:
@@ -210,7 +210,7 @@ def _rating(completion: Mapping[str, Any], cells: _Cells) -> float:
     raise cells.error("a completion has neither 'annotations' with ratings nor an overall 'rating'")
 
 
-_READERS: dict[Shape, Callable[[_Cells, str, str], Item]] = {
+_READERS: dict[Shape, Callable[[Cells, str, str], Item]] = {
     "own": _own,
     "hh": _hh,
     "helpsteer2": _helpsteer2,

@@ -93,7 +93,7 @@ def read_source(config: SourceConfig, limits: Limits) -> tuple[list[Item], Dropp
     dropped = Dropped()
     seen: set[str] = set()
     shape: Shape | None = None if config.shape == "auto" else config.shape
-    for number, where, row in _rows(config):
+    for number, where, row in rows(config):
         if config.limit is not None and len(items) >= config.limit:
             break
         shape = shape or detect_shape(row, where)
@@ -117,14 +117,16 @@ def read_source(config: SourceConfig, limits: Limits) -> tuple[list[Item], Dropp
     return items, dropped
 
 
-def _rows(config: SourceConfig) -> Iterator[tuple[int, str, Row]]:
-    """(row number from 1, "file:line" or "file:row n", row)."""
+def rows(config: SourceConfig) -> Iterator[tuple[int, str, Row]]:
+    """(row number from 1, "file:line" or "file:row n", row). Raises DataError for what cannot be read as rows."""
     if config.kind == "hub":
         yield from _hub_rows(config)
     elif not os.path.exists(config.path) and "://" not in config.path:
         raise DataError(f"{config.path}: no such file (source {config.name!r}; current directory: {os.getcwd()})")
     elif config.path.endswith(".parquet"):
         yield from _parquet_rows(config.path)
+    elif config.path.endswith(".json"):
+        yield from _array_rows(config.path)
     else:
         yield from _json_rows(config.path)
 
@@ -146,6 +148,25 @@ def _json_rows(path: str) -> Iterator[tuple[int, str, Row]]:
         raise DataError(
             f"{path}:{number}: cannot be read as JSON lines: {error}. Give one JSON object a line, in UTF-8"
         ) from error
+
+
+def _array_rows(path: str) -> Iterator[tuple[int, str, Row]]:
+    """A file that is one JSON array of objects, or lines after all."""
+    import fsspec
+
+    with fsspec.open(path, "rt", encoding="utf-8") as file:
+        text = file.read()
+    if not text.lstrip().startswith("["):
+        yield from _json_rows(path)
+        return
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: begins as a JSON array but cannot be read as one: {error}") from error
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:row {number}: expected a JSON object, found {type(row).__name__}: {row!r:.80}")
+        yield number, f"{path}:row {number}", row
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[int, str, Row]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,3 +42,12 @@ def read_items(path: str) -> list[Item]:
     except (OSError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{path}: not an items file ({error}); the items stage writes them") from error
     return [Item.from_row(row) for row in table.to_pylist()]
+
+
+def judged_files(directory: str) -> dict[str, Path]:
+    """The item files of a finished step that judges are measured on: "heldout", where there is one, and each benchmark
+    by its name."""
+    heldout = Path(directory, "heldout.parquet")
+    benchmarks = sorted(Path(directory).glob("bench_*.parquet"))
+    named = {file.stem.removeprefix("bench_"): file for file in benchmarks}
+    return ({"heldout": heldout} if heldout.exists() else {}) | named

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spct_ray.cluster.sampling_resources import SamplingResources
-from spct_ray.data.store import read_items
+from spct_ray.data.store import judged_files, read_items
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.orders import balanced_orders
@@ -38,12 +38,22 @@ class EvaluateConfig:
 
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """Judge all held-out and benchmark items; writes trajectories/*.parquet and timing.json."""
+    return _judge(context, config, resources, num_greedy=1)
+
+
+def run_both_orders(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
+    """The same with two greedy judgements of items with n >= 2, in two orders (of a pair, both)."""
+    return _judge(context, config, resources, num_greedy=2)
+
+
+def _judge(
+    context: StepContext, config: EvaluateConfig, resources: SamplingResources, num_greedy: int
+) -> dict[str, Any]:
     from spct_ray.cluster.sampling import sample
 
-    items_dir = Path(context.inputs["items"])
-    files = [items_dir / "heldout.parquet", *sorted(items_dir.glob("bench_*.parquet"))]
+    files = judged_files(context.inputs["items"]).values()
     items = [item for file in files for item in read_items(str(file))]
-    tasks = [task for item in items for task in tasks_of(item, config, context.seed)]
+    tasks = [task for item in items for task in tasks_of(item, config, context.seed, num_greedy)]
     model = str(Path(context.inputs["judge"]) / "model")
     name = context.name.removeprefix("evaluate_")
     judge = replace(config.judge, single=config.single)
@@ -51,13 +61,14 @@ def run(context: StepContext, config: EvaluateConfig, resources: SamplingResourc
     return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
 
 
-def tasks_of(item: Item, config: EvaluateConfig, seed: int) -> list[JudgeTask]:
-    """One greedy and k_max sampled tasks; the orders and seeds are the same for every model, so that models pair up."""
+def tasks_of(item: Item, config: EvaluateConfig, seed: int, num_greedy: int = 1) -> list[JudgeTask]:
+    """`num_greedy` greedy (one for n = 1) and k_max sampled tasks; the orders and seeds are the same for every model,
+    so that models pair up."""
     num = len(item.responses)
-    (first,) = balanced_orders(num, 1, derive_seed(seed, item.id, "greedy"))
+    greedy = balanced_orders(num, min(num, num_greedy), derive_seed(seed, item.id, "greedy"))
     orders = balanced_orders(num, config.k_max, derive_seed(seed, item.id, "vote"))
     return [
-        JudgeTask(item, first, 0, 0.0, derive_seed(seed, item.id, "greedy", 0)),
+        *(JudgeTask(item, order, j, 0.0, derive_seed(seed, item.id, "greedy", j)) for j, order in enumerate(greedy)),
         *(
             JudgeTask(item, order, k, config.temperature, derive_seed(seed, item.id, "vote", k))
             for k, order in enumerate(orders)

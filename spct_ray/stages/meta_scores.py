@@ -70,10 +70,9 @@ def run(context: StepContext, config: MetaScoresConfig, resources: MetaScoresRes
 def judgements(context: StepContext) -> Iterator[tuple[str, str, tuple[Message, ...]]]:
     """(name of the judge, key, what the meta RM reads) of every parsed judgement of every "evaluate_*" input."""
     from spct_ray.cluster.sampling import read_trajectories
-    from spct_ray.data.store import read_items
+    from spct_ray.data.store import judged_files, read_items
 
-    directory = Path(context.inputs["items"])
-    files = [directory / "heldout.parquet", *sorted(directory.glob("bench_*.parquet"))]
+    files = judged_files(context.inputs["items"]).values()
     items = {item.id: item for file in files for item in read_items(str(file))}
     for role in sorted(role for role in context.inputs if role.startswith("evaluate_")):
         for t in read_trajectories(context.inputs[role]):

@@ -113,11 +113,10 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
 
 def _item_sets(directory: str) -> dict[str, tuple[Item, ...]]:
     """ "heldout" and each benchmark by its name, items in order of id."""
-    from spct_ray.data.store import read_items
+    from spct_ray.data.store import judged_files, read_items
 
-    files = {"heldout": Path(directory, "heldout.parquet")}
-    files |= {file.stem.removeprefix("bench_"): file for file in sorted(Path(directory).glob("bench_*.parquet"))}
-    return {name: tuple(sorted(read_items(str(file)), key=lambda item: item.id)) for name, file in files.items()}
+    files = judged_files(directory).items()
+    return {name: tuple(sorted(read_items(str(file)), key=lambda item: item.id)) for name, file in files}
 
 
 def _judged(

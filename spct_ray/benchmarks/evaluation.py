@@ -1,0 +1,288 @@
+"""The blocks of an evaluation's summary.json: one judge on one benchmark, and two judges against each other.
+
+All numbers come from one set of samples and one set of greedy judgements an item. Intervals are 95 % percentiles of a
+bootstrap over questions (rows of the benchmark) that also draws which k of the K samples were taken. Axes: I items,
+Q questions, R draws, K samples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from spct_ray.benchmarks import aggregate, curves, metrics
+from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
+from spct_ray.benchmarks.compute import Rates, cost
+from spct_ray.benchmarks.curves import Floats, ScoreTable
+from spct_ray.benchmarks.official import Decision, Sheet, decided
+from spct_ray.benchmarks.registry import Benchmark
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.records import Item, Trajectory
+
+ADAPTIVE_LEADS = (1.0, 2.0, 4.0)  # points a sample
+
+
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """Numbers of samples k, share of them that a meta vote keeps, draws of k samples, bootstrap resamples, seed."""
+
+    ks: tuple[int, ...]
+    k_meta_share: float
+    num_draws: int
+    resamples: int
+    seed: int
+
+    @property
+    def k_max(self) -> int:
+        """The largest number of samples of a vote."""
+        return max(self.ks)
+
+    def k_meta(self, k: int) -> int:
+        """How many of k samples a meta vote sums; at least one."""
+        return max(1, int(k * self.k_meta_share))
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One judge's judgements of one benchmark, and the tables of its samples and of its greedy ones (two orders)."""
+
+    trajectories: tuple[Trajectory, ...]
+    samples: ScoreTable
+    greedy: ScoreTable
+    rates: Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One benchmark with its items."""
+
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+    sheet: Sheet
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one way to decide came to: the official score, also of each bootstrap resample; per-item credit, and whether
+    the item was decided, both means over draws [I]."""
+
+    score: float | None
+    credit_I: Floats
+    decided_I: Floats
+    resampled: Floats
+
+
+def weights(task: Task, counting: Counting) -> Floats:
+    """[resamples, I] how often each item was drawn; the same for every judge, so that differences pair up."""
+    rng = np.random.default_rng(derive_seed(counting.seed, "bootstrap"))
+    num = task.sheet.num_questions
+    drawn = rng.multinomial(num, np.full(num, 1 / num), size=counting.resamples).astype(np.float64)
+    return np.asarray(drawn[:, task.sheet.question_I])
+
+
+def entry(
+    task: Task, decisions: Sequence[Decision], weights_BI: Floats, k: float, spent: Mapping[str, float]
+) -> tuple[dict[str, Any], Outcome]:
+    """One way to decide: its official score with interval and parts, ties, undecided items and cost."""
+    ones = np.ones(len(task.items))
+    scored = [task.benchmark.score(task.sheet, d, ones) for d in decisions]
+    parts = {name: float(np.mean([s[name] for s in scored if name in s])) for name in scored[0]}
+    resampled = np.array(
+        [
+            task.benchmark.score(task.sheet, decisions[b % len(decisions)], weight_I).get("score", np.nan)
+            for b, weight_I in enumerate(weights_BI)
+        ]
+    )
+    credit_I = np.mean([np.nan_to_num(task.benchmark.credit(task.sheet, d.scores_IO)) for d in decisions], axis=0)
+    decided_I = np.mean([decided(d.scores_IO) for d in decisions], axis=0)
+    made: dict[str, Any] = {
+        "score": parts.pop("score", None),
+        "ci": np.nanquantile(resampled, [0.025, 0.975]).tolist() if not np.isnan(resampled).all() else None,
+        "parts": parts,
+        "tie_rate": float(np.mean([_tied(task.sheet, d.scores_IO) for d in decisions])),
+        "undecided_rate": float(1 - decided_I.mean()),
+        "k": k,
+        "cost": dict(spent),
+    }
+    return made, Outcome(made["score"], credit_I, decided_I, resampled)
+
+
+def _tied(sheet: Sheet, scores_IO: Floats) -> float:
+    """Share of the items whose highest score is shared."""
+    held = np.where(sheet.option_IO, scores_IO, -np.inf)
+    return float(((held == held.max(axis=-1, keepdims=True)).sum(axis=-1) > 1).mean())
+
+
+def judge_block(
+    task: Task, judged: Judged, weights_BI: Floats, counting: Counting
+) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """One judge's entry of a benchmark, and the outcomes of its greedy judgements and votes (for `paired`)."""
+    table, seed = judged.samples, derive_seed(counting.seed, "draws")
+    outcomes: dict[str, Outcome] = {}
+
+    def vote(name: str, k: int) -> dict[str, Any] | None:
+        if task.benchmark.both_orders and k < 2:
+            return None  # one judgement sees one order
+        take = aggregate.draw(table, k, counting.num_draws, seed)
+        decisions = aggregate.decide(name, table, take, counting.k_meta(k), seed)
+        spent = cost(judged.rates, k, name in GUIDED)
+        made, outcomes[f"{name}@{k}"] = entry(task, decisions, weights_BI, k, spent)
+        return made | ({"k_meta": counting.k_meta(k)} if name == "meta_top" else {})
+
+    def votes(name: str) -> dict[str, Any]:
+        return {str(k): made for k in counting.ks if (made := vote(name, k))}
+
+    guided, k_max = table.logits_IK is not None, counting.k_max
+    # One greedy judgement decides, and the two orders are averaged; only where the score asks for both, both decide.
+    orders, together = judged.greedy.num_samples, task.benchmark.both_orders
+    take = np.ones((1, orders), dtype=bool) if together else np.eye(orders, dtype=bool)
+    greedy_decisions = aggregate.decide("sum", judged.greedy, np.broadcast_to(take, (len(task.items), *take.shape)), 1)
+    k_greedy = orders if together else 1
+    greedy, outcomes["greedy"] = entry(
+        task, greedy_decisions, weights_BI, k_greedy, cost(judged.rates, k_greedy, False)
+    )
+    block: dict[str, Any] = {
+        "greedy": greedy,
+        "vote": votes("sum"),
+        "meta_vote": votes("meta_top") if guided else {},
+        "aggregators": {name: vote(name, k_max) for name in (*PLAIN, *(GUIDED if guided else ()))},
+        "adaptive": _adaptive(task, judged, weights_BI, counting),
+        "rates": curves.rates(table) | {"greedy_parse_rate": float(judged.greedy.used_IK.mean())},
+        "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
+        "by_subset": _by_subset(task, outcomes[f"sum@{k_max}"]),
+        "score_histogram": _histogram(judged.trajectories),
+        "margins": margins(task, table, counting),
+        "num_samples": table.num_samples,
+    }
+    if guided:
+        block["meta_rm"] = meta_block(table) | {"filters": {name: vote(name, k_max) for name in FILTERS}}
+        block["meta_rm"]["gain_by_filter"] = gain_by_filter(block, k_max)
+    return block, outcomes
+
+
+def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
+    found = {}
+    for lead in ADAPTIVE_LEADS:
+        way = aggregate.adaptive(judged.samples, lead, counting.k_max)
+        decisions = aggregate.decide("sum", judged.samples, way.take_I1K, 1)
+        mean_k = float(way.samples_I.mean())
+        made, _ = entry(task, decisions, weights_BI, mean_k, cost(judged.rates, mean_k, False))
+        found[f"lead {lead:g}"] = made
+    return found
+
+
+def _by_subset(task: Task, outcome: Outcome) -> dict[str, Any]:
+    rows = {}
+    for s, name in enumerate(task.sheet.names):
+        inside = task.sheet.subset_I == s
+        low, high = metrics.bootstrap_ci(outcome.credit_I[inside], 0)
+        rows[name or "all"] = {
+            "num_items": int(inside.sum()),
+            "accuracy": float(outcome.credit_I[inside].mean()),
+            "ci": [low, high],
+        }
+    return rows
+
+
+def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    found = Counter(s for t in trajectories for s in t.scores)
+    return {str(s): found[s] for s in sorted(found)}
+
+
+def margins(task: Task, table: ScoreTable, counting: Counting) -> list[dict[str, float]]:
+    """Five bins of equal size of the vote's lead (points a sample, of decided items): mean lead, share right, count."""
+    take = aggregate.draw(table, counting.k_max, 1, counting.seed)[:, :1]
+    (decision,) = aggregate.decide("mean", table, take, 1)
+    held = np.sort(np.where(task.sheet.option_IO, decision.scores_IO, -np.inf), axis=-1)
+    rows = np.flatnonzero(decided(decision.scores_IO))
+    lead, right = (held[:, -1] - held[:, -2])[rows], task.benchmark.credit(task.sheet, decision.scores_IO)[rows]
+    order = np.argsort(lead, kind="stable")
+    return [
+        {"lead": float(lead[part].mean()), "share_right": float(right[part].mean()), "count": len(part)}
+        for part in np.array_split(order, 5)
+        if len(part)
+    ]
+
+
+def meta_block(table: ScoreTable) -> dict[str, Any]:
+    """The meta RM by itself on the parsed samples, against Eq. 10: AUC, AUC among samples of one item, accuracy at
+    logit 0, expected calibration error, reliability. None where one class is missing."""
+    assert table.logits_IK is not None
+    right_IK = curves.correct_samples(table)
+    logits, labels = table.logits_IK[table.used_IK], right_IK[table.used_IK]
+    block: dict[str, Any] = dict.fromkeys(("auc", "auc_within_item", "accuracy", "ece", "share_right"))
+    block |= {"num_samples": len(logits), "reliability": []}
+    if not len(logits):
+        return block
+    probability = 1 / (1 + np.exp(-logits))
+    block |= {
+        "accuracy": float(((logits > 0) == labels).mean()),
+        "ece": metrics.ece(probability, labels),
+        "share_right": float(labels.mean()),
+        "reliability": [asdict(b) for b in metrics.reliability(probability, labels)],
+    }
+    if 0 < labels.sum() < len(labels):
+        block["auc"] = metrics.auc(logits, labels)
+    within = [
+        metrics.auc(values[used], truth[used])
+        for values, truth, used in zip(table.logits_IK, right_IK, table.used_IK, strict=True)
+        if 0 < truth[used].sum() < used.sum()
+    ]
+    block["auc_within_item"] = float(np.mean(within)) if within else None
+    return block
+
+
+def gain_by_filter(block: Mapping[str, Any], k: int) -> dict[str, float | None]:
+    """Share of the meta vote's gain over the plain vote of k that keeping as many samples without a meta RM gives:
+    at random, or by length. None where the meta vote gains nothing."""
+    plain, guided = block["vote"][str(k)]["score"], block["meta_vote"][str(k)]["score"]
+    filters = block["meta_rm"]["filters"]
+    gain = guided - plain
+    return {name: (filters[name]["score"] - plain) / gain if gain > 0 else None for name in FILTERS}
+
+
+def paired(
+    a: Mapping[str, Outcome], b: Mapping[str, Outcome], ways: Sequence[str], task: Task, counting: Counting
+) -> dict[str, Any]:
+    """Judge b minus judge a on the same items, for each way to decide.
+
+    Official score with the interval of a bootstrap that draws the same questions for both; p by sign flips of the
+    questions' mean credit; items won and lost, and apart from them those that only one could decide.
+    """
+    rows = {}
+    for way in ways:
+        if way not in a or way not in b or None in (a[way].score, b[way].score):
+            continue
+        difference = b[way].resampled - a[way].resampled
+        low, high = np.nanquantile(difference, [0.025, 0.975])
+        members = np.bincount(task.sheet.question_I)
+        credit_b, credit_a = (np.bincount(task.sheet.question_I, o[way].credit_I) / members for o in (b, a))
+        test = metrics.paired_difference(credit_b, credit_a, counting.seed)
+        both = (a[way].decided_I == 1) & (b[way].decided_I == 1)
+        won, lost = b[way].credit_I > a[way].credit_I, b[way].credit_I < a[way].credit_I
+        rows[way] = {
+            "difference": float(np.float64(b[way].score) - np.float64(a[way].score)),
+            "ci": [float(low), float(high)],
+            "p_value": test.p_value,
+            "won": int((won & both).sum()),
+            "lost": int((lost & both).sum()),
+            "equal": int((~won & ~lost & both).sum()),
+            "undecided": int((~both).sum()),
+        }
+    return rows
+
+
+def chance(task: Task, num: int = 50) -> float | None:
+    """Official score of a judge that scores at random: mean over `num` such judges."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(num):
+        scores, other = rng.random(task.sheet.option_IO.shape), rng.random(task.sheet.option_IO.shape)
+        scores[task.sheet.single_I, 0] = 0.5
+        decision = Decision(scores, scores, other)
+        found.append(task.benchmark.score(task.sheet, decision, np.ones(len(task.items))).get("score", np.nan))
+    return None if np.isnan(found).all() else float(np.nanmean(found))

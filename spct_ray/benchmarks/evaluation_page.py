@@ -1,0 +1,259 @@
+"""The page of `spct evaluate`: judges side by side, every table sortable, judgements to read. Self-contained; all that
+came from data or models is escaped."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from spct_ray.benchmarks import evaluation_plots as plots
+from spct_ray.benchmarks.evaluation_text import NAMES
+from spct_ray.benchmarks.style import SCRIPT, STYLE
+
+Cells = Sequence[Sequence[str]]
+
+
+def _table(head: Sequence[str], rows: Cells, note: str = "", kind: str = "") -> str:
+    body = "".join(
+        f"<tr><th scope=row>{r[0]}</th>{''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in r[1:])}</tr>"
+        for r in rows
+    )
+    titles = "".join(f"<th scope=col>{escape(h)}</th>" for h in head)
+    below = f"<p class=note>{note}</p>" if note else ""
+    table = f"<table class='sortable {kind}'><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll>{table}</div>{below}"
+
+
+def _score(made: Mapping[str, Any] | None) -> str:
+    if not made or made.get("score") is None or not made["ci"]:
+        return "–"
+    low, high = made["ci"]
+    return f"<b>{100 * made['score']:.1f}</b> <i>{100 * low:.1f}–{100 * high:.1f}</i>"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}&thinsp;%"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _judge(name: str, names: Sequence[str]) -> str:
+    return f"<span class=dot style='background:{plots.colour(names.index(name))}'></span>{escape(name)}"
+
+
+def _panel(title: str, body: str, wide: bool = False) -> str:
+    return f"<section class='panel{' wide' if wide else ''}'><h3>{escape(title)}</h3>{body}</section>"
+
+
+def _chart(title: str, svg: str, note: str) -> str:
+    data = base64.b64encode(svg.encode()).decode()
+    return _panel(title, f"<img alt='{escape(title)}' src='data:image/svg+xml;base64,{data}'><p class=note>{note}</p>")
+
+
+def _overview(summary: Mapping[str, Any], names: Sequence[str]) -> str:
+    top = str(max(summary["ks"]))
+    rows = []
+    for name in names:
+        cells = [_judge(name, names)]
+        for block in summary["benchmarks"].values():
+            model = block["models"][name]
+            cells += [_score(model["greedy"]), _score(model["meta_vote"].get(top) or model["vote"].get(top))]
+        about = summary["judges"][name]
+        rows.append([*cells, f"{about['weights']:,}", f"{about['completion_tokens']:.0f}"])
+    head = ["judge"]
+    for block in summary["benchmarks"].values():
+        head += [f"{block['title']}, greedy", f"best vote@{top}"]
+    note = "Official scores in %, with 95&thinsp;% intervals. Best vote: guided by the meta RM where the judge has one."
+    return _table([*head, "weights", "tokens a judgement"], rows, note)
+
+
+def _scores(block: Mapping[str, Any], names: Sequence[str], ks: Sequence[int]) -> str:
+    top = [str(k) for k in ks]
+    rows = [
+        [_judge(n, names), _score(m["greedy"]), *(_score(m["vote"].get(k)) for k in top),
+         *(_score(m["meta_vote"].get(k)) for k in top if int(k) > 1)]
+        for n, m in block["models"].items()
+    ]  # fmt: skip
+    layout = ", ".join(f"{number:,} of {n}" for n, number in block["layout"].items())
+    dropped = ", ".join(f"{c} {name.replace('_', ' ')}" for name, c in block["dropped"]["counts"].items()) or "none"
+    leak = block["contaminated"]
+    known = "not checked" if leak is None else f"{len(leak)} items share 13 words with a training query"
+    note = (
+        f"{block['num_questions']:,} rows; prompts: {layout}; dropped: {dropped}; contamination: {known}; chance "
+        f"{_percent(block['chance'])}. An item without any parsed judgement counts as wrong."
+    )
+    head = ["judge", "greedy", *(f"vote@{k}" for k in top), *(f"meta vote@{k}" for k in top if int(k) > 1)]
+    return _table(head, rows, escape(note).replace("&amp;thinsp;", "&thinsp;"))
+
+
+def _parts(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
+    found = {n: (m["vote"].get(top) or m["greedy"])["parts"] for n, m in block["models"].items()}
+    parts = list(dict.fromkeys(p for own in found.values() for p in own))
+    rows = [
+        [_judge(n, names), *(f"{100 * own[p]:.1f}" if p in own else "–" for p in parts)] for n, own in found.items()
+    ]
+    return _table(["judge", *parts], rows, f"What the official score is made of, vote@{top}, in %.") if parts else ""
+
+
+def _aggregators(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
+    ways = [w for w in NAMES if any(m["aggregators"].get(w) for m in block["models"].values())]
+    adaptive = list(next(iter(block["models"].values()))["adaptive"])
+    rows = [
+        [_judge(n, names), *(_score(m["aggregators"].get(w)) for w in ways),
+         *(f"{_score(m['adaptive'][a])}<br><small>{m['adaptive'][a]['k']:.1f} samples</small>" for a in adaptive)]
+        for n, m in block["models"].items()
+    ]  # fmt: skip
+    note = f"The same {top} samples, put together in other ways. Adaptive: stops when the leader is so many points a "
+    return _table(
+        ["judge", *(NAMES[w] for w in ways), *(f"adaptive, {a}" for a in adaptive)], rows, note + "sample ahead."
+    )
+
+
+def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
+    keys = ("parse_rate", "tie_rate", "correct_rate", "position_consistency")
+    rows = []
+    for n, m in block["models"].items():
+        vote = m["vote"].get(top) or m["greedy"]
+        failures = ", ".join(f"{c:,} {f.replace('_', ' ')}" for f, c in m["failures"].items()) or "none"
+        flips = m["rates"]["position_consistency"]
+        shown = [_percent(m["rates"][k]) for k in keys[:3]] + [_percent(None if flips is None else 1 - flips)]
+        rows.append([_judge(n, names), *shown, _percent(vote["tie_rate"]), _percent(vote["undecided_rate"]), failures])
+    head = [
+        "judge",
+        "parsed",
+        "ties",
+        "right (Eq. 10)",
+        "position flips",
+        f"ties of vote@{top}",
+        "undecided",
+        "failures",
+    ]
+    return _table(head, rows, "Shares of single samples, then of votes. A failed judgement is left out, never scored.")
+
+
+def _paired(block: Mapping[str, Any]) -> str:
+    rows = [
+        [escape(f"{pair}, {way.replace('sum@', 'vote@').replace('meta_top@', 'meta vote@')}"),
+         f"<b>{100 * d['difference']:+.1f}</b> <i>{100 * d['ci'][0]:+.1f} … {100 * d['ci'][1]:+.1f}</i>",
+         f"{d['p_value']:.3f}", str(d["won"]), str(d["lost"]), str(d["equal"]), str(d["undecided"])]
+        for pair, found in block["paired"].items() for way, d in found.items()
+    ]  # fmt: skip
+    head = ["comparison", "points", "p", "won", "lost", "equal", "undecided"]
+    note = "Official score on the same rows; p by sign flips of the rows' credit; items that one of the two left "
+    return _table(head, rows, note + "undecided stand apart.") if rows else ""
+
+
+def _heat(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
+    first = next(iter(block["models"].values()))["by_subset"]
+    rows = []
+    for subset, entry in first.items():
+        cells = []
+        for name in names:
+            found = block["models"][name]["by_subset"][subset]
+            value, (low, high) = found["accuracy"], found["ci"]
+            shade = f"rgba(42,157,111,{0.75 * (value - 0.5) * 2:.2f})" if value >= 0.5 else (
+                f"rgba(209,73,91,{0.75 * (0.5 - value) * 2:.2f})"
+            )  # fmt: skip
+            cells.append(
+                f"<td style='background:{shade}'><b>{100 * value:.1f}</b> <i>{100 * low:.0f}–{100 * high:.0f}</i></td>"
+            )
+        rows.append([escape(subset), f"{entry['num_items']:,}", *cells])
+    return _table(["subset", "items", *names], rows, f"Share of items right, vote@{top}, in %.", "heat")
+
+
+def _meta(block: Mapping[str, Any], names: Sequence[str]) -> str:
+    rows = []
+    for n, m in block["models"].items():
+        if (meta := m.get("meta_rm")) is None:
+            continue
+        gains = [_percent(meta["gain_by_filter"][f]) for f in ("random", "shortest", "longest")]
+        values = [_number(meta[k]) for k in ("auc", "auc_within_item", "accuracy", "ece")]
+        rows.append([_judge(n, names), *values, _percent(meta["share_right"]), *gains])
+    head = ["judge", "AUC", "AUC within an item", "accuracy", "ECE", "right", "gain: random", "shortest", "longest"]
+    note = "Gain: the share of the meta vote's gain over the plain vote that keeping as many samples without a meta RM "
+    return (
+        _table(head, rows, note + "gives: at random, the shortest, the longest (– where there is no gain).")
+        if rows
+        else ""
+    )
+
+
+def _sample(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    kind = row["outcome"] if row["outcome"] in ("right", "wrong", "tied") else "failure"
+    responses = "".join(
+        f"<li><header>Response {place} {'<em class=best>right</em>' if good else ''}<b>{score}</b></header>"
+        f"<pre>{escape(text)}</pre></li>"
+        for place, (text, score, good) in enumerate(row["responses"], 1)
+    )
+    logit = "" if row["logit"] is None else f"<span class=tag>meta logit {row['logit']:.2f}</span>"
+    subset = f"<span class=tag>{escape(row['subset'])}</span>" if row["subset"] else ""
+    return (
+        f"<article class=sample data-judge='{escape(row['judge'])}' data-benchmark='{escape(row['benchmark'])}' "
+        f"data-outcome='{kind}'><header>{_judge(row['judge'], names)}"
+        f"{subset}{logit}"
+        f"<span class='badge {kind}'>{escape(row['outcome'].replace('_', ' '))}</span></header>"
+        f"<pre class=query>{escape(row['query'])}</pre><ol>{responses}</ol><h4>Judgement</h4>"
+        f"<pre>{escape(row['text']) or '(empty)'}</pre></article>"
+    )
+
+
+def _filters(groups: Mapping[str, Sequence[str]]) -> str:
+    def group(key: str, values: Sequence[str]) -> str:
+        buttons = "".join(
+            f"<button type=button data-{key}='{escape(v)}' aria-pressed={'false' if v else 'true'}>{escape(v or 'all')}"
+            "</button>"
+            for v in ("", *values)
+        )
+        return f"<span class=group data-key={key}>{buttons}</span>"
+
+    return f"<p class=filters>{''.join(group(key, values) for key, values in groups.items())}</p>"
+
+
+def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The page; `summary` is summary.json's content, `samples` the judgements to show (see `stages.compare`)."""
+    names, top = list(summary["judges"]), str(max(summary["ks"]))
+    body = [f"<div class=grid>{_panel('All benchmarks', _overview(summary, names), wide=True)}</div>"]
+    for label, block in summary["benchmarks"].items():
+        points = [p for p in summary["points"] if p["benchmark"] == label]
+        charts = [_chart("Score over samples", plots.score_curves(block["models"], block["chance"]),
+                         "Bands: 95&thinsp;% intervals over rows and draws of k samples.")]  # fmt: skip
+        for axis, what in (("tokens", "written tokens"), ("flops", "2 × weights × tokens, read and written")):
+            svg = plots.pareto_front(points, summary["pareto"][label][axis], axis)
+            charts.append(_chart(f"Score over {axis.replace('flops', 'FLOPs')}", svg, f"Cost of a decision: {what}."))
+        note = "Is a vote that leads by more more often right?"
+        charts.append(_chart("Margins and scores", plots.calibration(block["models"]), note))
+        tables = [
+            ("Scores", _scores(block, names, summary["ks"])), ("Parts", _parts(block, names, top)),
+            ("Aggregators", _aggregators(block, names, top)), ("Is the difference real?", _paired(block)),
+            ("Behaviour", _behaviour(block, names, top)),
+        ]  # fmt: skip
+        after = [("By subset", _heat(block, names, top))]
+        if meta := _meta(block, names):
+            after.append(("Meta RM", meta))
+            charts.append(
+                _chart("Meta RM reliability", plots.meta_reliability(block["models"]), "Dots: area by count.")
+            )
+        wide = [[_panel(t, b, wide=True) for t, b in part if b] for part in (tables, after)]
+        body.append(
+            f"<h2>{escape(block['title'])} <small>{escape(label)}</small></h2>"
+            f"<div class=grid>{''.join(wide[0])}{''.join(charts)}{''.join(wide[1])}</div>"
+        )
+    groups = {
+        "benchmark": list(summary["benchmarks"]),
+        "judge": names,
+        "outcome": ["right", "wrong", "tied", "failure"],
+    }
+    shown = "".join(_sample(row, names) for row in samples)
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>Evaluation</title><style>{STYLE}</style></head><body><main><header class=top><h1>Evaluation</h1>"
+        f"<p>{', '.join(map(escape, names))}. Click a column to sort by it.</p></header>{''.join(body)}"
+        "<h2>Judgements</h2><p class=note>Right, wrong, tied and failed ones in turn, not in proportion; all are in"
+        f" samples.parquet.</p>{_filters(groups)}<div class=samples>{shown}</div></main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )

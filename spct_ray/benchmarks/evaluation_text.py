@@ -1,0 +1,75 @@
+"""What `spct evaluate` prints at its end: a table a benchmark, one of the aggregators, and the differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NAMES = {
+    "sum": "sum",
+    "mean": "mean",
+    "median": "median",
+    "majority": "majority",
+    "best_by_meta": "best by meta",
+    "meta_top": "meta top-k",
+    "meta_weighted": "meta-weighted",
+}
+
+
+def cell(made: Mapping[str, Any] | None) -> str:
+    """`0.812 +- 0.031`: score and half the width of its interval; `-` where there is none."""
+    if not made or made["score"] is None or not made["ci"]:
+        return "-"
+    low, high = made["ci"]
+    return f"{made['score']:.3f} +- {(high - low) / 2:.3f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> str:
+    """One benchmark: headline, every aggregator at the largest k, differences between judges."""
+    top = str(max(ks))
+    rows = [["judge", "greedy", "one sample", f"vote@{top}", f"meta vote@{top}", "parsed"]]
+    for name, model in block["models"].items():
+        votes = (model["greedy"], model["vote"].get("1"), model["vote"].get(top), model["meta_vote"].get(top))
+        rows.append([name, *map(cell, votes), f"{model['rates']['parse_rate']:.1%}"])
+    dropped = sum(block["dropped"]["counts"].values())
+    layout = ", ".join(f"{number} of {n}" for n, number in block["layout"].items())
+    lines = [
+        f"{block['title']} ({label}): official score of {block['num_questions']} rows, {dropped} dropped; "
+        f"prompts: {layout}",
+        *_table(rows),
+        f"chance {block['chance']:.3f}" if block["chance"] is not None else "chance: not defined",
+    ]
+    if block["contaminated"]:
+        lines.append(f"{len(block['contaminated'])} items share an n-gram with the training queries.")
+    shown = [name for name in NAMES if any(m["aggregators"].get(name) for m in block["models"].values())]
+    table = [["judge", *(NAMES[name] for name in shown)]]
+    for name, model in block["models"].items():
+        table.append([name, *(cell(model["aggregators"].get(way)) for way in shown)])
+    lines += ["", f"Aggregators of the same {top} samples", *_table(table)]
+    differences = [
+        [f"{pair}, {way.replace('sum@', 'vote@').replace('meta_top@', 'meta vote@')}", f"{100 * d['difference']:+.1f}",
+         f"[{100 * d['ci'][0]:+.1f}, {100 * d['ci'][1]:+.1f}]", f"{d['p_value']:.3f}",
+         f"{d['won']} : {d['lost']}", str(d["undecided"])]
+        for pair, found in block["paired"].items()
+        for way, d in found.items()
+    ]  # fmt: skip
+    if differences:
+        head = ["difference, points", "", "95 % interval", "p", "won : lost", "undecided"]
+        lines += ["", *_table([head, *differences])]
+    return "\n".join(lines)
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """All benchmarks, and how to read the numbers."""
+    tables = [benchmark_text(label, block, summary["ks"]) for label, block in summary["benchmarks"].items()]
+    notes = [
+        "An item without a parsed judgement counts as wrong. +- is half the 95 % bootstrap interval over rows and over",
+        "which k of the samples were drawn. p: sign flips of the rows' credit.",
+    ]
+    return "\n\n".join([*tables, "\n".join(notes)])

@@ -1,0 +1,197 @@
+"""Benchmarks by name: where each is had, how its rows become Items, and how its authors score it.
+
+A specification is NAME (read from the hub) or NAME=PATH: a file, or a folder of files, in the benchmark's own shape or
+in this project's. `own=PATH` is any file of ours, scored by plain accuracy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spct_ray.benchmarks import official, readers
+from spct_ray.benchmarks.curves import Floats
+from spct_ray.benchmarks.official import Scorer, Sheet
+from spct_ray.benchmarks.readers import Reader, facts_of, is_own
+from spct_ray.data.shapes import Cells, Row, UnusableRow
+from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
+from spct_ray.data.validate import Limits, Problem, find_problem
+from spct_ray.errors import ConfigError, DataError
+from spct_ray.records import Item
+
+_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+_IDS = ("id", "pair_id", "pair_uid", "bon_uid", "question_id")
+_SEVERAL_RIGHT = {Problem.NO_UNIQUE_BEST}
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One benchmark. `hub` is (id, split) pairs, empty where its authors publish files only.
+
+    `several_right` allows more than one right response in an item; `subsets`, if given, are the only ones there are.
+    """
+
+    title: str
+    hub: tuple[tuple[str, str], ...]
+    read: Reader
+    score: Scorer
+    several_right: bool = False
+    credit: Callable[[Sheet, Floats], Floats] = official.best_credit  # of one item, for paired tests and subset tables
+    both_orders: bool = False  # the score needs a judgement of each order
+    subsets: tuple[str, ...] = ()
+
+
+def _ppe(name: str) -> tuple[str, str]:
+    return (f"lmarena-ai/PPE-{name}-Best-of-K", "train")
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "rewardbench": Benchmark(
+        "RewardBench",
+        (("allenai/reward-bench", "filtered"),),
+        readers.reward_bench,
+        official.reward_bench,
+        subsets=tuple(name for counts in official.REWARD_BENCH_COUNTS.values() for name in counts),
+    ),
+    "rewardbench2": Benchmark(
+        "RewardBench 2",
+        (("allenai/reward-bench-2", "test"),),
+        readers.reward_bench_2,
+        official.reward_bench_2,
+        subsets=official.REWARD_BENCH_2_SUBSETS,
+    ),
+    "rmbench": Benchmark(
+        "RM-Bench", (("THU-KEG/RM-Bench", "train"),), readers.rm_bench, official.rm_bench, True, official.cell_credit
+    ),
+    "rmb": Benchmark("RMB", (), readers.rmb, official.rmb, credit=official.strict_credit),
+    "judgebench": Benchmark(
+        "JudgeBench",
+        (("ScalerLab/JudgeBench", "gpt"), ("ScalerLab/JudgeBench", "claude")),
+        readers.judge_bench,
+        official.judge_bench,
+        both_orders=True,
+    ),
+    "ppe_preference": Benchmark(
+        "PPE preference", (("lmarena-ai/PPE-Human-Preference-V1", "test"),), readers.ppe_preference, official.accuracy
+    ),
+    "ppe_correctness": Benchmark(
+        "PPE correctness",
+        tuple(map(_ppe, ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus"))),
+        readers.ppe_correctness,
+        official.ppe_correctness,
+        several_right=True,
+    ),
+    "realmistake": Benchmark("ReaLMistake", (), readers.realmistake, official.realmistake),
+    "llmbar": Benchmark("LLMBar", (), readers.llmbar, official.llmbar),
+    "own": Benchmark("own file", (), readers.own, official.accuracy),
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """One benchmark to run: `label` names its files and results, `path` is empty for the hub; `content` is a digest of
+    its files, filled in by `with_digest`: changed data is a changed step."""
+
+    name: str
+    path: str = ""
+    label: str = ""
+    content: tuple[str, ...] = ()
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of that name. Raises ConfigError with the nearest name."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    squeezed = {known.replace("_", ""): known for known in BENCHMARKS}
+    wanted = "".join(c for c in name.lower() if c.isalnum())
+    close = difflib.get_close_matches(wanted, squeezed, n=1, cutoff=0.5)
+    hint = f"did you mean {squeezed[close[0]]!r}?" if close else f"known are {', '.join(BENCHMARKS)}"
+    raise ConfigError(f"unknown benchmark {name!r}; {hint} For a file of your own write own=PATH")
+
+
+def parse_spec(text: str) -> BenchmarkSpec:
+    """`rewardbench`, `rewardbench=file.jsonl` or `own=file.jsonl` (labelled by the file's name). Raises ConfigError."""
+    name, _, path = text.strip().partition("=")
+    benchmark = find(name)
+    if not path and not benchmark.hub:
+        raise ConfigError(f"benchmark {name!r} is not on the hub: give its file or folder, {name}=PATH")
+    if path and not Path(path).exists():
+        raise ConfigError(f"benchmark {name!r}: no such file or folder: {path}")
+    label = name if name != "own" else "".join(c if c.isalnum() else "_" for c in Path(path).name.partition(".")[0])
+    return BenchmarkSpec(name, path, label)
+
+
+def with_digest(spec: BenchmarkSpec) -> BenchmarkSpec:
+    """The same with a digest of every file."""
+    return replace(spec, content=tuple(with_content(source).content for source in _sources(spec)))
+
+
+def read_benchmark(spec: BenchmarkSpec, limits: Limits, limit: int | None, seed: int) -> tuple[list[Item], Dropped]:
+    """The items of one benchmark, and what was dropped; with `limit`, those of so many rows drawn by the seed.
+
+    Raises DataError with file, row and column for a row that is not of the benchmark's shape, and when nothing is left.
+    """
+    benchmark, dropped = find(spec.name), Dropped()
+    items: dict[str, Item] = {}
+    total = 0  # rows of all files so far: tells rows apart that have the same id, or none
+    for source in _sources(spec):
+        for number, where, row in rows(source):
+            total += 1
+            item_id = f"{spec.label}:{next((row[key] for key in _IDS if row.get(key) is not None), number)}"
+            if item_id in items or f"{item_id}#0" in items:
+                item_id += f"@{total}"
+            for item in _items(benchmark, spec, row, item_id, where, limits, dropped):
+                problem = find_problem(item, limits)
+                if problem and not (benchmark.several_right and problem in _SEVERAL_RIGHT):
+                    dropped.add(problem, where)
+                else:
+                    items[item.id] = item
+    if not items:
+        raise DataError(
+            f"benchmark {spec.label}: no usable item in {spec.path or benchmark.hub}; "
+            f"dropped: {dropped.counts or 'none, there is no row'}"
+        )
+    return _limited(list(items.values()), limit, seed), dropped
+
+
+def _items(
+    benchmark: Benchmark, spec: BenchmarkSpec, row: Row, item_id: str, where: str, limits: Limits, dropped: Dropped
+) -> list[Item]:
+    cells = Cells(row, spec.name, where)
+    try:
+        read = readers.own if is_own(row) and not benchmark.several_right else benchmark.read
+        found = read(cells, item_id, limits)
+    except UnusableRow as unusable:
+        dropped.add(unusable.problem, where)
+        return []
+    for item in found:
+        if benchmark.subsets and item.subset not in benchmark.subsets:
+            close = difflib.get_close_matches(item.subset, benchmark.subsets, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(benchmark.subsets)}"
+            raise cells.error(f"'subset' {item.subset!r} is none of {benchmark.title}'s; {hint}")
+    return [replace(item, source=spec.label) for item in found]
+
+
+def _sources(spec: BenchmarkSpec) -> Iterator[SourceConfig]:
+    if not spec.path:
+        for hub, split in find(spec.name).hub:
+            yield SourceConfig(spec.label, hub, "hub", split=split)
+        return
+    path = Path(spec.path)
+    files = sorted(f for f in path.rglob("*") if f.name.endswith(_SUFFIXES)) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: no file that ends in {', '.join(_SUFFIXES)}")
+    for file in files:
+        yield SourceConfig(spec.label, str(file))
+
+
+def _limited(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
+    """All items of `limit` questions, drawn by the seed, in their order."""
+    questions = list(dict.fromkeys(facts_of(item)["question"] for item in items))
+    if limit is None or limit >= len(questions):
+        return list(items)
+    kept = set(random.Random(seed).sample(questions, limit))
+    return [item for item in items if facts_of(item)["question"] in kept]

@@ -1,0 +1,68 @@
+"""Benchmarks read, refused where unusable, and checked against training data: the items that `spct evaluate` judges.
+
+Outputs: bench_<label>.parquet and data_report.json (by label: rows, items, dropped by reason, layout, contamination).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spct_ray.benchmarks.registry import BenchmarkSpec
+from spct_ray.data.validate import Limits
+from spct_ray.graph.step import StepContext
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class BenchmarksConfig:
+    """`limit` draws so many rows of each benchmark. `train` holds ids of the steps whose training items are searched
+    for the benchmarks' queries by n-grams of `words` words; contaminated items are counted, not dropped."""
+
+    benchmarks: tuple[BenchmarkSpec, ...]
+    limit: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    train: tuple[str, ...] = ()
+    words: int = 13
+
+
+@dataclass(frozen=True)
+class BenchmarksResources:
+    """Where the steps of `BenchmarksConfig.train` lie."""
+
+    train: tuple[str, ...] = ()
+
+
+def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
+    """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.benchmarks.registry`."""
+    from spct_ray.benchmarks.readers import facts_of
+    from spct_ray.benchmarks.registry import find, read_benchmark
+    from spct_ray.data.decontaminate import decontaminate
+    from spct_ray.data.store import read_items, write_items
+
+    train = [item for directory in resources.train for item in read_items(str(Path(directory, "train.parquet")))]
+    report: dict[str, Any] = {}
+    for spec in config.benchmarks:
+        context.log(f"reading {spec.label} from {spec.path or 'the hub'}")
+        items, dropped = read_benchmark(spec, config.limits, config.limit, context.seed)
+        write_items(str(Path(context.out) / f"bench_{spec.label}.parquet"), items)
+        # Searched the other way round: which of the benchmark's items overlap a training query.
+        _, overlaps = decontaminate(items, train, config.words)
+        report[spec.label] = {
+            "name": spec.name,
+            "title": find(spec.name).title,
+            "num_items": len(items),
+            "num_questions": len({facts_of(item)["question"] for item in items}),
+            "layout": dict(sorted(Counter(f"n = {len(item.responses)}" for item in items).items())),
+            "dropped": asdict(dropped),
+            "contaminated": [overlap.item.id for overlap in overlaps] if train else None,
+        }
+    partial = Path(context.out) / "data_report.json.partial"
+    partial.write_text(json.dumps(report, indent=2))
+    os.replace(partial, Path(context.out) / "data_report.json")
+    return {label: {"items": r["num_items"], "dropped": r["dropped"]["counts"]} for label, r in report.items()}

@@ -1,0 +1,211 @@
+"""`spct evaluate` as a job graph: benchmarks -> judgements of each judge -> meta-RM logits -> one report of all.
+
+The stages are those of a run. A judge is a model directory, or a finished judge of a run with the prompt, temperature
+and meta RM that it was evaluated with there. Steps lie under a root of their own, so a run's report stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from spct_ray.benchmarks.registry import BenchmarkSpec, parse_spec, with_digest
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.cluster.session import ClusterResources
+from spct_ray.data.validate import Limits
+from spct_ray.engines.base import EngineConfig
+from spct_ray.errors import ConfigError
+from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
+from spct_ray.graph.step import Demand, Step
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes
+from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
+
+JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One judge to evaluate, and how. `train` maps the id of the step that made its training items to its directory."""
+
+    name: str
+    model: str
+    meta: str | None
+    config: evaluate.EvaluateConfig
+    resources: SamplingResources
+    train: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the command line leaves out: the prompt of model directories (a run's judge keeps its own), and where an
+    evaluation runs; `evaluate` replaces the resources that a run's evaluation had."""
+
+    judge: JudgeConfig | None = None
+    single: Literal["binary", "scale"] = "scale"
+    cluster: ClusterResources = field(default_factory=ClusterResources)
+    evaluate: SamplingResources | None = None
+    meta_scores: meta_scores.MetaScoresResources = field(default_factory=meta_scores.MetaScoresResources)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `spct evaluate` was asked for."""
+
+    benchmarks: tuple[BenchmarkSpec, ...]
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    suite: Literal["benchmarks", "robustness"] = "benchmarks"
+    limit: int | None = None
+    temperature: float | None = None  # null: the run's own, 0.5 for a model directory
+    config: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def specs(text: str) -> tuple[BenchmarkSpec, ...]:
+    """`a,b=PATH` as specifications with digests of their files. Raises ConfigError on unknown or double names."""
+    found = tuple(with_digest(parse_spec(part)) for part in text.split(",") if part.strip())
+    labels = [spec.label for spec in found]
+    if not found or len(set(labels)) < len(labels):
+        raise ConfigError(f"--benchmarks {text!r} must name at least one benchmark, and none twice")
+    return found
+
+
+def resolve(target: str, config: EvaluationConfig) -> Judge:
+    """The judge that RUN (its last), RUN:rft (one of JUDGES) or MODEL (a directory) stands for. Raises ConfigError."""
+    root, colon, wanted = target.rpartition(":")
+    if colon and (Path(root) / "steps").is_dir():
+        if wanted not in JUDGES:
+            raise ConfigError(f"{target}: a run's judges are {', '.join(JUDGES)}, not {wanted!r}")
+        return _of_run(root, (wanted,))
+    if (Path(target) / "steps").is_dir():
+        return _of_run(target, JUDGES[::-1])
+    if (Path(target) / "config.json").is_file():
+        return _of_model(target, config)
+    raise ConfigError(f"{target} is no run (no steps/ in it) and no model directory (no config.json in it)")
+
+
+def _of_run(target: str, wanted: Sequence[str]) -> Judge:
+    root = local_root(target)
+    records = finished_records(root)
+    newest = {record.name: record for record in records}
+    found = next((newest[f"evaluate_{name}"] for name in wanted if f"evaluate_{name}" in newest), None)
+    if found is None:
+        raise ConfigError(f"{root}: no finished evaluation of {' or '.join(wanted)}; finish the run (`spct run`) first")
+
+    def directory(record: StepRecord, role: str) -> str:
+        source = record.inputs[role]
+        return step_directory(root, source["step"], source["id"])
+
+    resources = dict(found.resources)
+    engine = EngineConfig(**resources.pop("engine"))
+    scores = next((r for r in reversed(records) if r.name == "meta_scores" and _reads(r, found)), None)
+    name = found.name.removeprefix("evaluate_")
+    trained = {} if name == "base" else {found.inputs["items"]["id"]: directory(found, "items")}
+    return Judge(
+        name=f"{_clean(Path(root).name)}_{name}",
+        model=str(Path(directory(found, "judge"), "model")),
+        meta=str(Path(directory(scores, "meta"), "model")) if scores else None,
+        config=evaluate.EvaluateConfig(**found.config | {"judge": JudgeConfig(**found.config["judge"])}),
+        resources=SamplingResources(**resources, engine=engine),
+        train=trained,
+    )
+
+
+def _reads(record: StepRecord, source: StepRecord) -> bool:
+    return any(found["id"] == source.id for found in record.inputs.values())
+
+
+def _of_model(target: str, asked: EvaluationConfig) -> Judge:
+    """The full prompt unless told otherwise, half of a short context for the judgement, no meta RM."""
+    config, default = json.loads(Path(target, "config.json").read_text(encoding="utf-8")), EngineConfig()
+    context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
+    length = min(default.max_model_len, context)
+    prompt = JudgeConfig(max_tokens=min(JudgeConfig().max_tokens, length // 2))
+    path = Path(target).resolve()
+    return Judge(
+        name=_clean(path.parent.name if path.name == "model" else path.name),
+        model=str(Path(target).resolve()),
+        meta=None,
+        config=evaluate.EvaluateConfig(asked.judge or prompt, asked.single),
+        resources=SamplingResources(engine=EngineConfig(max_model_len=length)),
+    )
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name)
+
+
+def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
+    """The graph. Raises ConfigError on judges that cannot judge, or numbers of samples that make no sense."""
+    if not asked.ks or min(asked.ks) < 1:
+        raise ConfigError(f"--k must name numbers of samples of at least 1, found {asked.ks}")
+    if asked.limit is not None and asked.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, found {asked.limit}")
+    judges = _unique(judges)
+    where, one = asked.config, Demand(1)
+    train = {step: directory for judge in judges for step, directory in judge.train.items()}
+    data = benchmarks.BenchmarksConfig(asked.benchmarks, asked.limit, Limits(), tuple(train))
+    found = benchmarks.BenchmarksResources(tuple(train.values()))
+    steps = [Step("benchmarks", benchmarks.run, benchmarks.VERSION, data, found, one)]
+    items = "benchmarks"
+    if asked.suite == "robustness":
+        items = "probes"
+        made = Step(items, probes.run, probes.VERSION, probes.ProbesConfig(), probes.ProbesResources(), one,
+                    {"items": "benchmarks"})  # fmt: skip
+        steps.append(made)
+    read = {"items": items}
+    for judge in judges:
+        judge_model.check(judge.model)
+        model = f"model_{judge.name}"
+        steps.append(_model_step(model, judge.model, one))
+        temperature = judge.config.temperature if asked.temperature is None else asked.temperature
+        config = replace(judge.config, k_max=max(asked.ks), temperature=temperature)
+        resources = where.evaluate or judge.resources
+        demand = Demand(
+            resources.num_replicas * resources.cpus_per_replica, resources.num_replicas * resources.gpus_per_replica
+        )
+        name = f"evaluate_{judge.name}"
+        inputs = {"items": items, "judge": model}
+        steps.append(Step(name, evaluate.run_both_orders, evaluate.VERSION, config, resources, demand, inputs))
+        read |= {name: name, model: model}
+        if judge.meta is not None and asked.suite == "benchmarks":
+            meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
+            scorers = where.meta_scores
+            demand = Demand(
+                scorers.num_replicas * scorers.cpus_per_replica, scorers.num_replicas * scorers.gpus_per_replica
+            )
+            steps.append(_model_step(meta, judge.meta, one))
+            inputs = {"items": "benchmarks", "meta": meta, name: name}
+            scoring = meta_scores.MetaScoresConfig()
+            steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, scoring, scorers, demand, inputs))
+            read |= {scores: scores, meta: meta}
+    names, singles = tuple(judge.name for judge in judges), tuple(judge.config.single for judge in judges)
+    ks = tuple(sorted(set(asked.ks)))
+    if asked.suite == "robustness":
+        fooled = probes.RobustnessConfig(names, singles, ks)
+        steps.append(Step("report", probes.report, probes.VERSION, fooled, probes.ProbesResources(), one, read))
+        return steps
+    labels = tuple(spec.label for spec in asked.benchmarks)
+    shown = compare.CompareConfig(names, singles, tuple(spec.name for spec in asked.benchmarks), labels, ks)
+    steps.append(Step("report", compare.run, compare.VERSION, shown, compare.CompareResources(), one, read))
+    return steps
+
+
+def _unique(judges: Sequence[Judge]) -> list[Judge]:
+    """The second and later judges of one name get a number."""
+    seen = Counter[str]()
+    found = []
+    for judge in judges:
+        seen[judge.name] += 1
+        number = seen[judge.name]
+        found.append(judge if number == 1 else replace(judge, name=f"{judge.name}-{number}"))
+    return found
+
+
+def _model_step(name: str, path: str, one: Demand) -> Step:
+    config = JudgeModelConfig(judge_model.digest(path))
+    return Step(name, judge_model.run, judge_model.VERSION, config, JudgeModelResources(path), one)

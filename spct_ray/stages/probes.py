@@ -1,0 +1,143 @@
+"""`spct evaluate --suite robustness`: benchmark items changed by probes, and the report of who was fooled.
+
+`run` writes bench_<number>.parquet (0 is "clean", then `spct_ray.benchmarks.robustness.PROBES`), which the ordinary
+evaluate stage judges; `report` writes summary.json, pairs.parquet (every changed item beside the judges' choices) and
+index.html.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spct_ray.errors import DataError
+from spct_ray.graph.record import write_atomically
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.seeds import derive_seed
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ProbesConfig:
+    """Nothing to choose: the probes are the suite's."""
+
+
+@dataclass(frozen=True)
+class RobustnessConfig:
+    """`judges`, and the numbers of samples that a vote takes (the largest is reported)."""
+
+    judges: tuple[str, ...]
+    singles: tuple[Literal["binary", "scale"], ...]
+    ks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ProbesResources:
+    """One process."""
+
+
+def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[str, Any]:
+    """Write the clean and the changed items. Raises DataError when no item can be probed."""
+    from spct_ray.benchmarks.robustness import probe_items
+    from spct_ray.data.store import judged_files, read_items, write_items
+
+    items = [item for file in judged_files(context.inputs["items"]).values() for item in read_items(str(file))]
+    found = probe_items(items, context.seed)
+    if not found["clean"]:
+        raise DataError("robustness: no item with several responses and one best among the benchmarks")
+    for number, made in enumerate(found.values()):
+        write_items(str(Path(context.out) / f"bench_{number:02d}.parquet"), made)
+    return {name: len(made) for name, made in found.items()}
+
+
+def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -> dict[str, Any]:
+    """Write the report; the metrics hold the table for the terminal."""
+    from spct_ray.benchmarks import aggregate, official, robustness, robustness_page
+    from spct_ray.benchmarks.official import Sheet, best_credit
+    from spct_ray.data.store import judged_files, read_items
+    from spct_ray.stages.compare import judged_tables
+
+    names = ("clean", *(probe.name for probe in robustness.PROBES))
+    files = judged_files(context.inputs["items"]).values()
+    items = {name: read_items(str(file)) for name, file in zip(names, files, strict=True)}
+    seed, summary, rows = derive_seed(context.seed, "robustness"), dict[str, Any](), list[dict[str, Any]]()
+    for judge, single in zip(config.judges, config.singles, strict=True):
+        tables = judged_tables(context.inputs, judge, {n: made for n, made in items.items() if made}, single)
+        ways: dict[str, Any] = {}
+        for way in ("greedy", f"vote@{max(config.ks)}"):
+            credit, decided = {n: _none() for n in names}, {n: _none() for n in names}
+            for name, (samples, greedy) in tables.items():
+                table = greedy if way == "greedy" else samples
+                (decision,) = aggregate.decide("sum", table, aggregate.draw(table, table.num_samples, 1, 0), 1)
+                credit[name] = best_credit(Sheet.of(items[name]), decision.scores_IO)
+                decided[name] = official.decided(decision.scores_IO).astype(float)
+                rows += _pairs(judge, way, name, items[name], decision.scores_IO, credit[name])
+            flips = {"order flip": _flips(tables["clean"][1], seed)} if way == "greedy" else {}
+            ways[way] = flips | robustness.rates(items, credit, decided, seed)
+            ways[f"{way} clean accuracy"] = float(credit["clean"].mean())
+        summary[judge] = ways
+    result = {"suite": "robustness", "num_items": len(items["clean"]), "judges": summary}
+    out = Path(context.out)
+    _write_pairs(out / "pairs.parquet", rows)
+    write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(str(out / "index.html"), robustness_page.render(result, rows).encode())
+    return {"summary_text": robustness_page.text(result)}
+
+
+def _none() -> Any:
+    import numpy as np
+
+    return np.zeros(0)
+
+
+def _flips(greedy: Any, seed: int) -> dict[str, Any]:
+    """Share of items whose greedy winner differs between two orders, both parsed."""
+    import numpy as np
+
+    from spct_ray.benchmarks.metrics import bootstrap_ci
+
+    held = np.where(greedy.option_IO[:, None], greedy.scores_IKO, -np.inf)
+    winner = held == held.max(axis=-1, keepdims=True)
+    both = greedy.used_IK.all(axis=1)
+    differ = (winner[:, 0] != winner[:, 1]).any(axis=-1)[both].astype(float)
+    return {
+        "what": "the same item in another order gets another winner",
+        "counted": "both parsed",
+        "rate": float(differ.mean()) if len(differ) else None,
+        "ci": list(bootstrap_ci(differ, seed)) if len(differ) else None,
+        "num_items": len(differ),
+        "undecided": int((~both).sum()),
+    }
+
+
+def _pairs(judge: str, way: str, probe: str, items: Any, scores_IO: Any, credit_I: Any) -> list[dict[str, Any]]:
+    import math
+
+    return [
+        {
+            "judge": judge,
+            "way": way,
+            "probe": probe,
+            "item_id": item.id,
+            "query": item.messages[-1].content,
+            "responses": list(item.responses),
+            "best": item.best,
+            "scores": [] if math.isnan(scores[0]) else [float(s) for s in scores[: len(item.responses)]],
+            "credit": float(credit),
+        }
+        for item, scores, credit in zip(items, scores_IO, credit_I, strict=True)
+    ]
+
+
+def _write_pairs(file: Path, rows: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    partial = file.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(list(rows)), partial)
+    os.replace(partial, file)

@@ -1,0 +1,380 @@
+"""`spct evaluate` without engines: what it resolves, the graph it builds, and its report on judgements made by hand."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import random
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spct_ray.benchmarks.compute import Rates, cost, count_weights, pareto
+from spct_ray.benchmarks.registry import BenchmarkSpec
+from spct_ray.cli import main
+from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
+from spct_ray.config import to_plain
+from spct_ray.data.store import judged_files, read_items
+from spct_ray.errors import ConfigError
+from spct_ray.graph.fingerprint import step_ids
+from spct_ray.graph.record import StepRecord, step_directory, write_record
+from spct_ray.graph.step import StepContext
+from spct_ray.judge.judge import JudgeTask, to_trajectory
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.stages import benchmarks, compare, evaluate, evaluation
+from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
+from spct_ray.stages.evaluation import Evaluation, EvaluationConfig, build_steps, resolve
+
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
+PROMPT = JudgeConfig(template="compact", single="scale")
+
+
+def make_model(directory: Path, fill: int = 0, template: bool = True) -> Path:
+    """A directory that passes for a model of 6 weights."""
+    directory.mkdir(parents=True)
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes([fill] * 12))
+    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"} if template else {}))
+    return directory
+
+
+def make_benchmarks(tmp_path: Path, num: int = 30) -> tuple[BenchmarkSpec, ...]:
+    """Files of 30 pairs of RewardBench, and of 6 single responses of ReaLMistake."""
+    subsets = ("alpacaeval-easy", "hep-go", "math-prm")
+    pairs = [{"id": i, "prompt": f"Q{i}{HOSTILE}", "chosen": f"g{i}", "rejected": f"b{i}", "subset": subsets[i % 3]}
+             for i in range(num)]  # fmt: skip
+    singles = [{"input": f"Q{i}", "llm_response": "r", "error_label": ("error", "no_error")[i % 2]} for i in range(6)]
+    for name, rows in (("rb", pairs), ("rm", singles)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return evaluation.specs(f"rewardbench={tmp_path}/rb.jsonl,realmistake={tmp_path}/rm.jsonl")
+
+
+def judgements(directory: Path, items_dir: str, skill: float, k: int, fails: float, name: str) -> None:
+    """The files of a finished evaluate step whose judge is right with probability `skill`."""
+    rng, made = random.Random(name), []
+    for file in judged_files(items_dir).values():
+        for item in read_items(str(file)):
+            for task in tasks_of(item, EvaluateConfig(PROMPT, "scale", k), 1, num_greedy=2):
+                made.append(judgement(task, rng.random() < skill, rng.random() < fails, name, rng))
+    (directory / "trajectories").mkdir(parents=True)
+    rows = [{"key": t.key, **t.to_row()} for t in made]
+    pq.write_table(pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA), directory / "trajectories" / "0.parquet")
+    (directory / "timing.json").write_text(json.dumps({"engine_seconds": 5.0, "judgements": 100}))
+
+
+def judgement(task: JudgeTask, right: bool, fails: bool, name: str, rng: random.Random) -> Any:
+    high, low = rng.randint(6, 9), rng.randint(2, 5)
+    best = task.item.rewards.index(max(task.item.rewards))
+    if len(task.order) == 1:
+        shown = [high if right == bool(task.item.rewards[0]) else low]
+    else:
+        shown = [high if (i == best) == right else low for i in task.order]
+    text = "nothing" if fails else f"Scores: \\boxed{{{', '.join(map(str, shown))}}}"
+    return to_trajectory(
+        task, PROMPT, text=text, stop_reason="stop", model=name, prompt_tokens=100, completion_tokens=20
+    )
+
+
+def context(out: Path, name: str, inputs: dict[str, str]) -> StepContext:
+    out.mkdir(parents=True, exist_ok=True)
+    return StepContext(name, 1, str(out), inputs, "spct")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """Two judges, one with a meta RM that knows what is right; its summary, directory and metrics."""
+    tmp_path = tmp_path_factory.mktemp("report")
+    specs = make_benchmarks(tmp_path)
+    benchmarks.run(
+        context(tmp_path / "items", "benchmarks", {}),
+        benchmarks.BenchmarksConfig(specs),
+        benchmarks.BenchmarksResources(),
+    )
+    inputs = {"items": str(tmp_path / "items")}
+    for name, skill, fails in (("weak", 0.55, 0.2), ("strong", 0.75, 0.0)):
+        directory = tmp_path / f"evaluate_{name}"
+        judgements(directory, inputs["items"], skill, 8, fails, name)
+        make_model(tmp_path / f"model_{name}" / "model")
+        inputs |= {f"evaluate_{name}": str(directory), f"model_{name}": str(tmp_path / f"model_{name}")}
+    table = pq.read_table(tmp_path / "evaluate_strong" / "trajectories").to_pylist()
+    items = {i.id: i for f in judged_files(inputs["items"]).values() for i in read_items(str(f))}
+    rows = [
+        {"model": "strong", "key": r["key"], "logit": 3.0 if is_right(r, items[r["item_id"]]) else -3.0} for r in table
+    ]
+    (tmp_path / "meta_scores_strong").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "meta_scores_strong" / "logits.parquet")
+    make_model(tmp_path / "meta_strong" / "model")
+    inputs |= {f"{role}_strong": str(tmp_path / f"{role}_strong") for role in ("meta_scores", "meta")}
+    config = compare.CompareConfig(
+        ("weak", "strong"), ("scale", "scale"), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"),
+        (1, 2, 4, 8), resamples=100,
+    )  # fmt: skip
+    metrics = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())
+    return json.loads((tmp_path / "out" / "summary.json").read_text()), tmp_path / "out", metrics
+
+
+def is_right(row: dict[str, Any], item: Any) -> bool:
+    scores = row["scores"]
+    if len(scores) == 1:
+        return bool((scores[0] > 5.5) == bool(item.rewards[0]))
+    return bool(scores.index(max(scores)) == item.best)
+
+
+def test_more_samples_help_and_the_meta_rm_that_knows_is_right(report: Any) -> None:
+    summary, _, _ = report
+    block = summary["benchmarks"]["rewardbench"]
+    strong = block["models"]["strong"]
+    assert strong["vote"]["8"]["score"] > strong["vote"]["1"]["score"]
+    assert strong["meta_vote"]["8"]["score"] >= strong["vote"]["8"]["score"]
+    assert strong["aggregators"]["best_by_meta"]["score"] == pytest.approx(1, abs=0.05)
+    assert strong["meta_rm"]["auc"] == 1
+    assert block["chance"] == pytest.approx(0.5, abs=0.05)
+    low, high = strong["vote"]["8"]["ci"]
+    assert low <= strong["vote"]["8"]["score"] <= high
+    assert set(strong["vote"]["8"]["parts"]) == {"Chat", "Reasoning"}
+    assert block["models"]["weak"]["meta_vote"] == {}
+    assert set(strong["aggregators"]) == {
+        "sum", "mean", "median", "majority", "best_by_meta", "meta_top", "meta_weighted",
+    }  # fmt: skip
+
+
+def test_failures_are_named_and_differences_paired(report: Any) -> None:
+    block = report[0]["benchmarks"]["rewardbench"]
+    assert set(block["models"]["weak"]["failures"]) == {"no_box"}
+    assert block["models"]["strong"]["failures"] == {}
+    found = block["paired"]["strong - weak"]["sum@8"]
+    weak, strong = (block["models"][name]["vote"]["8"]["score"] for name in ("weak", "strong"))
+    assert found["difference"] == pytest.approx(strong - weak)
+    assert found["won"] + found["lost"] + found["equal"] + found["undecided"] == 30
+    greedy = block["paired"]["strong - weak"]["greedy"]  # undecided in either of the two orders
+    rate = block["models"]["weak"]["greedy"]["undecided_rate"]
+    assert 30 * rate <= greedy["undecided"] <= 60 * rate
+    assert block["models"]["weak"]["greedy"]["k"] == 1
+
+
+def test_single_responses_are_scored_by_area(report: Any) -> None:
+    strong = report[0]["benchmarks"]["realmistake"]["models"]["strong"]
+    assert {"error F1", "rated"} <= set(strong["vote"]["8"]["parts"])
+    assert strong["vote"]["8"]["score"] > 0.5
+
+
+def test_costs_grow_with_samples_and_the_front_is_one(report: Any) -> None:
+    summary = report[0]
+    votes = summary["benchmarks"]["rewardbench"]["models"]["strong"]["vote"]
+    assert votes["8"]["cost"]["tokens"] == pytest.approx(8 * votes["1"]["cost"]["tokens"])
+    assert votes["1"]["cost"]["prefill_flops"] == pytest.approx(2 * 6 * 100)
+    assert votes["1"]["cost"]["seconds"] == pytest.approx(0.05)
+    front = summary["pareto"]["rewardbench"]["tokens"]
+    assert [p["tokens"] for p in front] == sorted(p["tokens"] for p in front)
+    assert [p["score"] for p in front] == sorted(p["score"] for p in front)
+
+
+def test_every_sample_is_kept_and_the_table_is_printed(report: Any) -> None:
+    _, out, metrics = report
+    rows = pq.read_table(out / "samples.parquet").to_pylist()
+    assert len(rows) == 2 * 36 * 8
+    assert sum(r["logit"] is not None for r in rows) == 36 * 8
+    assert {r["outcome"] for r in rows if r["failure"]} == {"no_box"}
+    assert {r["outcome"] for r in rows if not r["failure"]} == {"right", "wrong"}
+    text = metrics["summary_text"]
+    assert "RewardBench (rewardbench): official score of 30 rows, 0 dropped" in text
+    assert "best by meta" in text
+    assert "strong - weak, vote@8" in text
+
+
+class Tags(html.parser.HTMLParser):
+    """Every element, what it loads, and event handlers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.events: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.events += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_self_contained_and_escapes_what_it_shows(report: Any) -> None:
+    page, tags = (report[1] / "index.html").read_text(), Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.tags.count("script") == 1
+    assert tags.events == []
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in tags.sources)
+    assert "&lt;script&gt;alert" in page
+    for words in ("data-outcome='failure'", "data-outcome='right'", "sortable", "Meta RM", "By subset", "adaptive"):
+        assert words in page
+
+
+def test_costs_by_hand() -> None:
+    rates = Rates(params=10, meta_params=4, prompt_tokens=100, completion_tokens=20, seconds=0.5)
+    # decode 2 * 10 * 20 * 3 = 1200; prefill 2 * 10 * 100 * 3 = 6000, with meta + 2 * 4 * 120 * 3 = 2880
+    plain, guided = cost(rates, 3, False), cost(rates, 3, True)
+    assert plain == {"tokens": 60, "prefill_flops": 6000, "decode_flops": 1200, "seconds": 1.5, "flops": 7200}
+    assert (guided["prefill_flops"], guided["flops"]) == (8880, 10080)
+    points = [{"x": 2, "score": 0.6}, {"x": 1, "score": 0.5}, {"x": 3, "score": 0.55}, {"x": 2, "score": 0.4}]
+    assert pareto(points, "x") == [points[1], points[0]]
+
+
+def test_weights_are_counted_from_headers(tmp_path: Path) -> None:
+    assert count_weights(str(make_model(tmp_path / "m"))) == 6
+
+
+def fake_run(root: Path) -> dict[str, str]:
+    """Records of a run with base and rft judges, evaluated, and a meta RM; returns model directories by step."""
+    models = {}
+
+    def record(name: str, inputs: dict[str, str], config: dict[str, Any], resources: Any = None) -> None:
+        sources = {role: {"step": step, "id": f"{step}".ljust(12, "0")} for role, step in inputs.items()}
+        directory = Path(step_directory(str(root), name, name.ljust(12, "0")))
+        if name in ("student", "rft", "meta"):
+            models[name] = str(make_model(directory / "model", fill=len(models)))
+        directory.mkdir(parents=True, exist_ok=True)
+        write_record(str(directory), StepRecord(name, name.ljust(12, "0"), "f", 1, 1, config, sources, resources))
+
+    how = to_plain(EvaluateConfig(PROMPT, "binary", 8, 0.7))
+    where = to_plain(evaluation.SamplingResources(block_size=99))
+    record("items", {}, {})
+    record("student", {}, {})
+    record("rft", {"items": "items"}, {})
+    record("meta", {"items": "items"}, {})
+    record("evaluate_base", {"items": "items", "judge": "student"}, how, where)
+    record("evaluate_rft", {"items": "items", "judge": "rft"}, how, where)
+    record("meta_scores", {"meta": "meta", "evaluate_rft": "evaluate_rft"}, {})
+    return models
+
+
+def test_a_run_stands_for_its_last_judge_as_it_was_evaluated(tmp_path: Path) -> None:
+    root = tmp_path / "my run"
+    models = fake_run(root)
+    judge = resolve(str(root), EvaluationConfig())
+    assert (judge.name, judge.model, judge.meta) == ("my-run_rft", models["rft"], models["meta"])
+    assert judge.config == EvaluateConfig(PROMPT, "binary", 8, 0.7)
+    assert judge.resources.block_size == 99
+    assert list(judge.train) == ["items0000000"]
+    base = resolve(f"{root}:base", EvaluationConfig())
+    assert (base.model, base.meta, base.train) == (models["student"], None, {})
+    with pytest.raises(ConfigError, match="no finished evaluation of grpo"):
+        resolve(f"{root}:grpo", EvaluationConfig())
+    with pytest.raises(ConfigError, match="not 'sft'"):
+        resolve(f"{root}:sft", EvaluationConfig())
+
+
+def test_the_graph_and_its_ids(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    specs = make_benchmarks(tmp_path / "data")
+    fake_run(tmp_path / "run")
+    judges = [resolve(str(tmp_path / "run"), EvaluationConfig())]
+    judges += [resolve(str(make_model(tmp_path / place / "same")), EvaluationConfig()) for place in "ab"]
+    steps = build_steps(judges, Evaluation(specs, (1, 4)))
+    names = [step.name for step in steps]
+    assert names[0] == "benchmarks"
+    assert {"evaluate_run_rft", "meta_scores_run_rft", "evaluate_same", "evaluate_same-2"} <= set(names)
+    assert all(s.config.k_max == 4 for s in steps if s.name.startswith("evaluate_"))
+    ids = step_ids(steps, 1)
+    alone, moved = (
+        step_ids(build_steps([replace(judges[1], model=model)], Evaluation(specs, (1, 4))), 1)
+        for model in (judges[1].model, judges[2].model)
+    )
+    assert alone == moved  # the same model at another place
+    Path(specs[0].path).write_text(Path(specs[0].path).read_text().replace("Q1", "R1"))
+    changed = evaluation.specs(",".join(f"{s.name}={s.path}" for s in specs))
+    again = step_ids(build_steps(judges, Evaluation(changed, (1, 4))), 1)
+    assert again["benchmarks"] != ids["benchmarks"]
+
+
+def test_contamination_is_counted(tmp_path: Path) -> None:
+    long = " ".join(f"word{i}" for i in range(20))
+    row = {"id": 1, "prompt": long, "chosen": "g", "rejected": "b", "subset": "hep-go"}
+    (tmp_path / "rb.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": 2, "prompt": "else"}) + "\n")
+    specs = evaluation.specs(f"rewardbench={tmp_path}/rb.jsonl")
+    config = benchmarks.BenchmarksConfig(specs)
+    benchmarks.run(context(tmp_path / "a", "benchmarks", {}), config, benchmarks.BenchmarksResources())
+    assert json.loads((tmp_path / "a/data_report.json").read_text())["rewardbench"]["contaminated"] is None
+    (tmp_path / "a/bench_rewardbench.parquet").rename(tmp_path / "a/train.parquet")
+    where = benchmarks.BenchmarksResources((str(tmp_path / "a"),))
+    benchmarks.run(context(tmp_path / "b", "benchmarks", {}), config, where)
+    found = json.loads((tmp_path / "b/data_report.json").read_text())["rewardbench"]["contaminated"]
+    assert found == ["rewardbench:1", "rewardbench:2"]
+
+
+def test_greedy_judgements_come_in_both_orders(tmp_path: Path) -> None:
+    (item, *_) = (i for f in [make_benchmarks(tmp_path)[0]] for i in evaluation_items(f))
+    greedy = [t for t in tasks_of(item, EvaluateConfig(k_max=4), 1, num_greedy=2) if not t.temperature]
+    assert sorted(t.order for t in greedy) == [(0, 1), (1, 0)]
+    one = [t for t in tasks_of(item, EvaluateConfig(k_max=4), 1) if not t.temperature]
+    assert one == greedy[:1]
+    assert evaluate.run is not evaluate.run_both_orders
+
+
+def evaluation_items(spec: BenchmarkSpec) -> Any:
+    from spct_ray.benchmarks.registry import read_benchmark
+    from spct_ray.data.validate import Limits
+
+    return read_benchmark(spec, Limits(), None, 0)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{model}", "--benchmarks", "rewardbnch"], "did you mean 'rewardbench'"),
+        (["{model}", "--benchmarks", "llmbar"], "llmbar=PATH"),
+        (["{model}", "--benchmarks", "rewardbench,rewardbench"], "none twice"),
+        (["{model}", "--benchmarks", "rewardbench", "--k", "1,two"], "--k 1,2,4,8"),
+        (["{model}", "--benchmarks", "rewardbench", "--k", "0"], "at least 1"),
+        (["nowhere", "--benchmarks", "rewardbench"], "no run (no steps/ in it) and no model directory"),
+        (["{bare}", "--benchmarks", "rewardbench"], "no chat template"),
+    ],
+)
+def test_errors_say_what_to_do(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(tmp_path / "model")
+    make_model(tmp_path / "bare", template=False)
+    filled = [a.format(model=tmp_path / "model", bare=tmp_path / "bare") for a in arguments]
+    assert main(["evaluate", *filled]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_engine_from_the_command_line_twice(tmp_path: Path) -> None:
+    from tiny import make_tiny_model
+
+    make_tiny_model(tmp_path / "tiny")
+    make_benchmarks(tmp_path, 6)
+    (tmp_path / "c.yaml").write_text(
+        "judge: {template: compact, max_tokens: 8}\ncluster: {num_cpus: 2, object_store_gib: 0.2}\n"
+        "evaluate: {block_size: 12, engine: {max_model_len: 512, max_num_seqs: 16, kv_cache_gib: 0.1}}\n"
+    )
+    command = [
+        sys.executable, "-m", "spct_ray.cli", "evaluate", str(tmp_path / "tiny"), f"--root={tmp_path}/out", "--k=1,2",
+        f"--benchmarks=rewardbench={tmp_path}/rb.jsonl", f"--config={tmp_path}/c.yaml",
+    ]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    summary = json.loads((tmp_path / "out/report/summary.json").read_text())
+    assert summary["judges"]["tiny"]["weights"] > 1000
+    failures = summary["benchmarks"]["rewardbench"]["models"]["tiny"]["failures"]
+    assert sum(failures.values()) <= 12
+    assert pq.read_table(tmp_path / "out/report/samples.parquet").num_rows == 12
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0
+    assert "starts" not in again.stdout
+    assert "official score of 6 rows" in again.stdout
