@@ -177,7 +177,7 @@ REWARD_BENCH_2_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus",
 def reward_bench_2(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Unweighted mean of six subsets: best of 4 (1 / m where the right response is among m best), and Ties by `ties`.
 
-    After allenai/reward-bench, scripts/run_v2.py and rewardbench/utils.py; arXiv 2506.01937.
+    After allenai/reward-bench; arXiv 2506.01937.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     parts = {name: _mean(credit_I, weight_I, _in(sheet, name)) for name in REWARD_BENCH_2_SUBSETS[:-1]}
@@ -241,7 +241,8 @@ def rm_bench(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     is the mean above the diagonal, normal on it, easy below. A domain is the mean of its cells, safety that of its two
     halves; hard, normal, easy and "score" are means over the four domains.
 
-    After THU-KEG/RM-Bench, README ("how to compute the accuracy") and scripts; arXiv 2410.16184.
+    The matrix is after the README of THU-KEG/RM-Bench ("how to compute the accuracy"), which leaves the mean over
+    domains open; arXiv 2410.16184.
     """
     cells: dict[str, Floats] = {}
     win_I33 = _cell_wins(sheet, decision.scores_IO)
@@ -281,7 +282,7 @@ def rmb(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Mean of four accuracies: helpfulness and harmlessness, pairs and best of n. Strict: the chosen response must
     score above every other; of a best-of-n row asked in pairs all must be right.
 
-    After Zhou-Zoey/RMB-Reward-Model-Benchmark (eval/scripts); arXiv 2410.09893, Section 3.
+    Data: Zhou-Zoey/RMB-Reward-Model-Benchmark; arXiv 2410.09893.
     """
     by_question = np.ones(sheet.num_questions)
     np.minimum.at(by_question, sheet.question_I, strict_credit(sheet, decision.scores_IO))
@@ -326,7 +327,7 @@ def ppe_correctness(sheet: Sheet, decision: Decision, weight_I: Floats) -> Score
     """Mean over the benchmarks of accuracy on pairs of a right and a wrong answer; "best of k" is the share of prompts
     whose top-scored answer is right, over the prompts whose answers fitted into one prompt.
 
-    After lmarena/PPE ("accuracy" over sampled_conflict_pairs, best-of-K curves); arXiv 2410.14872, Section 4.
+    Data: lmarena/PPE, whose rows name the conflicts to compare; arXiv 2410.14872.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     whole_I = np.array([facts.get("kind") == "best of k" for facts in sheet.facts_I])
@@ -370,7 +371,7 @@ def llmbar(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Mean of Natural and the four adversarial subsets, "adversarial" of these four; ties broken at random. The case
     studies that come with the data are measured apart and are in neither mean.
 
-    After princeton-nlp/LLMBar (Evaluators/evaluate.py, statistics); arXiv 2310.07641, Table 2.
+    Data: princeton-nlp/LLMBar; arXiv 2310.07641.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     ends = {name: re.split(r"[/-]", name)[-1].lower() for name in sheet.names if not name.startswith("CaseStudy")}
