@@ -43,7 +43,7 @@ def train(model_dir: str, out: str, micro_tokens: int, zero_stage: int) -> list[
     """The updates on one rank of whatever process group there is; exports the policy."""
     resources = TrainResources(zero_stage=zero_stage, micro_tokens=micro_tokens, threads=1)  # type: ignore[arg-type]
     trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=2, seed=0)
-    reference = Reference(model_dir, trainer, OPTIM, resources)
+    reference = Reference(model_dir, trainer, resources)
     numbers = []
     for num_samples in NUM_SAMPLES:
         batches, num_passes = rank_micro_batches(
@@ -123,7 +123,7 @@ def test_updates_after_a_resume_are_bit_equal(model_dir: str, tmp_path: Path) ->
     def run(num_updates: int, out: str) -> None:
         trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=4, seed=0)
         first = (trainer.resume(checkpoints) or {"step": 0})["step"]
-        reference = Reference(model_dir, trainer, OPTIM, resources)
+        reference = Reference(model_dir, trainer, resources)
         for step in range(first, first + num_updates):
             batches, num_passes = rank_micro_batches(make_samples(7 - step), 0, 1, resources.micro_tokens)
             batches = add_reference(batches, num_passes, reference)

@@ -12,9 +12,10 @@ from typing import Any
 
 from spct_ray.errors import ConfigError
 
-QUIET = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve their neighbours on shared cores
 }
 
 
@@ -36,7 +37,7 @@ def start(resources: ClusterResources) -> Iterator[None]:
     there is no Ray at the address.
     """
     address = os.environ.get("RAY_ADDRESS") or resources.address
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not address:  # the network port of a local Ray is this machine's own; Ray would ask its children for a token
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -48,7 +49,7 @@ def start(resources: ClusterResources) -> Iterator[None]:
         return
     environment: dict[str, Any] = {"worker_process_setup_hook": "spct_ray.cluster.session.exit_with_raylet"}
     if address:
-        environment["env_vars"] = {name: os.environ[name] for name in QUIET}
+        environment["env_vars"] = {name: os.environ[name] for name in ENVIRONMENT}
         try:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="WARNING")
         except ConnectionError as error:

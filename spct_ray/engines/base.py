@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from spct_ray.precision import Precision
 from spct_ray.records import Completion, Message, Record
 
 
@@ -41,7 +42,7 @@ class EngineConfig:
 
     max_model_len: int = 4096  # prompt + completion, tokens
     max_num_seqs: int = 256  # sequences in one forward pass
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Precision | Literal["float16"] = "auto"  # see `spct_ray.precision`
     tensor_parallel: int = 1  # GPUs of one replica
     gpu_memory_utilization: float = 0.85  # GPU only: share of memory for weights and cache
     enforce_eager: bool = False  # GPU only: no compilation and CUDA graphs (the CPU engine never has them)

@@ -36,6 +36,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from spct_ray.chat import encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
+from spct_ray.precision import resolve
 from spct_ray.records import Completion
 
 _logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class VllmEngine:
                 model=self._model_dir,
                 load_format="safetensors",
                 use_tqdm_on_load=False,
-                dtype=config.dtype,
+                dtype=resolve(config.dtype, on_gpu=not on_cpu),
                 max_model_len=config.max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 tensor_parallel_size=config.tensor_parallel,

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from spct_ray.precision import Precision
+
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW. The learning rate warms up linearly, then stays or falls to 0 at the last step.
 
-    `dtype` float32 is for CPUs without fast bf16, and for exact comparisons; checkpoints hold fp32 either way.
+    `dtype` is that of the weights in use, see `spct_ray.precision`; checkpoints hold fp32 masters either way.
     """
 
     lr: float = 5e-6
@@ -20,7 +22,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Precision = "auto"
 
 
 @dataclass(frozen=True)

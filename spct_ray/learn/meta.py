@@ -17,6 +17,7 @@ from spct_ray.learn.batch import EMPTY, Batch, BatchSize, make_batch, plan_rows
 from spct_ray.learn.examples import Example
 from spct_ray.learn.model import LastTokenScore, load_model
 from spct_ray.learn.trainer import Trainer
+from spct_ray.precision import resolve
 from spct_ray.records import Message
 
 
@@ -41,7 +42,8 @@ class MetaScorer:
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self._module = LastTokenScore(load_model(model_dir, "scalar", torch.bfloat16)).to(self._device).eval()
+        dtype = getattr(torch, resolve("auto", on_gpu=self._device == "cuda"))
+        self._module = LastTokenScore(load_model(model_dir, "scalar", dtype)).to(self._device).eval()
         self._micro_tokens = micro_tokens
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spct_ray.learn.batch import EMPTY, Batch
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.config import TrainResources
 from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.learn.trainer import Trainer
 
@@ -20,9 +20,9 @@ from spct_ray.learn.trainer import Trainer
 class Reference:
     """Made after the policy, whose process group and device it uses."""
 
-    def __init__(self, model_dir: str, policy: Trainer, optim: OptimConfig, resources: TrainResources) -> None:
+    def __init__(self, model_dir: str, policy: Trainer, resources: TrainResources) -> None:
         self._device = policy.device
-        dtype = torch.bfloat16 if optim.dtype == "bfloat16" else torch.float32  # the policy's: no KL before step 1
+        dtype = policy.dtype  # else there is a KL before step 1
         if resources.zero_stage < 3:
             self._module: Any = TokenLogprobs(load_model(model_dir, "lm", dtype)).to(policy.device)
         else:

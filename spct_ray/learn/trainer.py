@@ -1,8 +1,8 @@
 """One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU and CUDA.
 
-Weights are bf16 with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the number of
-ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller brings,
-and starting processes (see `spct_ray.cluster.train`).
+Weights are bf16 (or fp32) with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the
+number of ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller
+brings, and starting processes (see `spct_ray.cluster.train`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import EMPTY, Batch
 from spct_ray.learn.config import OptimConfig, TrainResources, learning_rate
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.precision import resolve
 
 _GATHER_NUMEL = 1 << 28  # elements gathered at once under ZeRO-3
 
@@ -54,17 +55,17 @@ class Trainer:
         self.optim, self.total_steps, self.seed, self.steps_done = optim, total_steps, seed, 0
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
         self._zero_stage = resources.zero_stage
-        self._dtype = torch.bfloat16 if optim.dtype == "bfloat16" else torch.float32
-        config = _deepspeed_config(optim, resources)
+        self.dtype: torch.dtype = getattr(torch, resolve(optim.dtype, on_gpu=resources.gpus_per_worker > 0))
+        config = _deepspeed_config(optim, resources, self.dtype)
         torch.manual_seed(derive_seed(seed, "weights"))  # a new scalar head is drawn at random, alike on all ranks
         if resources.zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
             active = HfDeepSpeedConfig(config)  # makes from_pretrained partition the weights while this object lives
-            self.model = load_model(model_dir, head, self._dtype)
+            self.model = load_model(model_dir, head, self.dtype)
             del active
         else:
-            self.model = load_model(model_dir, head, self._dtype)
+            self.model = load_model(model_dir, head, self.dtype)
         self.model.train()
         if resources.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -278,7 +279,7 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     return deepspeed
 
 
-def _deepspeed_config(optim: OptimConfig, resources: TrainResources) -> dict[str, Any]:
+def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torch.dtype) -> dict[str, Any]:
     on_gpu = resources.gpus_per_worker > 0
     zero: dict[str, Any] = {
         "stage": resources.zero_stage,
@@ -290,7 +291,7 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources) -> dict[str
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the boundary is set by hand in `step`
-        "bf16": {"enabled": optim.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "gradient_clipping": optim.grad_clip,

@@ -124,7 +124,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
         seed=context.seed,
     )
     first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
-    reference = Reference(start_model, trainer, config.optim, resources.train) if config.beta > 0 else None
+    reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
     with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
         metrics = MetricsFile(out / "metrics.jsonl", first) if trainer.rank == 0 else None
         phase = Phases()
