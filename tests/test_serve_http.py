@@ -310,6 +310,15 @@ def test_hostile_bodies_are_refused_cleanly(body, status):
         assert str(ServeConfig.max_body_bytes) in message
 
 
+def test_texts_that_cannot_fit_are_refused_before_any_is_encoded():
+    script = Script((1, 2))
+    reply = client(script).post("/v1/judge", json={**OK, "principles": "[ " * 100_000})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (413, "too_long")
+    assert "texts of 200020 characters" in reply.json()["error"]["message"]
+    assert "4096 tokens" in reply.json()["error"]["message"]
+    assert not script.params
+
+
 def test_a_body_without_a_declared_length_is_cut_off():
     reply = client(refuse).post("/v1/judge", content=iter([b" " * 2**20] * 5))
     assert (reply.status_code, reply.json()["error"]["type"]) == (413, "too_long")

@@ -63,7 +63,7 @@ def test_verl_calls_the_reward_function():
 
     responses = torch.tensor([[1, 1, 0], [1, 0, 0]])
     data = DataProto.from_dict(
-        tensors={"prompts": torch.ones(2, 1), "responses": responses, "attention_mask": torch.ones(2, 4)},
+        tensors={"prompts": responses[:, :1], "responses": responses, "attention_mask": torch.ones(2, 4).int()},
         non_tensors={
             "data_source": ["d", "d"],
             "reward_model": [{"ground_truth": ""}] * 2,

@@ -47,6 +47,7 @@ def config(tmp_path_factory):
         name="tiny",
         judge=JudgeConfig(template="compact", single="scale", max_tokens=880),
         guided=True,
+        judge_timeout_s=400,  # a busy machine needs minutes to start an engine anew
         resources=ServeResources(
             port=free_port(),
             judge=JUDGE,
@@ -128,7 +129,7 @@ def test_a_full_queue_is_503_and_recovers(url):
     """More requests than the judge runs and holds: the rest is refused at once, the accepted ones are answered."""
 
     def ask(_):
-        return httpx.post(f"{url}/v1/judge", json={**OK, "k": 1}, timeout=60)
+        return httpx.post(f"{url}/v1/judge", json={**OK, "k": 1}, timeout=300)
 
     with ThreadPoolExecutor(40) as threads:
         replies = list(threads.map(ask, range(40)))
@@ -145,7 +146,7 @@ def test_a_judge_killed_at_work_is_replaced_and_a_lost_meta_rm_makes_the_vote_pl
     judge = serve.get_deployment_handle("JudgeReplica", "spct")
     Path(config.meta_model, "model.safetensors").unlink()  # so that no replacement of the meta RM can load
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(httpx.post, f"{url}/v1/judge", json={**OK, "k": 32, "seed": 1}, timeout=150)
+        asked = threads.submit(httpx.post, f"{url}/v1/judge", json={**OK, "k": 32, "seed": 1}, timeout=450)
         while not judge.num_under_way.remote().result():
             time.sleep(0.05)
         kill_replicas()

@@ -72,9 +72,9 @@ class _RemoteJudge:
             except _ReplicaDied:
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise
-            finally:
-                if missing:
-                    response.cancel()
+            except (GeneratorExit, asyncio.CancelledError):  # nobody waits for the rest
+                response.cancel()
+                raise
 
 
 class _RemoteMeta:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from spct_ray.errors import EngineError, RequestError
+from spct_ray.errors import EngineError, RequestError, TooLongError
 from spct_ray.judge.adaptive import is_settled, looks
 from spct_ray.judge.cohort import score_cohort
 from spct_ray.judge.judge import JudgeTask
@@ -28,6 +28,8 @@ from spct_ray.records import Item, Message, Trajectory
 from spct_ray.serve.backends import JudgeBackend, MetaBackend
 from spct_ray.serve.config import ServeConfig
 from spct_ray.serve.schema import MAX_SEED, Budget, JudgeAnswer, JudgeRequest, SampleOut, Tally
+
+MAX_CHARACTERS_PER_TOKEN = 32  # longer texts are refused unread: to encode them k times would keep the engine busy
 
 OnSample = Callable[[Tally], None]
 
@@ -109,6 +111,13 @@ class Gateway:
         """As `answer`, for an item."""
         started = time.perf_counter()
         seed, config, num_responses = _seed(plan), self.config, len(item.responses)
+        texts = (*(m.content for m in item.messages), *item.responses, item.reference, item.principles)
+        max_tokens = config.resources.engine.max_model_len
+        if (length := sum(map(len, texts))) > MAX_CHARACTERS_PER_TOKEN * max_tokens:
+            raise TooLongError(
+                f"texts of {length} characters cannot fit the engine's max_model_len of {max_tokens} tokens; "
+                f"the limit is {MAX_CHARACTERS_PER_TOKEN * max_tokens} characters"
+            )
         k_max = config.k_auto_max if plan.k == "auto" else plan.k
         temperature = config.temperature if plan.temperature is None else plan.temperature
         orders = balanced_orders(num_responses, k_max, derive_seed(seed, "orders"))
