@@ -146,14 +146,14 @@ def test_a_judge_killed_at_work_is_replaced_and_a_lost_meta_rm_makes_the_vote_pl
     judge = serve.get_deployment_handle("JudgeReplica", "spct")
     Path(config.meta_model, "model.safetensors").unlink()  # so that no replacement of the meta RM can load
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(httpx.post, f"{url}/v1/judge", json={**OK, "k": 32, "seed": 1}, timeout=450)
+        asked = threads.submit(httpx.post, f"{url}/v1/judge", json={**OK, "k": 8, "seed": 1}, timeout=450)
         while not judge.num_under_way.remote().result():
             time.sleep(0.05)
         kill_replicas()
         reply = asked.result()
     assert reply.status_code == 200, reply.text
     answer = reply.json()
-    assert [s["sample"] for s in answer["samples"]] == list(range(32))
+    assert [s["sample"] for s in answer["samples"]] == list(range(8))
     assert (answer["voting"], answer["scores"] is None) == ("plain", False)
     assert "meta RM" in answer["voting_reason"]
 
