@@ -114,7 +114,8 @@ def test_sample_and_select(tmp_path, ray_session):
 
     items, train = items_dir(tmp_path)
     here = context(tmp_path, items=items)
-    made = sample.run(here, program_config(), SamplingResources(block_size=50))
+    every_cpu = SamplingResources(cpus_per_replica=3, block_size=50)  # reading and writing must not wait for one
+    made = sample.run(here, program_config(), every_cpu)
     found = read_trajectories(here.out)
     assert len(found) == len({t.key for t in found}) == 160 == made["judgements"]
     assert sorted({t.item_id for t in found}) == sorted(i.id for i in train)

@@ -111,12 +111,15 @@ def sample(
     context.checkpoint_config = CheckpointConfig(
         id_column="key", checkpoint_path=str((root / "checkpoint").resolve()), delete_checkpoint_on_success=False
     )
+    no_cpu = {"num_cpus": 0}  # of small files: they must find a place where the judges take every CPU
     done_before = num_rows(root / "trajectories")
     started = time.monotonic()
     with _watch(counter, done_before, len(tasks), progress):
         try:
             (
-                ray.data.read_parquet(str((root / "tasks").resolve()), override_num_blocks=num_blocks)
+                ray.data.read_parquet(
+                    str((root / "tasks").resolve()), override_num_blocks=num_blocks, ray_remote_args=no_cpu
+                )
                 .map_batches(
                     _JudgeBlocks,
                     fn_constructor_args=(make_judge, counter),
@@ -128,7 +131,7 @@ def sample(
                     max_restarts=MAX_RESTARTS,
                     max_task_retries=MAX_RESTARTS,
                 )
-                .write_parquet(str((root / "trajectories").resolve()))
+                .write_parquet(str((root / "trajectories").resolve()), ray_remote_args=no_cpu)
             )
         except ray.exceptions.RayActorError as error:
             raise EngineError(f"a judge died more than {MAX_RESTARTS} times; its last words are in the log") from error
