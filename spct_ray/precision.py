@@ -10,7 +10,7 @@ Precision = Literal["auto", "bfloat16", "float32"]
 def resolve(dtype: str, on_gpu: bool) -> str:
     """`dtype`, with "auto" as bfloat16 on GPUs and on CPUs that have instructions for it, else float32.
 
-    A CPU without them computes in bfloat16 more than a hundred times as slowly as in float32.
+    A CPU without them multiplies matrices in bfloat16 up to a hundred times as slowly as in float32.
     """
     import torch
 

@@ -109,6 +109,7 @@ def ray_session():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # sampling that waits for a CPU waits for ever
 def test_sample_and_select(tmp_path, ray_session):
     from spct_ray.cluster.sampling import read_trajectories
 

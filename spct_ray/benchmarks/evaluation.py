@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks import aggregate, curves, metrics
+from spct_ray.benchmarks import aggregate, curves, metrics, summary
 from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
 from spct_ray.benchmarks.compute import Rates, cost
 from spct_ray.benchmarks.curves import Floats, ScoreTable
@@ -27,23 +27,15 @@ ADAPTIVE_LEADS = (1.0, 2.0, 4.0)  # points a sample
 
 
 @dataclass(frozen=True, slots=True)
-class Counting:
-    """Numbers of samples k, share of them that a meta vote keeps, draws of k samples, bootstrap resamples, seed."""
+class Counting(summary.Counting):
+    """The same, and how many draws of k samples each number is a mean over."""
 
-    ks: tuple[int, ...]
-    k_meta_share: float
     num_draws: int
-    resamples: int
-    seed: int
 
     @property
     def k_max(self) -> int:
         """The largest number of samples of a vote."""
         return max(self.ks)
-
-    def k_meta(self, k: int) -> int:
-        """How many of k samples a meta vote sums; at least one."""
-        return max(1, int(k * self.k_meta_share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +151,7 @@ def judge_block(
         "num_samples": table.num_samples,
     }
     if guided:
-        block["meta_rm"] = meta_block(table) | {"filters": {name: vote(name, k_max) for name in FILTERS}}
+        block["meta_rm"] = summary.meta_block(table) | {"filters": {name: vote(name, k_max) for name in FILTERS}}
         block["meta_rm"]["gain_by_filter"] = gain_by_filter(block, k_max)
     return block, outcomes
 
@@ -206,34 +198,6 @@ def margins(task: Task, table: ScoreTable, counting: Counting) -> list[dict[str,
         for part in np.array_split(order, 5)
         if len(part)
     ]
-
-
-def meta_block(table: ScoreTable) -> dict[str, Any]:
-    """The meta RM by itself on the parsed samples, against Eq. 10: AUC, AUC among samples of one item, accuracy at
-    logit 0, expected calibration error, reliability. None where one class is missing."""
-    assert table.logits_IK is not None
-    right_IK = curves.correct_samples(table)
-    logits, labels = table.logits_IK[table.used_IK], right_IK[table.used_IK]
-    block: dict[str, Any] = dict.fromkeys(("auc", "auc_within_item", "accuracy", "ece", "share_right"))
-    block |= {"num_samples": len(logits), "reliability": []}
-    if not len(logits):
-        return block
-    probability = 1 / (1 + np.exp(-logits))
-    block |= {
-        "accuracy": float(((logits > 0) == labels).mean()),
-        "ece": metrics.ece(probability, labels),
-        "share_right": float(labels.mean()),
-        "reliability": [asdict(b) for b in metrics.reliability(probability, labels)],
-    }
-    if 0 < labels.sum() < len(labels):
-        block["auc"] = metrics.auc(logits, labels)
-    within = [
-        metrics.auc(values[used], truth[used])
-        for values, truth, used in zip(table.logits_IK, right_IK, table.used_IK, strict=True)
-        if 0 < truth[used].sum() < used.sum()
-    ]
-    block["auc_within_item"] = float(np.mean(within)) if within else None
-    return block
 
 
 def gain_by_filter(block: Mapping[str, Any], k: int) -> dict[str, float | None]:

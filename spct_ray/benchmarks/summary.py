@@ -115,33 +115,34 @@ def paired(accuracies: Mapping[str, Mapping[str, Floats]], chance_I: Floats, cou
     return {name: dataclasses.asdict(difference) for name, difference in differences}
 
 
-def meta_logits(judged: Judged) -> tuple[Floats, Floats]:
+def meta_logits(table: ScoreTable) -> tuple[Floats, Floats]:
     """Logits of the parsed samples, and their labels by Eq. 10 (1 right, 0 wrong); empty without meta RM."""
-    table = judged.samples
     if table.logits_IK is None:
         return np.empty(0), np.empty(0)
     return table.logits_IK[table.used_IK], curves.correct_samples(table)[table.used_IK].astype(np.float64)
 
 
-def meta_block(judged: Judged) -> dict[str, Any]:
-    """AUC and calibration of the meta RM on one judge's parsed samples; None where they are not defined.
+def meta_block(table: ScoreTable) -> dict[str, Any]:
+    """The meta RM by itself on one judge's parsed samples, against Eq. 10: AUC, accuracy at logit 0, calibration; None
+    where they are not defined.
 
     `auc_within_item` compares only samples of one item, which is all that a meta vote asks of the meta RM.
     """
-    logits, labels = meta_logits(judged)
-    block: dict[str, Any] = {"auc": None, "ece": None, "auc_within_item": None, "num_samples": len(logits)}
-    if not len(logits):
-        return block | {"share_right": None, "reliability": []}
+    logits, labels = meta_logits(table)
+    block: dict[str, Any] = dict.fromkeys(("auc", "ece", "auc_within_item", "accuracy", "share_right"))
+    block |= {"num_samples": len(logits), "reliability": []}
+    if table.logits_IK is None or not len(logits):
+        return block
     probabilities = 1 / (1 + np.exp(-logits))
     block |= {
+        "accuracy": float(((logits > 0) == labels).mean()),
         "ece": metrics.ece(probabilities, labels),
         "share_right": float(labels.mean()),
         "reliability": [dataclasses.asdict(b) for b in metrics.reliability(probabilities, labels)],
     }
     if 0 < labels.sum() < len(labels):
         block["auc"] = metrics.auc(logits, labels)
-    table, right_IK = judged.samples, curves.correct_samples(judged.samples)
-    assert table.logits_IK is not None
+    right_IK = curves.correct_samples(table)
     within = [
         metrics.auc(logits_K[used_K], right_K[used_K])
         for logits_K, right_K, used_K in zip(table.logits_IK, right_IK, table.used_IK, strict=True)

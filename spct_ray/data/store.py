@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,11 +29,16 @@ ITEM_SCHEMA = pa.schema(
 )
 
 
-def write_items(path: str, items: Sequence[Item]) -> None:
-    """Write `items` to the Parquet file `path`, replacing it in one move."""
+def write_rows(path: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None) -> None:
+    """Write `rows` to the Parquet file `path`, replacing it in one move. Without a schema it is taken from the rows."""
     partial = f"{path}.partial"
-    pq.write_table(pa.Table.from_pylist([item.to_row() for item in items], schema=ITEM_SCHEMA), partial)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial)
     os.replace(partial, path)
+
+
+def write_items(path: str, items: Sequence[Item]) -> None:
+    """Write `items` to the Parquet file `path`, as `write_rows`."""
+    write_rows(path, [item.to_row() for item in items], ITEM_SCHEMA)
 
 
 def read_items(path: str) -> list[Item]:

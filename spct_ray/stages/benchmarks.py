@@ -6,7 +6,6 @@ Outputs: bench_<label>.parquet and data_report.json (by label: rows, items, drop
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from spct_ray.benchmarks.registry import BenchmarkSpec
 from spct_ray.data.validate import Limits
+from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 
 VERSION = 1
@@ -62,7 +62,5 @@ def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksRes
             "dropped": asdict(dropped),
             "contaminated": [overlap.item.id for overlap in overlaps] if train else None,
         }
-    partial = Path(context.out) / "data_report.json.partial"
-    partial.write_text(json.dumps(report, indent=2))
-    os.replace(partial, Path(context.out) / "data_report.json")
+    write_atomically(f"{context.out}/data_report.json", json.dumps(report, indent=2).encode())
     return {label: {"items": r["num_items"], "dropped": r["dropped"]["counts"]} for label, r in report.items()}

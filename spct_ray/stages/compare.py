@@ -52,9 +52,10 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     """Write the report. Raises DataError when the inputs do not fit together."""
     from spct_ray.benchmarks import evaluation, evaluation_page, evaluation_text
     from spct_ray.benchmarks.compute import pareto
+    from spct_ray.data.store import write_rows
 
     seed = derive_seed(context.seed, "compare")
-    counting = evaluation.Counting(config.ks, config.k_meta_share, config.num_draws, config.resamples, seed)
+    counting = evaluation.Counting(config.ks, config.k_meta_share, seed, config.resamples, config.num_draws)
     tasks = _tasks(context.inputs["items"], config)
     rates = {name: _rates(context.inputs, name) for name in config.judges}
     judged: dict[str, dict[str, Judged]] = {}
@@ -83,7 +84,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     }
     out = Path(context.out)
     rows = _samples(tasks, judged)
-    _write_parquet(out / "samples.parquet", rows)
+    write_rows(str(out / "samples.parquet"), rows)
     html = evaluation_page.render(result, _shown(rows, tasks, config.num_examples))
     write_atomically(str(out / "index.html"), html.encode())
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
@@ -270,14 +271,3 @@ def _shown(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Task], num: in
             query = "\n\n".join(m.content for m in item.messages)
             chosen.append({**row, "query": query, "responses": shown})
     return chosen
-
-
-def _write_parquet(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    import os
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    partial = file.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(list(rows)), partial)
-    os.replace(partial, file)

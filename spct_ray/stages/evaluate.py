@@ -20,7 +20,7 @@ from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item
 from spct_ray.stages.sample import engine_judge
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

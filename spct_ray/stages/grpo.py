@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 
 _ORDER_SLACK = 16  # tokens that a prompt may grow by when its responses are shown in another order
 _PARITY_SEQUENCES = 4

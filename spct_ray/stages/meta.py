@@ -23,7 +23,7 @@ from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Message
 from spct_ray.stages.supervised import SupervisedConfig, summary_of_metrics, train
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
 from spct_ray.records import Message
 
-VERSION = 1
+VERSION = 2
 
 _BLOCK = 256  # judgements sent to a scorer at once
 

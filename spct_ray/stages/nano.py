@@ -20,7 +20,7 @@ from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.learn.nano import NanoConfig, write_nano
 from spct_ray.records import Item
 
-VERSION = 1
+VERSION = 2
 TOKENIZER_ITEMS = 2000  # items whose prompts and judgements the tokenizer is trained on
 # The frame of the compact prompt, of the meta RM's, and of a judgement; a token each.
 FRAME = (

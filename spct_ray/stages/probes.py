@@ -8,8 +8,6 @@ index.html.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +57,7 @@ def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -
     """Write the report; the metrics hold the table for the terminal."""
     from spct_ray.benchmarks import aggregate, official, robustness, robustness_page
     from spct_ray.benchmarks.official import Sheet, best_credit
-    from spct_ray.data.store import judged_files, read_items
+    from spct_ray.data.store import judged_files, read_items, write_rows
     from spct_ray.stages.compare import judged_tables
 
     names = ("clean", *(probe.name for probe in robustness.PROBES))
@@ -83,7 +81,7 @@ def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -
         summary[judge] = ways
     result = {"suite": "robustness", "num_items": len(items["clean"]), "judges": summary}
     out = Path(context.out)
-    _write_pairs(out / "pairs.parquet", rows)
+    write_rows(str(out / "pairs.parquet"), rows)
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     write_atomically(str(out / "index.html"), robustness_page.render(result, rows).encode())
     return {"summary_text": robustness_page.text(result)}
@@ -132,12 +130,3 @@ def _pairs(judge: str, way: str, probe: str, items: Any, scores_IO: Any, credit_
         }
         for item, scores, credit in zip(items, scores_IO, credit_I, strict=True)
     ]
-
-
-def _write_pairs(file: Path, rows: list[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    partial = file.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(list(rows)), partial)
-    os.replace(partial, file)

@@ -94,8 +94,8 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
     heldout = {name: by_set["heldout"] for name, by_set in judged.items()}
     result = {
         **blocks.pop("heldout"),
-        "meta_rm": summary.meta_block(heldout[final])
-        | {"auc_by_judge": {name: summary.meta_block(j)["auc"] for name, j in heldout.items()}},
+        "meta_rm": summary.meta_block(heldout[final].samples)
+        | {"auc_by_judge": {name: summary.meta_block(j.samples)["auc"] for name, j in heldout.items()}},
         "benchmarks": blocks,
         "seconds": _seconds(context.inputs),
         "missing": _missing(context.inputs),
@@ -204,7 +204,7 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
     histograms = {name: block["score_histogram"] for name, block in models.items()}
     charts.append(Chart("Scores given", "Items with two or more responses.", plots.score_histograms(histograms)))
     if meta["num_samples"]:
-        logits, labels = meta_logits(final)
+        logits, labels = meta_logits(final.samples)
         svg = plots.meta_reliability(meta["reliability"], logits[labels == 1].tolist(), logits[labels == 0].tolist())
         areas = {f"samples of {LABELS[name]}": area for name, area in meta["auc_by_judge"].items()}
         areas["the final judge's samples of one item, item by item,"] = meta["auc_within_item"]

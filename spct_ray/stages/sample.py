@@ -28,7 +28,7 @@ from spct_ray.judge.seeds import derive_seed
 if TYPE_CHECKING:
     from spct_ray.records import Item
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

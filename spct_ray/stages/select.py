@@ -19,7 +19,7 @@ from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages, meta_messages
 from spct_ray.judge.select import select
 
-VERSION = 1
+VERSION = 2
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SFT_SCHEMA = pa.schema(
