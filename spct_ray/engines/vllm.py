@@ -161,6 +161,7 @@ class VllmEngine:
         arguments: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
         if on_cpu:  # chunked prefill rewinds a seeded request's generator, which torch's CPU generator cannot do
             arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enable_chunked_prefill": False}
+            arguments["block_size"] = 32  # the least that CPU attention takes: vLLM's 128 would share no short prompt
         core = LLMEngine.from_engine_args(
             EngineArgs(
                 model=self._model_dir,
