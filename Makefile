@@ -28,8 +28,8 @@ demo: setup
 smollm2: setup
 	$(VENV)/bin/spct run conf/smollm2.yaml
 
-test: setup
-	$(VENV)/bin/python -m pytest tests
+test: setup  # most of it waits for processes to start, so two at a time, a file each
+	$(VENV)/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: setup
 	$(VENV)/bin/python -m pytest tests -m "not slow and not gpu"

@@ -7,6 +7,7 @@ of tokenizers (any transformers tokenizer fits).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,8 +28,13 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     Raises ConfigError when the tokenizer has no usable chat template, RequestError when the template refuses these
     messages (some know no system role) or a text is not Unicode (half of a surrogate pair).
     """
-    _end_of_prompt(tokenizer)
+    _check_template(tokenizer, tokenizer.chat_template)
     return _encode(tokenizer, messages, generate=True)
+
+
+@functools.lru_cache(maxsize=8)  # tokenizers are told apart by identity; a template put into one later is examined anew
+def _check_template(tokenizer: Any, template: str) -> None:
+    _end_of_prompt(tokenizer)
 
 
 def encode_example(tokenizer: Any, messages: Sequence[Message], completion: str) -> tuple[list[int], int]:
@@ -41,6 +47,11 @@ def encode_example(tokenizer: Any, messages: Sequence[Message], completion: str)
 
 def end_of_turn(tokenizer: Any) -> int:
     """Id of the token that ends an assistant's turn in the chat template (often, but not always, the EOS token)."""
+    return _end_of_turn(tokenizer, tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: Any, template: str) -> int:
     _, _, tail = _end_of_prompt(tokenizer)
     ids = tokenizer.encode(tail, add_special_tokens=False)
     special = next((i for i in ids if i in _special_tokens(tokenizer).values()), tokenizer.eos_token_id)
@@ -102,14 +113,20 @@ def _encode_raw(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
+@functools.lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
     """The special tokens, and those that are not called so but that the chat template writes (say, "<think>")."""
+    return _tokens_of_template(tokenizer, tokenizer.chat_template)
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens_of_template(tokenizer: Any, template: str) -> dict[str, int]:
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    written = {token: i for token, i in added.items() if token.strip() and token in tokenizer.chat_template}
+    written = {token: i for token, i in added.items() if token.strip() and token in template}
     return _special_tokens(tokenizer) | written
 
 
