@@ -17,7 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from spct_ray.benchmarks.compute import Rates, cost, count_weights, pareto
-from spct_ray.benchmarks.registry import BenchmarkSpec
+from spct_ray.benchmarks.curves import tabulate
+from spct_ray.benchmarks.evaluation import Counting, Judged, Task, judge_block, weights
+from spct_ray.benchmarks.official import Sheet
+from spct_ray.benchmarks.registry import BenchmarkSpec, find
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
 from spct_ray.config import to_plain
@@ -28,9 +31,10 @@ from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Item, Message, Trajectory
 from spct_ray.stages import benchmarks, compare, evaluate, evaluation
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
-from spct_ray.stages.evaluation import Evaluation, EvaluationConfig, build_steps, resolve
+from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, resolve
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 PROMPT = JudgeConfig(template="compact", single="scale")
@@ -114,7 +118,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     make_model(tmp_path / "meta_strong" / "model")
     inputs |= {f"{role}_strong": str(tmp_path / f"{role}_strong") for role in ("meta_scores", "meta")}
     config = compare.CompareConfig(
-        ("weak", "strong"), ("scale", "scale"), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"),
+        ("weak", "strong"), (PROMPT, PROMPT), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"),
         (1, 2, 4, 8), resamples=100,
     )  # fmt: skip
     metrics = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())
@@ -158,6 +162,33 @@ def test_failures_are_named_and_differences_paired(report: Any) -> None:
     rate = block["models"]["weak"]["greedy"]["undecided_rate"]
     assert 30 * rate <= greedy["undecided"] <= 60 * rate
     assert block["models"]["weak"]["greedy"]["k"] == 1
+
+
+def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
+    """One pair that the first four samples settle (9 : 1 always), one that no look settles (even), one that four
+    samples give to the wrong side: by hand 4, 8 and 4 of 8 samples, and the third of three decisions differs."""
+    scores = [[(9, 1)] * 8, [(9, 1), (1, 9)] * 4, [(1, 9)] * 4 + [(10, 1)] * 4]
+    items = [Item(f"i{i}", (Message("user", "Q"),), ("a", "b"), (1.0, 0.0)) for i in range(3)]
+    made = [
+        Trajectory(item.id, k, (0, 1), "t", shown, "", False, False, 0.5, k, "m", 0, 10, 10 + k, "stop")
+        for item, rows in zip(items, scores, strict=True)
+        for k, shown in enumerate(rows)
+    ]
+    task = Task(find("own"), tuple(items), Sheet.of(items))
+    table = tabulate(items, made, 5.5, {t.key: float(-t.sample) for t in made})
+    judged = Judged(tuple(made[::-1]), table, table, Rates(10, 0, 10, 10, 1.0), PROMPT)
+    counting = Counting((1, 8), 0.5, 0, 50, 4)
+    block = judge_block(task, judged, weights(task, counting), counting)[0]["adaptive"]
+    assert [*block] == ["error 0.01", "error 0.05", "meta, error 0.01", "meta, error 0.05"]
+    found = block["error 0.05"]
+    assert found["k"] == pytest.approx((4 + 8 + 4) / 3)
+    assert found["differ_from_k_max"] == pytest.approx(1 / 3)
+    four, eight = sum(range(10, 14)), sum(range(10, 18))
+    assert found["share_of_tokens"] == pytest.approx((4 + 4) * four / 4 / (3 * eight) + eight / (3 * eight))
+    assert found["score"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["cost"]["tokens"] == pytest.approx(found["k"] * 10)
+    # the meta RM keeps the first half: of the third item both halves say the same, of the first too
+    assert block["meta, error 0.05"]["differ_from_k_max"] == 0
 
 
 def test_single_responses_are_scored_by_area(report: Any) -> None:
@@ -300,6 +331,36 @@ def test_the_graph_and_its_ids(tmp_path: Path) -> None:
     assert again["benchmarks"] != ids["benchmarks"]
 
 
+def test_an_endpoint_is_a_judge_without_a_model_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRM_KEY", "sk-very-secret")
+    specs = make_benchmarks(tmp_path)
+    url, named = "http://127.0.0.1:9/v1", Endpoint("org/grm-1", "GRM_KEY")
+
+    def steps(target: str = url, endpoint: Endpoint = named, **changes: Any) -> Any:
+        config = EvaluationConfig(**changes)
+        return build_steps([resolve(target, config, endpoint)], Evaluation(specs, (1, 4), config=config))
+
+    found = {step.name: step for step in steps()}
+    assert list(found) == ["benchmarks", "evaluate_org-grm-1", "report"]
+    asked = found["evaluate_org-grm-1"]
+    assert asked.resources.endpoint.base_url == url
+    assert asked.inputs == {"items": "benchmarks"}
+    assert "secret" not in json.dumps(to_plain(asked.resources)) + json.dumps(to_plain(asked.config))
+    ids = step_ids(steps(), 1)["evaluate_org-grm-1"]
+    assert step_ids(steps(concurrency=2), 1)["evaluate_org-grm-1"] == ids
+    assert step_ids(steps(url + "2"), 1)["evaluate_org-grm-1"] != ids
+    (best,) = [s for s in steps(url + "@best") if s.name.startswith("evaluate_")]
+    assert (best.name, best.config.prompt.mode) == ("evaluate_org-grm-1-best", "best")
+    assert best.resources.endpoint.base_url == url
+    with pytest.raises(ConfigError, match="--model NAME"):
+        steps(endpoint=Endpoint())
+
+
+def test_costs_of_unknown_weights_are_unknown() -> None:
+    spent = cost(Rates(None, 0, 100, 20, 0.5), 3, False)
+    assert spent == {"tokens": 60, "prefill_flops": None, "decode_flops": None, "seconds": 1.5, "flops": None}
+
+
 def test_contamination_is_counted(tmp_path: Path) -> None:
     long = " ".join(f"word{i}" for i in range(20))
     row = {"id": 1, "prompt": long, "chosen": "g", "rejected": "b", "subset": "hep-go"}
@@ -339,8 +400,10 @@ def evaluation_items(spec: BenchmarkSpec) -> Any:
         (["{model}", "--benchmarks", "rewardbench,rewardbench"], "none twice"),
         (["{model}", "--benchmarks", "rewardbench", "--k", "1,two"], "--k 1,2,4,8"),
         (["{model}", "--benchmarks", "rewardbench", "--k", "0"], "at least 1"),
-        (["nowhere", "--benchmarks", "rewardbench"], "no run (no steps/ in it) and no model directory"),
+        (["nowhere", "--benchmarks", "rewardbench"], "no run (no steps/ in it), no model directory"),
         (["{bare}", "--benchmarks", "rewardbench"], "no chat template"),
+        (["{model}@bst", "--benchmarks", "rewardbench"], "did you mean 'best'"),
+        (["http://127.0.0.1:9/v1", "--benchmarks", "rewardbench"], "--model NAME"),
     ],
 )
 def test_errors_say_what_to_do(

@@ -63,7 +63,8 @@ def _overview(summary: Mapping[str, Any], names: Sequence[str]) -> str:
             model = block["models"][name]
             cells += [_score(model["greedy"]), _score(model["meta_vote"].get(top) or model["vote"].get(top))]
         about = summary["judges"][name]
-        rows.append([*cells, f"{about['weights']:,}", f"{about['completion_tokens']:.0f}"])
+        weights = "–" if about["weights"] is None else f"{about['weights']:,}"
+        rows.append([*cells, weights, f"{about['completion_tokens']:.0f}"])
     head = ["judge"]
     for block in summary["benchmarks"].values():
         head += [f"{block['title']}, greedy", f"best vote@{top}"]
@@ -101,16 +102,25 @@ def _parts(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
 
 def _aggregators(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
     ways = [w for w in NAMES if any(m["aggregators"].get(w) for m in block["models"].values())]
-    adaptive = list(next(iter(block["models"].values()))["adaptive"])
+    adaptive = list(dict.fromkeys(a for m in block["models"].values() for a in m["adaptive"]))
     rows = [
         [_judge(n, names), *(_score(m["aggregators"].get(w)) for w in ways),
-         *(f"{_score(m['adaptive'][a])}<br><small>{m['adaptive'][a]['k']:.1f} samples</small>" for a in adaptive)]
+         *(_adaptive(m["adaptive"].get(a)) for a in adaptive)]
         for n, m in block["models"].items()
     ]  # fmt: skip
-    note = f"The same {top} samples, put together in other ways. Adaptive: stops when the leader is so many points a "
-    return _table(
-        ["judge", *(NAMES[w] for w in ways), *(f"adaptive, {a}" for a in adaptive)], rows, note + "sample ahead."
+    note = (
+        f"The same {top} samples, put together in other ways. Adaptive: the service's rule, which stops when by its "
+        f"model at most that share of decisions differs from those of all {top}; with it the mean number of samples, "
+        "the share of tokens, and the share of decisions that did differ."
     )
+    return _table(["judge", *(NAMES[w] for w in ways), *(f"adaptive, {a}" for a in adaptive)], rows, note)
+
+
+def _adaptive(made: Mapping[str, Any] | None) -> str:
+    if made is None:
+        return "–"
+    spent, differ = _percent(made["share_of_tokens"]), _percent(made["differ_from_k_max"])
+    return f"{_score(made)}<br><small>{made['k']:.1f} samples, {spent} tokens, {differ} differ</small>"
 
 
 def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:

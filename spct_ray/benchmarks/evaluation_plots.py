@@ -61,7 +61,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[st
         for place, name in enumerate(dict.fromkeys(p["judge"] for p in points)):
             mine = [p for p in points if p["judge"] == name]
             for guided, marker in ((False, "o"), (True, "D")):
-                shown = [p for p in mine if ("meta" in p["way"]) == guided]
+                shown = [p for p in mine if p[axis] is not None and ("meta" in p["way"]) == guided]
                 axes.scatter(
                     [p[axis] for p in shown], [p["score"] for p in shown], s=22, marker=marker, alpha=0.75,
                     color=colour(place), label=f"{name}{', with meta RM' if guided else ''}" if shown else None,

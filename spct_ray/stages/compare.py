@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import DataError
 from spct_ray.graph.record import write_atomically
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """`judges` and their scales for n = 1; `names` in the registry and `labels` of the benchmarks; the rest as in
+    """`judges` and their prompts; `names` in the registry and `labels` of the benchmarks; the rest as in
     `spct_ray.benchmarks.evaluation.Counting`."""
 
     judges: tuple[str, ...]
-    singles: tuple[Literal["binary", "scale"], ...]
+    prompts: tuple[JudgeConfig, ...]
     names: tuple[str, ...]
     labels: tuple[str, ...]
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -59,8 +59,8 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     tasks = _tasks(context.inputs["items"], config)
     rates = {name: _rates(context.inputs, name) for name in config.judges}
     judged: dict[str, dict[str, Judged]] = {}
-    for name, single in zip(config.judges, config.singles, strict=True):
-        judged[name] = _judged(context.inputs, name, tasks, single, rates[name])
+    for name, prompt in zip(config.judges, config.prompts, strict=True):
+        judged[name] = _judged(context.inputs, name, tasks, prompt, rates[name])
     report = json.loads(Path(context.inputs["items"], "data_report.json").read_text())
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
@@ -78,7 +78,10 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         "benchmarks": blocks,
         "points": points,
         "pareto": {
-            label: {axis: pareto([p for p in points if p["benchmark"] == label], axis) for axis in ("tokens", "flops")}
+            label: {
+                axis: pareto([p for p in points if p["benchmark"] == label and p[axis] is not None], axis)
+                for axis in ("tokens", "flops")
+            }
             for label in blocks
         },
     }
@@ -141,9 +144,9 @@ def _rates(inputs: Mapping[str, str], name: str) -> Rates:
 
     directory, made = inputs[f"evaluate_{name}"], _trajectories(inputs, name)
     timing = json.loads(Path(directory, "timing.json").read_text())
-    meta = inputs.get(f"meta_{name}")
+    model, meta = inputs.get(f"model_{name}"), inputs.get(f"meta_{name}")
     return Rates(
-        params=count_weights(str(Path(inputs[f"model_{name}"], "model"))),
+        params=count_weights(str(Path(model, "model"))) if model else None,
         meta_params=count_weights(str(Path(meta, "model"))) if meta else 0,
         prompt_tokens=sum(t.prompt_tokens for t in made) / len(made),
         completion_tokens=sum(t.completion_tokens for t in made) / len(made),
@@ -166,18 +169,18 @@ def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]
 
 
 def _judged(
-    inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], single: Literal["binary", "scale"], rates: Rates
+    inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], prompt: JudgeConfig, rates: Rates
 ) -> dict[str, Judged]:
     from spct_ray.benchmarks.evaluation import Judged
 
     items = {label: task.items for label, task in tasks.items()}
-    found = judged_tables(inputs, name, items, single)
+    found = judged_tables(inputs, name, items, prompt)
     made: dict[str, list[Trajectory]] = {label: [] for label in tasks}
     label_of = {item.id: label for label, task in tasks.items() for item in task.items}
     for t in _trajectories(inputs, name):
         if t.temperature:
             made[label_of[t.item_id]].append(t)
-    return {label: Judged(tuple(made[label]), *found[label], rates) for label in tasks}
+    return {label: Judged(tuple(made[label]), *found[label], rates, prompt) for label in tasks}
 
 
 def _trajectories(inputs: Mapping[str, str], name: str) -> list[Trajectory]:
@@ -187,13 +190,13 @@ def _trajectories(inputs: Mapping[str, str], name: str) -> list[Trajectory]:
 
 
 def judged_tables(
-    inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]], single: Literal["binary", "scale"]
+    inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]], prompt: JudgeConfig
 ) -> dict[str, tuple[ScoreTable, ScoreTable]]:
     """One judge's samples and greedy judgements (two orders) of each set of items. Raises DataError for items that it
     did not judge."""
     from spct_ray.benchmarks.curves import tabulate
 
-    scale = scale_of(1, JudgeConfig(single=single))
+    scale = scale_of(1, prompt)
     middle, logits = (scale.low + scale.high) / 2, _logits(inputs, name)
     of_item: dict[str, list[Trajectory]] = {}
     for t in _trajectories(inputs, name):

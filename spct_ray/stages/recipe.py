@@ -16,6 +16,7 @@ from spct_ray.data.sources import with_content
 from spct_ray.engines.base import EngineResources
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import TrainResources
 from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, nano, report, rft, sample, select, student
@@ -67,6 +68,12 @@ def build_steps(recipe: Recipe) -> list[Step]:
     if max(recipe.report.ks) > recipe.evaluate.k_max:
         raise ConfigError(
             f"report.ks asks for votes of {max(recipe.report.ks)} samples, evaluate.k_max draws {recipe.evaluate.k_max}"
+        )
+    if not MODES[recipe.judge.mode].is_trainable:
+        known = ", ".join(name for name, mode in MODES.items() if mode.is_trainable)
+        raise ConfigError(
+            f"judge.mode {recipe.judge.mode!r} cannot be trained: a judgement must be one prompt and one reply with a "
+            f"score for each response, as in {known}. `spct evaluate` knows all modes"
         )
     where, steps = recipe.resources, list[Step]()
 
