@@ -356,6 +356,57 @@ def test_an_endpoint_is_a_judge_without_a_model_step(tmp_path: Path, monkeypatch
         steps(endpoint=Endpoint())
 
 
+def test_a_scalar_reward_model_is_compared_on_the_same_items(tmp_path: Path, report: Any) -> None:
+    """Scores 2 for the best response of every second pair and 1 for all else: half of the pairs are ties, 3/4 right."""
+    _, out, _ = report
+    inputs = {role: str(out.parent / role) for role in ("items", "evaluate_weak", "model_weak")}
+    rows = []
+    for number, item in enumerate(i for f in judged_files(inputs["items"]).values() for i in read_items(str(f))):
+        scores = [1.0 + (reward == 1 and number % 2) for reward in item.rewards]
+        rows.append({"item_id": item.id, "scores": scores, "tokens": 50})
+    (tmp_path / "evaluate_rm").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "evaluate_rm" / "scores.parquet")
+    (tmp_path / "evaluate_rm" / "timing.json").write_text(json.dumps({"engine_seconds": 3.6, "items": 36}))
+    make_model(tmp_path / "model_rm" / "model")
+    inputs |= {f"{role}_rm": str(tmp_path / f"{role}_rm") for role in ("evaluate", "model")}
+    config = compare.CompareConfig(
+        ("rm", "weak"), (None, PROMPT), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"), (1, 2),
+        resamples=50,
+    )  # fmt: skip
+    text = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())["summary_text"]
+    assert "weak - rm, vote@2" in text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    model = summary["benchmarks"]["rewardbench"]["models"]["rm"]
+    assert model["greedy"]["score"] == pytest.approx(0.75)
+    assert model["greedy"]["tie_rate"] == pytest.approx(0.5)
+    assert (model["vote"], model["aggregators"]) == ({}, {})
+    assert model["greedy"]["cost"] == {
+        "tokens": 0, "prefill_flops": 2 * 6 * 50, "decode_flops": 0, "flops": 600, "seconds": pytest.approx(0.1),
+    }  # fmt: skip
+    front = summary["pareto"]["rewardbench"]
+    assert "rm" in {p["judge"] for p in front["flops"]}
+    assert "rm" not in {p["judge"] for p in front["tokens"]}
+    assert {r["judge"] for r in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()} == {"weak"}
+    Tags().feed((tmp_path / "out" / "index.html").read_text())
+
+
+def test_a_classifier_is_a_scalar_reward_model(tmp_path: Path) -> None:
+    specs = make_benchmarks(tmp_path)
+    model = make_model(tmp_path / "rm", template=False)
+    (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
+    judge = resolve(str(model), EvaluationConfig())
+    steps = {step.name: step for step in build_steps([judge], Evaluation(specs, (1, 4)))}
+    assert steps["evaluate_rm"].function_name == "spct_ray.stages.scalar:run"
+    assert steps["report"].config.prompts == (None,)
+    with pytest.raises(ConfigError, match="no judge modes"):
+        resolve(f"{model}@best", EvaluationConfig())
+    with pytest.raises(ConfigError, match="robustness suite"):
+        build_steps([judge], Evaluation(specs, (1,), "robustness"))
+    fake_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="no finished step bradley_terry"):
+        resolve(f"{tmp_path}/run:bradley_terry", EvaluationConfig())
+
+
 def test_costs_of_unknown_weights_are_unknown() -> None:
     spent = cost(Rates(None, 0, 100, 20, 0.5), 3, False)
     assert spent == {"tokens": 60, "prefill_flops": None, "decode_flops": None, "seconds": 1.5, "flops": None}

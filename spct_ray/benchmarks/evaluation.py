@@ -43,13 +43,13 @@ class Counting(summary.Counting):
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One judge's sampled judgements of one benchmark, the tables of these and of its greedy ones (two orders), and its
-    prompt."""
+    prompt. A scalar reward model has no judgements and no prompt, and one sample in both tables."""
 
     trajectories: tuple[Trajectory, ...]
     samples: ScoreTable
     greedy: ScoreTable
     rates: Rates
-    prompt: JudgeConfig
+    prompt: JudgeConfig | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,8 @@ def judge_block(
     task: Task, judged: Judged, weights_BI: Floats, counting: Counting
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
     """One judge's entry of a benchmark, and the outcomes of its greedy judgements and votes (for `paired`)."""
+    if judged.prompt is None:
+        return _scalar_block(task, judged, weights_BI, counting)
     table, seed = judged.samples, derive_seed(counting.seed, "draws")
     outcomes: dict[str, Outcome] = {}
 
@@ -146,12 +148,12 @@ def judge_block(
         "vote": votes("sum"),
         "meta_vote": votes("meta_top") if guided else {},
         "aggregators": {name: vote(name, k_max) for name in (*PLAIN, *(GUIDED if guided else ()))},
-        "adaptive": _adaptive(task, judged, weights_BI, counting),
+        "adaptive": _adaptive(task, judged, judged.prompt, weights_BI, counting),
         "rates": curves.rates(table) | {"greedy_parse_rate": float(judged.greedy.used_IK.mean())},
         "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
         "by_subset": _by_subset(task, outcomes[f"sum@{k_max}"]),
         "score_histogram": _histogram(judged.trajectories),
-        "margins": margins(task, table, counting),
+        "margins": margins(task, table, k_max, counting.seed),
         "num_samples": table.num_samples,
     }
     if guided:
@@ -160,14 +162,35 @@ def judge_block(
     return block, outcomes
 
 
-def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
+def _scalar_block(
+    task: Task, judged: Judged, weights_BI: Floats, counting: Counting
+) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """The same for a scalar reward model, whose one score stands under "greedy", and in comparisons for a vote too."""
+    scores_IO = np.where(judged.samples.option_IO, judged.samples.scores_IKO[:, 0], 0.0)
+    decision = Decision(scores_IO, scores_IO, scores_IO)
+    made, outcome = entry(task, [decision], weights_BI, 1, cost(judged.rates, 1, False))
+    empty: dict[str, Any] = {key: {} for key in ("vote", "meta_vote", "aggregators", "adaptive", "failures")}
+    block = empty | {
+        "greedy": made,
+        "rates": curves.rates(judged.samples) | {"greedy_parse_rate": 1.0},
+        "by_subset": _by_subset(task, outcome),
+        "score_histogram": {},
+        "margins": margins(task, judged.samples, 1, counting.seed),
+        "num_samples": 1,
+    }
+    return block, {"greedy": outcome, f"sum@{counting.k_max}": outcome, f"meta_top@{counting.k_max}": outcome}
+
+
+def _adaptive(
+    task: Task, judged: Judged, prompt: JudgeConfig, weights_BI: Floats, counting: Counting
+) -> dict[str, Any]:
     """The served rule (`spct_ray.judge.adaptive`) on each item's samples in the order in which they were drawn, plain
     and guided: beside the entry, the share of decisions that differ from those of all k_max samples, and of tokens."""
     table, k_max = judged.samples, counting.k_max
     drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):
         drawn[t.item_id].append(t)
-    scales = [scale_of(len(item.responses), judged.prompt) for item in task.items]
+    scales = [scale_of(len(item.responses), prompt) for item in task.items]
     all_I = np.full(len(task.items), k_max)
     found = {}
     for guided in (False, True) if table.logits_IK is not None else (False,):
@@ -226,9 +249,9 @@ def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, int]:
     return {str(s): found[s] for s in sorted(found)}
 
 
-def margins(task: Task, table: ScoreTable, counting: Counting) -> list[dict[str, float]]:
+def margins(task: Task, table: ScoreTable, k: int, seed: int) -> list[dict[str, float]]:
     """Five bins of equal size of the vote's lead (points a sample, of decided items): mean lead, share right, count."""
-    take = aggregate.draw(table, counting.k_max, 1, counting.seed)[:, :1]
+    take = aggregate.draw(table, k, 1, seed)[:, :1]
     (decision,) = aggregate.decide("mean", table, take, 1)
     held = np.sort(np.where(task.sheet.option_IO, decision.scores_IO, -np.inf), axis=-1)
     rows = np.flatnonzero(decided(decision.scores_IO))

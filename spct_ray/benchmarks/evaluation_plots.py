@@ -42,7 +42,8 @@ def score_curves(models: Mapping[str, Any], chance: float | None) -> str:
                     label=label,
                 )
             if model["greedy"]["score"] is not None:
-                axes.axhline(model["greedy"]["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)))
+                scalar = name if not model["vote"] else None
+                axes.axhline(model["greedy"]["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)), label=scalar)
         if chance is not None:
             axes.axhline(chance, color=INK, lw=1, ls=":", label="chance")
         axes.set_xscale("log", base=2)
@@ -61,7 +62,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[st
         for place, name in enumerate(dict.fromkeys(p["judge"] for p in points)):
             mine = [p for p in points if p["judge"] == name]
             for guided, marker in ((False, "o"), (True, "D")):
-                shown = [p for p in mine if p[axis] is not None and ("meta" in p["way"]) == guided]
+                shown = [p for p in mine if p[axis] and ("meta" in p["way"]) == guided]
                 axes.scatter(
                     [p[axis] for p in shown], [p["score"] for p in shown], s=22, marker=marker, alpha=0.75,
                     color=colour(place), label=f"{name}{', with meta RM' if guided else ''}" if shown else None,
@@ -88,7 +89,8 @@ def calibration(models: Mapping[str, Any]) -> str:
         for place, (name, model) in enumerate(models.items()):
             bins = model["margins"]
             x, y = [b["lead"] for b in bins], [b["share_right"] for b in bins]
-            left.plot(x, y, "-o", ms=4, color=colour(place), label=name)
+            if model["vote"]:  # a scalar reward model's lead is on a scale of its own
+                left.plot(x, y, "-o", ms=4, color=colour(place), label=name)
             histogram = model["score_histogram"]
             total = max(1, sum(histogram.values()))
             bars = [histogram.get(str(s), 0) / total for s in range(11)]

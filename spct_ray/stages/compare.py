@@ -29,11 +29,11 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """`judges` and their prompts; `names` in the registry and `labels` of the benchmarks; the rest as in
-    `spct_ray.benchmarks.evaluation.Counting`."""
+    """`judges` and their prompts (None: a scalar reward model); `names` in the registry and `labels` of the benchmarks;
+    the rest as in `spct_ray.benchmarks.evaluation.Counting`."""
 
     judges: tuple[str, ...]
-    prompts: tuple[JudgeConfig, ...]
+    prompts: tuple[JudgeConfig | None, ...]
     names: tuple[str, ...]
     labels: tuple[str, ...]
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -60,7 +60,10 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     rates = {name: _rates(context.inputs, name) for name in config.judges}
     judged: dict[str, dict[str, Judged]] = {}
     for name, prompt in zip(config.judges, config.prompts, strict=True):
-        judged[name] = _judged(context.inputs, name, tasks, prompt, rates[name])
+        if prompt is None:
+            judged[name] = _scored(context.inputs, name, tasks, rates[name])
+        else:
+            judged[name] = _judged(context.inputs, name, tasks, prompt, rates[name])
     report = json.loads(Path(context.inputs["items"], "data_report.json").read_text())
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
@@ -79,7 +82,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         "points": points,
         "pareto": {
             label: {
-                axis: pareto([p for p in points if p["benchmark"] == label and p[axis] is not None], axis)
+                axis: pareto([p for p in points if p["benchmark"] == label and p[axis]], axis)
                 for axis in ("tokens", "flops")
             }
             for label in blocks
@@ -139,14 +142,20 @@ def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
 
 
 def _rates(inputs: Mapping[str, str], name: str) -> Rates:
-    """Mean cost of one judgement: tokens as drawn, seconds as the last attempt of the step measured them."""
+    """Mean cost of one judgement (of an item, by a scalar reward model): tokens as drawn, seconds as the last attempt
+    of the step measured them."""
     from spct_ray.benchmarks.compute import Rates, count_weights
 
-    directory, made = inputs[f"evaluate_{name}"], _trajectories(inputs, name)
+    directory = inputs[f"evaluate_{name}"]
     timing = json.loads(Path(directory, "timing.json").read_text())
     model, meta = inputs.get(f"model_{name}"), inputs.get(f"meta_{name}")
+    params = count_weights(str(Path(model, "model"))) if model else None
+    if (rows := _scalar_rows(directory)) is not None:
+        tokens = sum(row["tokens"] for row in rows) / len(rows)
+        return Rates(params, 0, tokens, 0.0, timing["engine_seconds"] / len(rows))
+    made = _trajectories(inputs, name)
     return Rates(
-        params=count_weights(str(Path(model, "model"))) if model else None,
+        params=params,
         meta_params=count_weights(str(Path(meta, "model"))) if meta else 0,
         prompt_tokens=sum(t.prompt_tokens for t in made) / len(made),
         completion_tokens=sum(t.completion_tokens for t in made) / len(made),
@@ -181,6 +190,25 @@ def _judged(
         if t.temperature:
             made[label_of[t.item_id]].append(t)
     return {label: Judged(tuple(made[label]), *found[label], rates, prompt) for label in tasks}
+
+
+def _scored(inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], rates: Rates) -> dict[str, Judged]:
+    """The scores of a scalar reward model as one judgement an item that no order changes."""
+    from spct_ray.benchmarks.curves import tabulate_scores
+    from spct_ray.benchmarks.evaluation import Judged
+
+    scores = {row["item_id"]: row["scores"] for row in _scalar_rows(inputs[f"evaluate_{name}"]) or ()}
+    tables = {label: tabulate_scores(task.items, scores) for label, task in tasks.items()}
+    return {label: Judged((), table, table, rates, None) for label, table in tables.items()}
+
+
+def _scalar_rows(directory: str) -> list[dict[str, Any]] | None:
+    """What `stages.scalar` wrote; None for a judge that writes."""
+    import pyarrow.parquet as pq
+
+    path = Path(directory, "scores.parquet")
+    rows: list[dict[str, Any]] | None = pq.read_table(path).to_pylist() if path.exists() else None
+    return rows
 
 
 def _trajectories(inputs: Mapping[str, str], name: str) -> list[Trajectory]:

@@ -26,22 +26,23 @@ from spct_ray.graph.record import StepRecord, finished_records, local_root, step
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes
+from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes, scalar
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
 
 JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
+SCALAR = "bradley_terry"
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One judge to evaluate, and how. `model` is None for one behind an endpoint. `train` maps the id of the step that
-    made its training items to its directory."""
+    """One judge to evaluate, and how. `model` is None for one behind an endpoint, `config` for a scalar reward model.
+    `train` maps the id of the step that made its training items to its directory."""
 
     name: str
     model: str | None
     meta: str | None
-    config: evaluate.EvaluateConfig
-    resources: SamplingResources | evaluate.EndpointResources
+    config: evaluate.EvaluateConfig | None
+    resources: SamplingResources | evaluate.EndpointResources = field(default_factory=SamplingResources)
     train: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,6 +96,8 @@ def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint
     plain, at, mode = target.rpartition("@")
     if at and mode in MODES:
         judge = resolve(plain, config, endpoint)
+        if judge.config is None:
+            raise ConfigError(f"{target}: a scalar reward model has no judge modes")
         prompt = replace(judge.config.judge, mode=mode)
         return replace(judge, name=f"{judge.name}-{_clean(mode)}", config=replace(judge.config, judge=prompt))
     if at and Path(plain).exists() and not Path(target).exists():
@@ -105,8 +108,10 @@ def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint
         return _of_endpoint(target, config, endpoint)
     root, colon, wanted = target.rpartition(":")
     if colon and (Path(root) / "steps").is_dir():
+        if wanted == SCALAR:
+            return _scalar_of_run(root)
         if wanted not in JUDGES:
-            raise ConfigError(f"{target}: a run's judges are {', '.join(JUDGES)}, not {wanted!r}")
+            raise ConfigError(f"{target}: a run's judges are {', '.join(JUDGES)} and {SCALAR}, not {wanted!r}")
         return _of_run(root, (wanted,))
     if (Path(target) / "steps").is_dir():
         return _of_run(target, JUDGES[::-1])
@@ -144,20 +149,40 @@ def _of_run(target: str, wanted: Sequence[str]) -> Judge:
     )
 
 
+def _scalar_of_run(target: str) -> Judge:
+    root = local_root(target)
+    newest = {record.name: record for record in finished_records(root)}
+    if SCALAR not in newest:
+        raise ConfigError(f"{root}: no finished step {SCALAR}; set `{SCALAR}: {{}}` in the recipe and run it")
+    record = newest[SCALAR]
+    items = record.inputs["items"]
+    return Judge(
+        name=f"{_clean(Path(root).name)}_{SCALAR}",
+        model=str(Path(step_directory(root, SCALAR, record.id), "model")),
+        meta=None,
+        config=None,
+        train={items["id"]: step_directory(root, items["step"], items["id"])},
+    )
+
+
 def _reads(record: StepRecord, source: StepRecord) -> bool:
     return any(found["id"] == source.id for found in record.inputs.values())
 
 
 def _of_model(target: str, asked: EvaluationConfig) -> Judge:
-    """The full prompt unless told otherwise, half of a short context for the judgement, no meta RM."""
+    """A sequence classifier is a scalar reward model. Else the full prompt unless told otherwise, half of a short
+    context for the judgement, no meta RM."""
     config, default = json.loads(Path(target, "config.json").read_text(encoding="utf-8")), EngineConfig()
+    path = Path(target).resolve()
+    name = _clean(path.parent.name if path.name == "model" else path.name)
+    if any(kind.endswith("ForSequenceClassification") for kind in config.get("architectures") or ()):
+        return Judge(name, str(path), meta=None, config=None)
     context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
     length = min(default.max_model_len, context)
     prompt = JudgeConfig(max_tokens=min(JudgeConfig().max_tokens, length // 2))
-    path = Path(target).resolve()
     return Judge(
-        name=_clean(path.parent.name if path.name == "model" else path.name),
-        model=str(Path(target).resolve()),
+        name=name,
+        model=str(path),
         meta=None,
         config=evaluate.EvaluateConfig(asked.judge or prompt, asked.single),
         resources=SamplingResources(engine=EngineConfig(max_model_len=length)),
@@ -206,9 +231,18 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         name, model = f"evaluate_{judge.name}", f"model_{judge.name}"
         inputs = {"items": items}
         if judge.model is not None:
-            judge_model.check(judge.model)
+            judge_model.check(judge.model, needs_template=judge.config is not None)
             steps.append(_model_step(model, judge.model, one))
             inputs, read = inputs | {"judge": model}, read | {model: model}
+        if judge.config is None:
+            if asked.suite == "robustness":
+                raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
+            scoring = where.meta_scores
+            steps.append(
+                Step(name, scalar.run, scalar.VERSION, scalar.ScalarConfig(), scoring, _scorers(scoring), inputs)
+            )
+            read |= {name: name}
+            continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
         config = replace(judge.config, k_max=max(asked.ks), temperature=temperature)
         if isinstance(judge.resources, evaluate.EndpointResources):
@@ -223,25 +257,28 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
-            scorers = where.meta_scores
-            demand = Demand(
-                scorers.num_replicas * scorers.cpus_per_replica, scorers.num_replicas * scorers.gpus_per_replica
-            )
+            scorers, demand = where.meta_scores, _scorers(where.meta_scores)
             steps.append(_model_step(meta, judge.meta, one))
             inputs = {"items": "benchmarks", "meta": meta, name: name}
-            scoring = meta_scores.MetaScoresConfig()
-            steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, scoring, scorers, demand, inputs))
+            unset = meta_scores.MetaScoresConfig()
+            steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, unset, scorers, demand, inputs))
             read |= {scores: scores, meta: meta}
-    names, prompts = tuple(judge.name for judge in judges), tuple(judge.config.prompt for judge in judges)
+    names = tuple(judge.name for judge in judges)
+    prompts = tuple(None if judge.config is None else judge.config.prompt for judge in judges)
     ks = tuple(sorted(set(asked.ks)))
     if asked.suite == "robustness":
-        fooled = probes.RobustnessConfig(names, prompts, ks)
+        fooled = probes.RobustnessConfig(names, tuple(filter(None, prompts)), ks)
         steps.append(Step("report", probes.report, probes.VERSION, fooled, probes.ProbesResources(), one, read))
         return steps
     labels = tuple(spec.label for spec in asked.benchmarks)
     shown = compare.CompareConfig(names, prompts, tuple(spec.name for spec in asked.benchmarks), labels, ks)
     steps.append(Step("report", compare.run, compare.VERSION, shown, compare.CompareResources(), one, read))
     return steps
+
+
+def _scorers(resources: meta_scores.MetaScoresResources) -> Demand:
+    num = resources.num_replicas
+    return Demand(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
 
 
 def _unique(judges: Sequence[Judge]) -> list[Judge]:
