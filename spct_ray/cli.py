@@ -175,7 +175,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"--k {parsed.k!r}: write whole numbers, e.g. --k 1,2,4,8") from error
     config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
-    benchmarks = evaluation.specs(parsed.benchmarks)
+    benchmarks = evaluation.specs(parsed.benchmarks, parsed.targets)
     asked = evaluation.Evaluation(benchmarks, ks, parsed.suite, parsed.limit, parsed.temperature, config)
     first = parsed.targets[0].partition("@")[0].partition(":")[0]
     inside = os.path.isdir(os.path.join(first, "steps"))

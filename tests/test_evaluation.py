@@ -24,7 +24,7 @@ from spct_ray.benchmarks.registry import BenchmarkSpec, find
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
 from spct_ray.config import to_plain
-from spct_ray.data.store import judged_files, read_items
+from spct_ray.data.store import judged_files, read_items, write_items
 from spct_ray.errors import ConfigError
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
@@ -189,6 +189,31 @@ def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
     assert found["cost"]["tokens"] == pytest.approx(found["k"] * 10)
     # the meta RM keeps the first half: of the third item both halves say the same, of the first too
     assert block["meta, error 0.05"]["differ_from_k_max"] == 0
+
+
+def test_the_meta_rm_stands_side_by_side_in_and_out_of_its_distribution(report: Any) -> None:
+    summary, out, _ = report
+    assert set(summary["meta_rm"]) == {"strong"}  # the only one with a meta RM, which here knows what is right
+    for label in ("rewardbench", "realmistake"):
+        assert summary["meta_rm"]["strong"][label]["auc"] == 1
+        assert summary["benchmarks"][label]["in_distribution"] is False
+    assert "rewardbench: AUC (never trained on)" in (out / "index.html").read_text()
+    model = {"models": {"m": {"meta_rm": dict.fromkeys(
+        ("auc", "auc_within_item", "ece", "accuracy", "share_right", "num_samples"), 0.5)}}}  # fmt: skip
+    blocks = {"llmbar": model | {"in_distribution": False}, "heldout": model | {"in_distribution": True}}
+    assert list(compare._transfer(blocks)["m"]) == ["heldout", "llmbar"]
+
+
+def test_held_out_items_of_a_run_are_a_benchmark(tmp_path: Path) -> None:
+    fake_run(tmp_path / "run")
+    made = [Item(f"vif-{i}", (Message("user", f"Q{i}"),), ("a", "b"), (1.0, 0.0), facts="[1]") for i in range(3)]
+    write_items(step_directory(str(tmp_path / "run"), "items", "items".ljust(12, "0")) + "/heldout.parquet", made)
+    for target in (f"{tmp_path}/run", f"{tmp_path}/run:rft", f"{tmp_path}/run:base@best"):
+        (spec,) = evaluation.specs("heldout", ["models/x", target])
+        assert [item.id for item in evaluation_items(spec)] == ["heldout:vif-0", "heldout:vif-1", "heldout:vif-2"]
+    assert evaluation_items(spec)[0].responses == ("a", "b")
+    with pytest.raises(ConfigError, match="no target is a run"):
+        evaluation.specs("heldout", ["models/x"])
 
 
 def test_single_responses_are_scored_by_area(report: Any) -> None:

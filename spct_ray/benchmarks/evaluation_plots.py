@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from spct_ray.benchmarks.plots import INK, RC, new_figure, to_svg
 
@@ -55,7 +56,7 @@ def score_curves(models: Mapping[str, Any], chance: float | None) -> str:
 
 
 def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], axis: str) -> str:
-    """Every way to decide of every judge, its score over what it costs; the front is the line."""
+    """Every way to decide of every judge, its score over what it costs; the front is the line, its points numbered."""
     labels = {"tokens": "generated tokens a decision", "flops": "FLOPs a decision (prefill and decode)"}
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.9)
@@ -69,12 +70,15 @@ def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[st
                 )  # fmt: skip
         x, y = [p[axis] for p in front], [p["score"] for p in front]
         axes.step(x, y, where="post", color=INK, lw=1.1, label="Pareto front", zorder=0)
-        for place, point in enumerate(front):
-            where = (4, 5) if place % 2 == 0 else (4, -11)
+        for number, point in enumerate(front, 1):
             axes.annotate(
-                point["way"], (point[axis], point["score"]), textcoords="offset points", xytext=where, fontsize=7.5
-            )
+                str(number), (point[axis], point["score"]), textcoords="offset points", xytext=(-3, 6), fontsize=8,
+                ha="right", color=INK, weight="bold",
+            )  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.minorticks_off()
         axes.margins(x=0.12, y=0.12)
         axes.set(xlabel=labels[axis], ylabel="official score")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -52,6 +52,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     """Write the report. Raises DataError when the inputs do not fit together."""
     from spct_ray.benchmarks import evaluation, evaluation_page, evaluation_text
     from spct_ray.benchmarks.compute import pareto
+    from spct_ray.benchmarks.registry import BENCHMARKS
     from spct_ray.data.store import write_rows
 
     seed = derive_seed(context.seed, "compare")
@@ -67,7 +68,8 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     report = json.loads(Path(context.inputs["items"], "data_report.json").read_text())
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
-        blocks[label] = report[label] | _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
+        blocks[label] = report[label] | {"in_distribution": task.benchmark is BENCHMARKS["heldout"]}
+        blocks[label] |= _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
     points = [
         {"benchmark": label, "judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
         for label, block in blocks.items()
@@ -79,6 +81,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         "judges": {name: _about(context.inputs, name, rates[name]) for name in config.judges},
         "ks": list(config.ks),
         "benchmarks": blocks,
+        "meta_rm": _transfer(blocks),
         "points": points,
         "pareto": {
             label: {
@@ -95,6 +98,18 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     write_atomically(str(out / "index.html"), html.encode())
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     return {"summary_text": evaluation_text.summary_text(result)}
+
+
+def _transfer(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta RM of each judge on each benchmark, those of its training distribution first."""
+    ordered = sorted(blocks.items(), key=lambda named: not named[1]["in_distribution"])
+    keys = ("auc", "auc_within_item", "ece", "accuracy", "share_right", "num_samples")
+    found: dict[str, Any] = {}
+    for label, block in ordered:
+        for name, model in block["models"].items():
+            if "meta_rm" in model:
+                found.setdefault(name, {})[label] = {key: model["meta_rm"][key] for key in keys}
+    return found
 
 
 def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -81,13 +81,27 @@ class Evaluation:
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def specs(text: str) -> tuple[BenchmarkSpec, ...]:
-    """`a,b=PATH` as specifications with digests of their files. Raises ConfigError on unknown or double names."""
-    found = tuple(with_digest(parse_spec(part)) for part in text.split(",") if part.strip())
+def specs(text: str, targets: Sequence[str] = ()) -> tuple[BenchmarkSpec, ...]:
+    """`a,b=PATH` as specifications with digests of their files; `heldout` is the held-out items of the first run among
+    the targets. Raises ConfigError on unknown or double names."""
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [f"heldout={_heldout(targets)}" if part == "heldout" else part for part in named]
+    found = tuple(with_digest(parse_spec(part)) for part in parts)
     labels = [spec.label for spec in found]
     if not found or len(set(labels)) < len(labels):
         raise ConfigError(f"--benchmarks {text!r} must name at least one benchmark, and none twice")
     return found
+
+
+def _heldout(targets: Sequence[str]) -> str:
+    for target in targets:
+        run = target.partition("@")[0]
+        root = run if (Path(run) / "steps").is_dir() else run.rpartition(":")[0]
+        records = finished_records(local_root(root)) if root and (Path(root) / "steps").is_dir() else []
+        for record in reversed(records):
+            if record.name == "items":
+                return str(Path(step_directory(local_root(root), record.name, record.id), "heldout.parquet"))
+    raise ConfigError("--benchmarks heldout: no target is a run with held-out items; give a file, heldout=PATH")
 
 
 def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint()) -> Judge:
