@@ -124,5 +124,6 @@ def meta_reliability(models: Mapping[str, Any]) -> str:
             axes.plot(x, y, color=colour(place), lw=1.2, label=name)
             axes.scatter(x, y, s=[12 + 110 * b["count"] / most for b in bins], color=colour(place), alpha=0.7)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
+        axes.set_xticks([0.2, 0.4, 0.6, 0.8, 1.0])
         axes.legend(loc="best")
         return to_svg(figure)

@@ -124,7 +124,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequ
                 if window > 1:
                     axes.plot(x, y, color=shade, alpha=0.25, linewidth=0.8)
                 axes.plot(x, smooth, color=shade, linewidth=1.6, label=key.removeprefix("share_").replace("_", " "))
-                if min(y) > 0 and max(y) > 20 * min(y):
+                if key == "loss" and min(y) > 0 and max(y) > 20 * min(y):  # else the first steps are all one sees
                     axes.set_yscale("log")
             axes.set_title(title)
             axes.set_xlabel("step")

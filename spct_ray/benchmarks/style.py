@@ -67,7 +67,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.5 ui-monosp
 .sortable thead th:hover{color:var(--ink)}
 .sortable thead th[aria-sort=ascending]::after{content:" ▴"}
 .sortable thead th[aria-sort=descending]::after{content:" ▾"}
-.heat td{color:var(--ink)}
+.heat td,.heat td i{color:var(--ink)}
 small{color:var(--soft);font-weight:400}
 @media(max-width:860px){.grid{grid-template-columns:minmax(0,1fr)}.samples{columns:1}main{padding:24px 14px 60px}}
 """
