@@ -27,7 +27,18 @@ if TYPE_CHECKING:
 
 REPORT_FILES = ("index.html", "summary.json", "samples.parquet", "pairs.parquet")
 
-_EVALUATE_OPTIONS = ("benchmarks", "k", "suite", "limit", "temperature", "seed", "root", "config")
+_EVALUATE_OPTIONS = (
+    "benchmarks",
+    "k",
+    "suite",
+    "limit",
+    "temperature",
+    "seed",
+    "root",
+    "config",
+    "model",
+    "api_key_env",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         "targets",
         nargs="+",
         metavar="MODEL_OR_RUN",
-        help="a model directory, a run's root, or RUN:base, RUN:rft, RUN:grpo",
+        help="a model directory, a run's root, RUN:base, RUN:rft, RUN:grpo, or the URL of an OpenAI-compatible "
+        "endpoint with its version (/v1); with @MODE behind it, it judges in that mode",
+    )
+    command.add_argument("--model", default="", metavar="NAME", help="of an endpoint: its model that judges")
+    command.add_argument(
+        "--api-key-env", default="", metavar="VARIABLE", help="of an endpoint: the environment variable with its key"
     )
     command.add_argument("--benchmarks", required=True, metavar="A,B=PATH", help="names, from the hub or with a file")
     command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
@@ -159,13 +175,15 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"--k {parsed.k!r}: write whole numbers, e.g. --k 1,2,4,8") from error
     config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
-    benchmarks = evaluation.specs(parsed.benchmarks)
+    benchmarks = evaluation.specs(parsed.benchmarks, parsed.targets)
     asked = evaluation.Evaluation(benchmarks, ks, parsed.suite, parsed.limit, parsed.temperature, config)
-    first = parsed.targets[0].partition(":")[0]
+    first = parsed.targets[0].partition("@")[0].partition(":")[0]
     inside = os.path.isdir(os.path.join(first, "steps"))
     root = local_root(parsed.root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))
-    steps = evaluation.build_steps([evaluation.resolve(target, config) for target in parsed.targets], asked)
-    words = [f"--{name}={getattr(parsed, name)}" for name in _EVALUATE_OPTIONS if getattr(parsed, name) is not None]
+    endpoint = evaluation.Endpoint(parsed.model, parsed.api_key_env)
+    steps = evaluation.build_steps([evaluation.resolve(target, config, endpoint) for target in parsed.targets], asked)
+    given = {name: getattr(parsed, name) for name in _EVALUATE_OPTIONS}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, "")]
     command = shlex.join(["spct", "evaluate", *parsed.targets, *words])
     run_graph(steps, root, parsed.seed, config.cluster, command)
 

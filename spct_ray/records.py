@@ -64,9 +64,7 @@ class Item(Record):
     reference: str = ""  # a reference answer, shown to the judge when not empty
     strength: str = ""  # preference strength in words (HelpSteer2), used in the hint
     facts: str = ""  # JSON that the source keeps for itself (the built-in set: its constraints)
-    principles: str = (
-        ""  # a rubric from the asker, shown to the judge when not empty; data sets have none, none is stored
-    )
+    principles: str = ""  # a rubric from the asker or the data, shown to the judge when not empty
 
     def __post_init__(self) -> None:  # rows read from Parquet carry messages as dicts
         object.__setattr__(

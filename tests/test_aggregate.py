@@ -125,13 +125,9 @@ def test_guided_aggregators_need_a_meta_rm() -> None:
             assert len(aggregate.decide(name, replace(table, logits_IK=None), take, 2)) == 2
 
 
-def test_adaptive_voting_stops_when_the_leader_is_far_ahead() -> None:
-    table, _, _ = make(0, (2, 2, 2), 8)
-    scores = np.zeros((3, 8, 2))
-    scores[0, :, 0] = 9  # 9 points a sample from the start
-    scores[1, 4:, 0] = 9  # after 8 samples 36 / 8 = 4.5 a sample, after 6 18 / 6 = 3
-    table = replace(table, scores_IKO=scores, used_IK=np.ones((3, 8), bool))
-    found = aggregate.adaptive(table, 3.0, 8)
-    assert found.samples_I.tolist() == [2, 6, 8]
-    assert found.take_I1K.sum(axis=-1)[:, 0].tolist() == [2, 6, 8]
-    assert aggregate.adaptive(table, 3.0, 4).samples_I.tolist() == [2, 4, 4]
+def test_a_meta_vote_may_keep_another_number_of_samples_of_each_item() -> None:
+    table, made, logits = make(6, (2, 3, 4))
+    (decision,) = aggregate.decide("meta_top", table, aggregate.draw(table, 8, 1, 0), np.array([1, 2, 4]))
+    for i, (k_meta, ts) in enumerate(zip((1, 2, 4), made.values(), strict=True)):
+        expected = by_hand("meta_top", ts, logits, k_meta)
+        assert decision.scores_IO[i, : len(expected)] == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from spct_ray.data.shapes import Shape
 from spct_ray.data.sources import SourceConfig, read_source
-from spct_ray.data.store import read_items, write_items
+from spct_ray.data.store import ITEM_SCHEMA, read_items, write_items
 from spct_ray.data.validate import Limits, Problem, find_problem
 from spct_ray.errors import DataError
+from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.records import Item, Message, Role
 
 USER = {"role": "user", "content": "Name a prime."}
@@ -38,8 +40,8 @@ def read(path: Path, rows: list[Any], **config: Any) -> tuple[list[Item], dict[s
 SHAPES: list[tuple[str, dict[str, Any], Item]] = [
     (
         "own",
-        own(subset="x", extra=[1]),
-        Item("s:a", ASKED, ("4", "7"), (0.0, 1.0), source="s", subset="x"),
+        own(subset="x", reference="7", principles="Primality (100%)", extra=[1]),
+        Item("s:a", ASKED, ("4", "7"), (0.0, 1.0), "s", "x", "7", principles="Primality (100%)"),
     ),
     (
         "hh",
@@ -151,6 +153,7 @@ def test_a_hub_data_set_gives_the_same_items(tmp_path: Path, monkeypatch: pytest
 
 PROBLEMS: list[tuple[Problem, dict[str, Any]]] = [
     (Problem.INVALID_UNICODE, own(responses=["4", "\ud800"])),
+    (Problem.INVALID_UNICODE, own(principles="\ud800")),
     (Problem.UNKNOWN_ROLE, own(messages=[{"role": "narrator", "content": "x"}, USER])),
     (Problem.LAST_MESSAGE_NOT_USER, own(messages=[USER, {"role": "assistant", "content": "7"}])),
     (Problem.LAST_MESSAGE_NOT_USER, own(messages=[])),
@@ -172,6 +175,7 @@ PROBLEMS: list[tuple[Problem, dict[str, Any]]] = [
     (Problem.TOO_LONG, own(responses=["4", "7" * 10_001])),
     (Problem.TOO_LONG, own(messages=[{"role": "user", "content": "x" * 20_001}])),
     (Problem.TOO_LONG, own(responses=[str(i) + "7" * 9_000 for i in range(5)], rewards=[0, 0, 0, 0, 1])),
+    (Problem.TOO_LONG, own(principles="x" * 40_000)),
     (
         Problem.PROMPTS_DIFFER,
         {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: B"},
@@ -272,8 +276,7 @@ ITEMS = st.builds(
     messages=st.lists(st.builds(Message, st.sampled_from(get_args(Role)), TEXT), max_size=3).map(tuple),
     responses=st.lists(TEXT, max_size=4).map(tuple),
     rewards=st.lists(st.floats(allow_nan=False), max_size=4).map(tuple),
-    source=TEXT,
-    facts=TEXT,
+    **dict.fromkeys(("source", "subset", "reference", "strength", "facts", "principles"), TEXT),
 )
 
 
@@ -284,6 +287,22 @@ def test_items_survive_the_disk(tmp_path_factory: pytest.TempPathFactory, items:
     write_items(str(path), items)
     assert read_items(str(path)) == items
     assert [p.name for p in path.parent.iterdir()] == ["items.parquet"]
+
+
+def test_every_field_of_an_item_is_stored() -> None:
+    assert ITEM_SCHEMA.names == [field.name for field in dataclasses.fields(Item)]
+
+
+def test_principles_of_a_file_reach_the_judge(tmp_path: Path) -> None:
+    given, _ = read(tmp_path / "a.jsonl", [own(principles="Primality (100%)\n\\boxed{1}")])
+    write_items(str(tmp_path / "items.parquet"), given)
+    (item,) = read_items(str(tmp_path / "items.parquet"))
+    for template in ("full", "compact"):
+        config = JudgeConfig(template=template)
+        (message,) = judge_messages(item, (1, 0), config)
+        (plain,) = judge_messages(dataclasses.replace(item, principles=""), (1, 0), config)
+        assert "Primality (100%)\n\\boxed {1}" in message.content
+        assert "rinciples" not in plain.content
 
 
 def test_reading_something_else_as_items_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine, _share
 from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.records import Message
 
 KEY = "sk-very-secret"
@@ -102,6 +103,19 @@ def test_request_and_answer(endpoint, monkeypatch):
     ]
 
 
+def test_a_thought_under_its_own_name_is_told_apart(endpoint):
+    told = {"content": "\\boxed{9, 1}", "reasoning_content": "hm"}
+    for message in (told, {"content": None, "reasoning": "hm, \\boxed{1, 9}"}):
+        choices = [{"index": 0, "message": message, "finish_reason": "length"}]
+        endpoint.script.append((200, {}, {"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
+    engine = engine_on(endpoint, concurrency=1)
+    texts = [c.text for (c,) in engine.generate([ask("x"), ask("y")])]
+    engine.close()
+    assert texts == ["<think>hm</think>\n\\boxed{9, 1}", "<think>hm, \\boxed{1, 9}"]
+    assert parse_scores(texts[0], 2, Scale(1, 10), "length") == (9, 1)
+    assert parse_scores(texts[1], 2, Scale(1, 10), "length") is Failure.TRUNCATED_THINKING
+
+
 def test_order_is_kept_and_concurrency_bounded(endpoint):
     endpoint.gate = threading.Barrier(4)  # each answer waits until four are asked: fewer in flight would hang
     engine = engine_on(endpoint, concurrency=4)
@@ -133,6 +147,8 @@ def test_busy_answers_are_tried_again(endpoint, first_answers):
         ((429, {"retry-after": "0"}, {"error": "slow down"}), EngineError, "after 3 attempts.*429.*slow down", 3),
         ((400, {}, {"error": "prompt has 9000 tokens"}), RequestError, "refuses.*400.*9000 tokens", 1),
         ((401, {}, {"error": "who are you"}), EngineError, "401.*api_key_env", 1),
+        ((401, {}, {"error": f"bad key {KEY}"}), EngineError, r"bad key \*\*\*", 1),
+        ((200, {}, f"your {KEY}?".encode()), EngineError, r"not JSON: your \*\*\*", 1),
         ((404, {}, {"error": "no such model"}), EngineError, "404.*check base_url, model", 1),
         ((200, {}, b"<html>"), EngineError, "not JSON: <html>", 1),
         ((200, {}, {"choices": []}), EngineError, "usage", 1),

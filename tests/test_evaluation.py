@@ -17,20 +17,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from spct_ray.benchmarks.compute import Rates, cost, count_weights, pareto
-from spct_ray.benchmarks.registry import BenchmarkSpec
+from spct_ray.benchmarks.curves import tabulate
+from spct_ray.benchmarks.evaluation import Counting, Judged, Task, judge_block, weights
+from spct_ray.benchmarks.official import Sheet
+from spct_ray.benchmarks.registry import BenchmarkSpec, find
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
 from spct_ray.config import to_plain
-from spct_ray.data.store import judged_files, read_items
+from spct_ray.data.store import judged_files, read_items, write_items
 from spct_ray.errors import ConfigError
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Item, Message, Trajectory
 from spct_ray.stages import benchmarks, compare, evaluate, evaluation
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
-from spct_ray.stages.evaluation import Evaluation, EvaluationConfig, build_steps, resolve
+from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, resolve
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 PROMPT = JudgeConfig(template="compact", single="scale")
@@ -114,7 +118,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     make_model(tmp_path / "meta_strong" / "model")
     inputs |= {f"{role}_strong": str(tmp_path / f"{role}_strong") for role in ("meta_scores", "meta")}
     config = compare.CompareConfig(
-        ("weak", "strong"), ("scale", "scale"), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"),
+        ("weak", "strong"), (PROMPT, PROMPT), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"),
         (1, 2, 4, 8), resamples=100,
     )  # fmt: skip
     metrics = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())
@@ -158,6 +162,58 @@ def test_failures_are_named_and_differences_paired(report: Any) -> None:
     rate = block["models"]["weak"]["greedy"]["undecided_rate"]
     assert 30 * rate <= greedy["undecided"] <= 60 * rate
     assert block["models"]["weak"]["greedy"]["k"] == 1
+
+
+def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
+    """One pair that the first four samples settle (9 : 1 always), one that no look settles (even), one that four
+    samples give to the wrong side: by hand 4, 8 and 4 of 8 samples, and the third of three decisions differs."""
+    scores = [[(9, 1)] * 8, [(9, 1), (1, 9)] * 4, [(1, 9)] * 4 + [(10, 1)] * 4]
+    items = [Item(f"i{i}", (Message("user", "Q"),), ("a", "b"), (1.0, 0.0)) for i in range(3)]
+    made = [
+        Trajectory(item.id, k, (0, 1), "t", shown, "", False, False, 0.5, k, "m", 0, 10, 10 + k, "stop")
+        for item, rows in zip(items, scores, strict=True)
+        for k, shown in enumerate(rows)
+    ]
+    task = Task(find("own"), tuple(items), Sheet.of(items))
+    table = tabulate(items, made, 5.5, {t.key: float(-t.sample) for t in made})
+    judged = Judged(tuple(made[::-1]), table, table, Rates(10, 0, 10, 10, 1.0), PROMPT)
+    counting = Counting((1, 8), 0.5, 0, 50, 4)
+    block = judge_block(task, judged, weights(task, counting), counting)[0]["adaptive"]
+    assert [*block] == ["error 0.01", "error 0.05", "meta, error 0.01", "meta, error 0.05"]
+    found = block["error 0.05"]
+    assert found["k"] == pytest.approx((4 + 8 + 4) / 3)
+    assert found["differ_from_k_max"] == pytest.approx(1 / 3)
+    four, eight = sum(range(10, 14)), sum(range(10, 18))
+    assert found["share_of_tokens"] == pytest.approx((4 + 4) * four / 4 / (3 * eight) + eight / (3 * eight))
+    assert found["score"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["cost"]["tokens"] == pytest.approx(found["k"] * 10)
+    # the meta RM keeps the first half: of the third item both halves say the same, of the first too
+    assert block["meta, error 0.05"]["differ_from_k_max"] == 0
+
+
+def test_the_meta_rm_stands_side_by_side_in_and_out_of_its_distribution(report: Any) -> None:
+    summary, out, _ = report
+    assert set(summary["meta_rm"]) == {"strong"}  # the only one with a meta RM, which here knows what is right
+    for label in ("rewardbench", "realmistake"):
+        assert summary["meta_rm"]["strong"][label]["auc"] == 1
+        assert summary["benchmarks"][label]["in_distribution"] is False
+    assert "rewardbench: AUC (never trained on)" in (out / "index.html").read_text()
+    model = {"models": {"m": {"meta_rm": dict.fromkeys(
+        ("auc", "auc_within_item", "ece", "accuracy", "share_right", "num_samples"), 0.5)}}}  # fmt: skip
+    blocks = {"llmbar": model | {"in_distribution": False}, "heldout": model | {"in_distribution": True}}
+    assert list(compare._transfer(blocks)["m"]) == ["heldout", "llmbar"]
+
+
+def test_held_out_items_of_a_run_are_a_benchmark(tmp_path: Path) -> None:
+    fake_run(tmp_path / "run")
+    made = [Item(f"vif-{i}", (Message("user", f"Q{i}"),), ("a", "b"), (1.0, 0.0), facts="[1]") for i in range(3)]
+    write_items(step_directory(str(tmp_path / "run"), "items", "items".ljust(12, "0")) + "/heldout.parquet", made)
+    for target in (f"{tmp_path}/run", f"{tmp_path}/run:rft", f"{tmp_path}/run:base@best"):
+        (spec,) = evaluation.specs("heldout", ["models/x", target])
+        assert [item.id for item in evaluation_items(spec)] == ["heldout:vif-0", "heldout:vif-1", "heldout:vif-2"]
+    assert evaluation_items(spec)[0].responses == ("a", "b")
+    with pytest.raises(ConfigError, match="no target is a run"):
+        evaluation.specs("heldout", ["models/x"])
 
 
 def test_single_responses_are_scored_by_area(report: Any) -> None:
@@ -300,6 +356,87 @@ def test_the_graph_and_its_ids(tmp_path: Path) -> None:
     assert again["benchmarks"] != ids["benchmarks"]
 
 
+def test_an_endpoint_is_a_judge_without_a_model_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRM_KEY", "sk-very-secret")
+    specs = make_benchmarks(tmp_path)
+    url, named = "http://127.0.0.1:9/v1", Endpoint("org/grm-1", "GRM_KEY")
+
+    def steps(target: str = url, endpoint: Endpoint = named, **changes: Any) -> Any:
+        config = EvaluationConfig(**changes)
+        return build_steps([resolve(target, config, endpoint)], Evaluation(specs, (1, 4), config=config))
+
+    found = {step.name: step for step in steps()}
+    assert list(found) == ["benchmarks", "evaluate_org-grm-1", "report"]
+    asked = found["evaluate_org-grm-1"]
+    assert asked.resources.endpoint.base_url == url
+    assert asked.inputs == {"items": "benchmarks"}
+    assert "secret" not in json.dumps(to_plain(asked.resources)) + json.dumps(to_plain(asked.config))
+    ids = step_ids(steps(), 1)["evaluate_org-grm-1"]
+    assert step_ids(steps(concurrency=2), 1)["evaluate_org-grm-1"] == ids
+    assert step_ids(steps(url + "2"), 1)["evaluate_org-grm-1"] != ids
+    (best,) = [s for s in steps(url + "@best") if s.name.startswith("evaluate_")]
+    assert (best.name, best.config.prompt.mode) == ("evaluate_org-grm-1-best", "best")
+    assert best.resources.endpoint.base_url == url
+    with pytest.raises(ConfigError, match="--model NAME"):
+        steps(endpoint=Endpoint())
+
+
+def test_a_scalar_reward_model_is_compared_on_the_same_items(tmp_path: Path, report: Any) -> None:
+    """Scores 2 for the best response of every second pair and 1 for all else: half of the pairs are ties, 3/4 right."""
+    _, out, _ = report
+    inputs = {role: str(out.parent / role) for role in ("items", "evaluate_weak", "model_weak")}
+    rows = []
+    for number, item in enumerate(i for f in judged_files(inputs["items"]).values() for i in read_items(str(f))):
+        scores = [1.0 + (reward == 1 and number % 2) for reward in item.rewards]
+        rows.append({"item_id": item.id, "scores": scores, "tokens": 50})
+    (tmp_path / "evaluate_rm").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "evaluate_rm" / "scores.parquet")
+    (tmp_path / "evaluate_rm" / "timing.json").write_text(json.dumps({"engine_seconds": 3.6, "items": 36}))
+    make_model(tmp_path / "model_rm" / "model")
+    inputs |= {f"{role}_rm": str(tmp_path / f"{role}_rm") for role in ("evaluate", "model")}
+    config = compare.CompareConfig(
+        ("rm", "weak"), (None, PROMPT), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"), (1, 2),
+        resamples=50,
+    )  # fmt: skip
+    text = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())["summary_text"]
+    assert "weak - rm, vote@2" in text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    model = summary["benchmarks"]["rewardbench"]["models"]["rm"]
+    assert model["greedy"]["score"] == pytest.approx(0.75)
+    assert model["greedy"]["tie_rate"] == pytest.approx(0.5)
+    assert (model["vote"], model["aggregators"]) == ({}, {})
+    assert model["greedy"]["cost"] == {
+        "tokens": 0, "prefill_flops": 2 * 6 * 50, "decode_flops": 0, "flops": 600, "seconds": pytest.approx(0.1),
+    }  # fmt: skip
+    front = summary["pareto"]["rewardbench"]
+    assert "rm" in {p["judge"] for p in front["flops"]}
+    assert "rm" not in {p["judge"] for p in front["tokens"]}
+    assert {r["judge"] for r in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()} == {"weak"}
+    Tags().feed((tmp_path / "out" / "index.html").read_text())
+
+
+def test_a_classifier_is_a_scalar_reward_model(tmp_path: Path) -> None:
+    specs = make_benchmarks(tmp_path)
+    model = make_model(tmp_path / "rm", template=False)
+    (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
+    judge = resolve(str(model), EvaluationConfig())
+    steps = {step.name: step for step in build_steps([judge], Evaluation(specs, (1, 4)))}
+    assert steps["evaluate_rm"].function_name == "spct_ray.stages.scalar:run"
+    assert steps["report"].config.prompts == (None,)
+    with pytest.raises(ConfigError, match="no judge modes"):
+        resolve(f"{model}@best", EvaluationConfig())
+    with pytest.raises(ConfigError, match="robustness suite"):
+        build_steps([judge], Evaluation(specs, (1,), "robustness"))
+    fake_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="no finished step bradley_terry"):
+        resolve(f"{tmp_path}/run:bradley_terry", EvaluationConfig())
+
+
+def test_costs_of_unknown_weights_are_unknown() -> None:
+    spent = cost(Rates(None, 0, 100, 20, 0.5), 3, False)
+    assert spent == {"tokens": 60, "prefill_flops": None, "decode_flops": None, "seconds": 1.5, "flops": None}
+
+
 def test_contamination_is_counted(tmp_path: Path) -> None:
     long = " ".join(f"word{i}" for i in range(20))
     row = {"id": 1, "prompt": long, "chosen": "g", "rejected": "b", "subset": "hep-go"}
@@ -339,8 +476,10 @@ def evaluation_items(spec: BenchmarkSpec) -> Any:
         (["{model}", "--benchmarks", "rewardbench,rewardbench"], "none twice"),
         (["{model}", "--benchmarks", "rewardbench", "--k", "1,two"], "--k 1,2,4,8"),
         (["{model}", "--benchmarks", "rewardbench", "--k", "0"], "at least 1"),
-        (["nowhere", "--benchmarks", "rewardbench"], "no run (no steps/ in it) and no model directory"),
+        (["nowhere", "--benchmarks", "rewardbench"], "no run (no steps/ in it), no model directory"),
         (["{bare}", "--benchmarks", "rewardbench"], "no chat template"),
+        (["{model}@bst", "--benchmarks", "rewardbench"], "did you mean 'best'"),
+        (["http://127.0.0.1:9/v1", "--benchmarks", "rewardbench"], "--model NAME"),
     ],
 )
 def test_errors_say_what_to_do(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_evaluation import context, judgements, make_benchmarks
+from test_evaluation import PROMPT, context, judgements, make_benchmarks
 
 from spct_ray.benchmarks import robustness
 from spct_ray.benchmarks.readers import facts_of
@@ -78,7 +78,7 @@ def test_the_suite_from_files_to_page(tmp_path: Path) -> None:
     assert made["clean"] == made["length"] == 12
     inputs = {"items": str(tmp_path / "probes"), "evaluate_m": str(tmp_path / "evaluate_m")}
     judgements(tmp_path / "evaluate_m", inputs["items"], 0.7, 4, 0.1, "m")
-    config = probes.RobustnessConfig(("m",), ("scale",), (4,))
+    config = probes.RobustnessConfig(("m",), (PROMPT,), (4,))
     metrics = probes.report(context(tmp_path / "out", "report", inputs), config, probes.ProbesResources())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["judges"]["m"]["greedy"]) == {"order flip", *(p.name for p in PROBES)}

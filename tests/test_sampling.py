@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from test_engines_remote import Endpoint
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import write_items
 from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.remote import RemoteConfig
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, DataError, EngineError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct
+from spct_ray.records import Item, Message
 from spct_ray.stages import evaluate, sample, select
 
 JUDGE = JudgeConfig(template="compact")
@@ -217,3 +220,44 @@ def test_selection_without_any_accepted_judgement_says_what_to_do(tmp_path, monk
             select.SelectConfig(JUDGE),
             select.SelectResources(),
         )
+
+
+class MortalEndpoint(Endpoint):
+    """Gives 9 : 1 until `left` requests were answered, then HTTP 503."""
+
+    left = 21
+
+    def answer(self, path, body, key):
+        with self._lock:
+            self.bodies.append(body)
+            self.left -= 1
+            if self.left < 0:
+                return 503, {}, b"gone"
+        choice = {"index": 0, "message": {"content": "Scores: \\boxed{9, 1}"}, "finish_reason": "stop"}
+        return 200, {}, {"choices": [choice], "usage": {"prompt_tokens": 11, "completion_tokens": 7}}
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_fails_half_way_loses_no_finished_block(tmp_path, ray_session):
+    from spct_ray.cluster.sampling import num_rows, read_trajectories
+
+    items = [Item(f"i{i}", (Message("user", f"Q{i}"),), ("a", "b"), (1.0, 0.0)) for i in range(10)]
+    (tmp_path / "items").mkdir()
+    write_items(str(tmp_path / "items" / "bench_x.parquet"), items)
+    here = context(tmp_path, "evaluate_x", items=tmp_path / "items")
+    endpoint = MortalEndpoint()
+    where = RemoteConfig(endpoint.url, "grm", concurrency=4, max_attempts=2, first_wait_s=0.01)
+    config, ask = evaluate.EvaluateConfig(JUDGE, k_max=2), evaluate.EndpointResources(where, block_size=8)
+    with pytest.raises(EngineError, match="died"):
+        evaluate.run_endpoint(here, config, ask)
+    done = num_rows(Path(here.out) / "trajectories")
+    assert 0 < done < 40
+    endpoint.left, endpoint.bodies = 10**6, []
+    made = evaluate.run_endpoint(here, config, ask)
+    assert made["judgements"] == 40 - done
+    assert len(endpoint.bodies) == 1 + 40 - done  # one to greet
+    assert {(t.failure, t.model) for t in read_trajectories(here.out)} == {("", "grm")}
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+    with pytest.raises(EngineError, match="after 2 attempts"):  # at once, before any worker starts
+        evaluate.run_endpoint(context(tmp_path, "evaluate_y", items=tmp_path / "items"), config, ask)

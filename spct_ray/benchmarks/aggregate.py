@@ -6,11 +6,9 @@ R draws, K samples, O options (see `spct_ray.benchmarks.curves`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from spct_ray.benchmarks.curves import Bools, Floats, ScoreTable
+from spct_ray.benchmarks.curves import Bools, Floats, Ints, ScoreTable
 from spct_ray.benchmarks.official import Decision
 from spct_ray.errors import ConfigError, DataError
 
@@ -41,10 +39,11 @@ def draw(table: ScoreTable, k: int, num_draws: int, seed: int) -> Bools:
     return np.asarray(place_IRK < k)
 
 
-def decide(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int, seed: int = 0) -> list[Decision]:
+def decide(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int = 0) -> list[Decision]:
     """One Decision a draw. Scores of items with n = 1 are means a judgement, so that they compare across items.
 
-    `name` is one of PLAIN, GUIDED or FILTERS. Raises DataError for GUIDED without meta-RM logits.
+    `name` is one of PLAIN, GUIDED or FILTERS; `k_meta` may differ between items [I]. Raises DataError for GUIDED
+    without meta-RM logits.
     """
     single_IK = (table.num_responses_I == 1)[:, None]
     forward_IK = (table.first_IK == 0) | single_IK
@@ -53,7 +52,7 @@ def decide(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int, seed: int
     return [Decision(*(s[:, r] for s in scores)) for r in range(take_IRK.shape[1])]
 
 
-def _aggregate(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int, seed: int) -> Floats:
+def _aggregate(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int) -> Floats:
     """[I, R, O], NaN where nothing usable was taken."""
     weight_IRK = _weights(name, table, take_IRK, k_meta, seed)
     count_IR1 = weight_IRK.sum(axis=-1, keepdims=True)
@@ -76,7 +75,7 @@ def _ballots(table: ScoreTable) -> Floats:
     return np.asarray(winner / winner.sum(axis=-1, keepdims=True))
 
 
-def _weights(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int, seed: int) -> Floats:
+def _weights(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int) -> Floats:
     """[I, R, K] how much each taken sample counts."""
     if name in PLAIN:
         return take_IRK.astype(np.float64)
@@ -92,35 +91,8 @@ def _weights(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int, seed: i
     return _top(table.logits_IK, take_IRK, 1 if name == "best_by_meta" else k_meta)
 
 
-def _top(rank_IK: Floats, take_IRK: Bools, keep: int) -> Floats:
+def _top(rank_IK: Floats, take_IRK: Bools, keep: int | Ints) -> Floats:
     """The `keep` taken samples of highest rank; equal ranks in order of the samples."""
     held = np.where(take_IRK, rank_IK[:, None], -np.inf)
     place = np.argsort(np.argsort(-held, axis=-1, kind="stable"), axis=-1)
-    return np.asarray(take_IRK & (place < keep), dtype=np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Adaptive:
-    """Voting that stops early: the decision, and how many samples an item took [I]."""
-
-    take_I1K: Bools
-    samples_I: Floats
-
-
-def adaptive(table: ScoreTable, lead: float, k: int) -> Adaptive:
-    """Take whole balanced rounds (at least two samples) until the leader is ahead by `lead` points a sample, at most k.
-
-    Failed judgements count as taken and lead nowhere.
-    """
-    num_samples = table.num_samples
-    k = min(k, num_samples)
-    sums = np.cumsum(table.used_IK[..., None] * table.scores_IKO, axis=1)
-    held = np.sort(np.where(table.option_IO[:, None], sums, -np.inf), axis=-1)
-    ahead_IK = (held[..., -1] - held[..., -2]) >= lead * np.arange(1, num_samples + 1)
-    step_I = np.maximum(2, table.num_responses_I)
-    whole_IK = np.arange(1, num_samples + 1)[None] % step_I[:, None] == 0
-    stop_IK = ahead_IK & whole_IK & table.used_IK.cumsum(axis=1).astype(bool)
-    stop_IK[:, k - 1] = True
-    last_I = stop_IK[:, :k].argmax(axis=1)
-    take = np.arange(num_samples)[None] <= last_I[:, None]
-    return Adaptive(take[:, None], (last_I + 1).astype(np.float64))
+    return np.asarray(take_IRK & (place < np.reshape(keep, (-1, 1, 1))), dtype=np.float64)

@@ -15,10 +15,11 @@ from spct_ray.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """One judge's mean cost a judgement. `meta_params` is 0 without a meta RM; `seconds` are of the engine, summed over
+    """One judge's mean cost a judgement. `params` is None for a model whose weights cannot be counted (an endpoint's),
+    `meta_params` 0 without a meta RM; `seconds` are of the engine, summed over
     replicas, at the batch sizes of the evaluation."""
 
-    params: int
+    params: int | None
     meta_params: int
     prompt_tokens: float
     completion_tokens: float
@@ -36,16 +37,20 @@ class Cost:
     seconds: float
 
 
-def cost(rates: Rates, k: float, guided: bool) -> dict[str, float]:
-    """Cost of one decision by k judgements (a mean where k varies), with the meta RM's reading when `guided`."""
+def cost(rates: Rates, k: float, guided: bool) -> dict[str, float | None]:
+    """Cost of one decision by k judgements (a mean where k varies), with the meta RM's reading when `guided`; FLOPs are
+    None where the weights are unknown."""
+    tokens, seconds = k * rates.completion_tokens, k * rates.seconds
+    if rates.params is None:
+        return {"tokens": tokens, "prefill_flops": None, "decode_flops": None, "seconds": seconds, "flops": None}
     read = rates.params * rates.prompt_tokens
     if guided:
         read += rates.meta_params * (rates.prompt_tokens + rates.completion_tokens)
     made = Cost(
-        tokens=k * rates.completion_tokens,
+        tokens=tokens,
         prefill_flops=2 * k * read,
         decode_flops=2 * k * rates.params * rates.completion_tokens,
-        seconds=k * rates.seconds,
+        seconds=seconds,
     )
     return asdict(made) | {"flops": made.prefill_flops + made.decode_flops}
 

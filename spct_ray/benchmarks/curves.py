@@ -144,6 +144,26 @@ def tabulate(
     )
 
 
+def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> ScoreTable:
+    """The table of a scalar reward model: one sample an item, the score of each response; for n = 1 "wrong" has 0.
+
+    Raises DataError for items without scores.
+    """
+    if missing := [item.id for item in items if item.id not in scores]:
+        raise DataError(f"no scores of {len(missing)} items, the first is {missing[0]!r}")
+    num_options = max(max(2, len(item.responses)) for item in items)
+    scores_IKO, option_IO = np.zeros((len(items), 1, num_options)), np.zeros((len(items), num_options), dtype=bool)
+    for i, item in enumerate(items):
+        given = scores[item.id] if len(item.responses) > 1 else (0.0, *scores[item.id])
+        scores_IKO[i, 0, : len(given)] = given
+        option_IO[i, : len(given)] = True
+    none_IK, truth_I = np.zeros((len(items), 1), dtype=np.int64), np.array([right_option(item) for item in items])
+    return ScoreTable(
+        scores_IKO, option_IO, none_IK == 0, none_IK.astype(np.float64), truth_I, none_IK,
+        np.array([len(item.responses) for item in items]), None, none_IK, none_IK.astype(np.float64),
+    )  # fmt: skip
+
+
 def _winners(scores: Floats, option_IO: Bools) -> Bools:
     """True at the options with the highest score; scores [I, anything, O]."""
     held = np.where(option_IO[:, None, :], scores, -np.inf)

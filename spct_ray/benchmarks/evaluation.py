@@ -17,13 +17,15 @@ import numpy as np
 from spct_ray.benchmarks import aggregate, curves, metrics, summary
 from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
 from spct_ray.benchmarks.compute import Rates, cost
-from spct_ray.benchmarks.curves import Floats, ScoreTable
+from spct_ray.benchmarks.curves import Floats, Ints, ScoreTable
 from spct_ray.benchmarks.official import Decision, Sheet, decided
 from spct_ray.benchmarks.registry import Benchmark
+from spct_ray.judge.adaptive import num_needed
+from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Trajectory
 
-ADAPTIVE_LEADS = (1.0, 2.0, 4.0)  # points a sample
+ADAPTIVE_ERRORS = (0.01, 0.05)  # `error` of spct_ray.judge.adaptive; the service's default is the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,14 @@ class Counting(summary.Counting):
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One judge's judgements of one benchmark, and the tables of its samples and of its greedy ones (two orders)."""
+    """One judge's sampled judgements of one benchmark, the tables of these and of its greedy ones (two orders), and its
+    prompt. A scalar reward model has no judgements and no prompt, and one sample in both tables."""
 
     trajectories: tuple[Trajectory, ...]
     samples: ScoreTable
     greedy: ScoreTable
     rates: Rates
+    prompt: JudgeConfig | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ def weights(task: Task, counting: Counting) -> Floats:
 
 
 def entry(
-    task: Task, decisions: Sequence[Decision], weights_BI: Floats, k: float, spent: Mapping[str, float]
+    task: Task, decisions: Sequence[Decision], weights_BI: Floats, k: float, spent: Mapping[str, float | None]
 ) -> tuple[dict[str, Any], Outcome]:
     """One way to decide: its official score with interval and parts, ties, undecided items and cost."""
     ones = np.ones(len(task.items))
@@ -113,6 +117,8 @@ def judge_block(
     task: Task, judged: Judged, weights_BI: Floats, counting: Counting
 ) -> tuple[dict[str, Any], dict[str, Outcome]]:
     """One judge's entry of a benchmark, and the outcomes of its greedy judgements and votes (for `paired`)."""
+    if judged.prompt is None:
+        return _scalar_block(task, judged, weights_BI, counting)
     table, seed = judged.samples, derive_seed(counting.seed, "draws")
     outcomes: dict[str, Outcome] = {}
 
@@ -142,12 +148,12 @@ def judge_block(
         "vote": votes("sum"),
         "meta_vote": votes("meta_top") if guided else {},
         "aggregators": {name: vote(name, k_max) for name in (*PLAIN, *(GUIDED if guided else ()))},
-        "adaptive": _adaptive(task, judged, weights_BI, counting),
+        "adaptive": _adaptive(task, judged, judged.prompt, weights_BI, counting),
         "rates": curves.rates(table) | {"greedy_parse_rate": float(judged.greedy.used_IK.mean())},
         "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
         "by_subset": _by_subset(task, outcomes[f"sum@{k_max}"]),
         "score_histogram": _histogram(judged.trajectories),
-        "margins": margins(task, table, counting),
+        "margins": margins(task, table, k_max, counting.seed),
         "num_samples": table.num_samples,
     }
     if guided:
@@ -156,15 +162,73 @@ def judge_block(
     return block, outcomes
 
 
-def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
+def _scalar_block(
+    task: Task, judged: Judged, weights_BI: Floats, counting: Counting
+) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """The same for a scalar reward model, whose one score stands under "greedy", and in comparisons for a vote too."""
+    scores_IO = np.where(judged.samples.option_IO, judged.samples.scores_IKO[:, 0], 0.0)
+    decision = Decision(scores_IO, scores_IO, scores_IO)
+    made, outcome = entry(task, [decision], weights_BI, 1, cost(judged.rates, 1, False))
+    empty: dict[str, Any] = {key: {} for key in ("vote", "meta_vote", "aggregators", "adaptive", "failures")}
+    block = empty | {
+        "greedy": made,
+        "rates": curves.rates(judged.samples) | {"greedy_parse_rate": 1.0},
+        "by_subset": _by_subset(task, outcome),
+        "score_histogram": {},
+        "margins": margins(task, judged.samples, 1, counting.seed),
+        "num_samples": 1,
+    }
+    return block, {"greedy": outcome, f"sum@{counting.k_max}": outcome, f"meta_top@{counting.k_max}": outcome}
+
+
+def _adaptive(
+    task: Task, judged: Judged, prompt: JudgeConfig, weights_BI: Floats, counting: Counting
+) -> dict[str, Any]:
+    """The served rule (`spct_ray.judge.adaptive`) on each item's samples in the order in which they were drawn, plain
+    and guided: beside the entry, the share of decisions that differ from those of all k_max samples, and of tokens."""
+    table, k_max = judged.samples, counting.k_max
+    drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
+    for t in sorted(judged.trajectories, key=lambda t: t.sample):
+        drawn[t.item_id].append(t)
+    scales = [scale_of(len(item.responses), prompt) for item in task.items]
+    all_I = np.full(len(task.items), k_max)
     found = {}
-    for lead in ADAPTIVE_LEADS:
-        way = aggregate.adaptive(judged.samples, lead, counting.k_max)
-        decisions = aggregate.decide("sum", judged.samples, way.take_I1K, 1)
-        mean_k = float(way.samples_I.mean())
-        made, _ = entry(task, decisions, weights_BI, mean_k, cost(judged.rates, mean_k, False))
-        found[f"lead {lead:g}"] = made
+    for guided in (False, True) if table.logits_IK is not None else (False,):
+        logits = table.logits_IK.tolist() if guided and table.logits_IK is not None else [[]] * len(scales)
+        last = _first(table, all_I, guided).scores_IO
+        for error in ADAPTIVE_ERRORS:
+            needed_I = np.array(
+                [
+                    num_needed(samples[:k_max], logits_K[:k_max], scale, error)
+                    for samples, logits_K, scale in zip(drawn.values(), logits, scales, strict=True)
+                ]
+            )
+            decision, mean_k = _first(table, needed_I, guided), float(needed_I.mean())
+            made, _ = entry(task, [decision], weights_BI, mean_k, cost(judged.rates, mean_k, guided))
+            taken_IK = np.arange(table.num_samples) < needed_I[:, None]
+            differ_I = np.where(needed_I < k_max, _differ(task.sheet, decision.scores_IO, last), 0.0)
+            found[f"{'meta, ' if guided else ''}error {error:g}"] = made | {
+                "differ_from_k_max": float(differ_I.mean()),
+                "share_of_tokens": float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
+            }
     return found
+
+
+def _first(table: ScoreTable, k_I: Ints, guided: bool) -> Decision:
+    """The vote over the first k_I samples of each item, of which the meta RM keeps half as it does when serving."""
+    take_I1K = (np.arange(table.num_samples) < k_I[:, None])[:, None]
+    (decision,) = aggregate.decide("meta_top" if guided else "sum", table, take_I1K, np.maximum(1, k_I // 2))
+    return decision
+
+
+def _differ(sheet: Sheet, a_IO: Floats, b_IO: Floats) -> Floats:
+    """[I] chance that two votes choose differently when each breaks its ties at random."""
+    chosen = []
+    for scores_IO in (a_IO, b_IO):
+        held = np.where(sheet.option_IO, scores_IO, -np.inf)
+        top_IO = held == held.max(axis=-1, keepdims=True)
+        chosen.append(top_IO / np.maximum(1, top_IO.sum(axis=-1, keepdims=True)))
+    return np.asarray(1 - (chosen[0] * chosen[1]).sum(axis=-1))
 
 
 def _by_subset(task: Task, outcome: Outcome) -> dict[str, Any]:
@@ -185,9 +249,9 @@ def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, int]:
     return {str(s): found[s] for s in sorted(found)}
 
 
-def margins(task: Task, table: ScoreTable, counting: Counting) -> list[dict[str, float]]:
+def margins(task: Task, table: ScoreTable, k: int, seed: int) -> list[dict[str, float]]:
     """Five bins of equal size of the vote's lead (points a sample, of decided items): mean lead, share right, count."""
-    take = aggregate.draw(table, counting.k_max, 1, counting.seed)[:, :1]
+    take = aggregate.draw(table, k, 1, seed)[:, :1]
     (decision,) = aggregate.decide("mean", table, take, 1)
     held = np.sort(np.where(task.sheet.option_IO, decision.scores_IO, -np.inf), axis=-1)
     rows = np.flatnonzero(decided(decision.scores_IO))

@@ -63,11 +63,15 @@ def _overview(summary: Mapping[str, Any], names: Sequence[str]) -> str:
             model = block["models"][name]
             cells += [_score(model["greedy"]), _score(model["meta_vote"].get(top) or model["vote"].get(top))]
         about = summary["judges"][name]
-        rows.append([*cells, f"{about['weights']:,}", f"{about['completion_tokens']:.0f}"])
+        weights = "–" if about["weights"] is None else f"{about['weights']:,}"
+        rows.append([*cells, weights, f"{about['completion_tokens']:.0f}"])
     head = ["judge"]
     for block in summary["benchmarks"].values():
         head += [f"{block['title']}, greedy", f"best vote@{top}"]
-    note = "Official scores in %, with 95&thinsp;% intervals. Best vote: guided by the meta RM where the judge has one."
+    note = (
+        "Official scores in %, with 95&thinsp;% intervals. Best vote: guided by the meta RM where the judge has one. "
+        "The one score of a scalar reward model stands under greedy."
+    )
     return _table([*head, "weights", "tokens a judgement"], rows, note)
 
 
@@ -101,16 +105,26 @@ def _parts(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
 
 def _aggregators(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
     ways = [w for w in NAMES if any(m["aggregators"].get(w) for m in block["models"].values())]
-    adaptive = list(next(iter(block["models"].values()))["adaptive"])
     rows = [
-        [_judge(n, names), *(_score(m["aggregators"].get(w)) for w in ways),
-         *(f"{_score(m['adaptive'][a])}<br><small>{m['adaptive'][a]['k']:.1f} samples</small>" for a in adaptive)]
+        [_judge(n, names), *(_score(m["aggregators"].get(w)) for w in ways)]
         for n, m in block["models"].items()
+        if m["aggregators"]
+    ]
+    return _table(["judge", *(NAMES[w] for w in ways)], rows, f"The same {top} samples, put together in other ways.")
+
+
+def _adaptive(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
+    rows = [
+        [_judge(n, names), escape(way), _score(made), f"{made['k']:.1f}", _percent(made["share_of_tokens"]),
+         _percent(made["differ_from_k_max"])]
+        for n, m in block["models"].items() for way, made in m["adaptive"].items()
     ]  # fmt: skip
-    note = f"The same {top} samples, put together in other ways. Adaptive: stops when the leader is so many points a "
-    return _table(
-        ["judge", *(NAMES[w] for w in ways), *(f"adaptive, {a}" for a in adaptive)], rows, note + "sample ahead."
+    note = (
+        f"The service's rule on the same samples: it stops when by its model at most the share of decisions that is "
+        f"called error differs from those of all {top}."
     )
+    head = ["judge", "rule", "score", "samples", f"tokens of vote@{top}", "decisions that differ"]
+    return _table(head, rows, note) if rows else ""
 
 
 def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
@@ -165,21 +179,42 @@ def _heat(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
     return _table(["subset", "items", *names], rows, f"Share of items right, vote@{top}, in %.", "heat")
 
 
+_META = {
+    "auc": "AUC",
+    "auc_within_item": "AUC within an item",
+    "accuracy": "accuracy",
+    "ece": "calibration error (ECE)",
+}
+
+
 def _meta(block: Mapping[str, Any], names: Sequence[str]) -> str:
-    rows = []
-    for n, m in block["models"].items():
-        if (meta := m.get("meta_rm")) is None:
-            continue
-        gains = [_percent(meta["gain_by_filter"][f]) for f in ("random", "shortest", "longest")]
-        values = [_number(meta[k]) for k in ("auc", "auc_within_item", "accuracy", "ece")]
-        rows.append([_judge(n, names), *values, _percent(meta["share_right"]), *gains])
-    head = ["judge", "AUC", "AUC within an item", "accuracy", "ECE", "right", "gain: random", "shortest", "longest"]
-    note = "Gain: the share of the meta vote's gain over the plain vote that keeping as many samples without a meta RM "
-    return (
-        _table(head, rows, note + "gives: at random, the shortest, the longest (– where there is no gain).")
-        if rows
-        else ""
-    )
+    """A row a quantity, a column a judge: narrow, to stand beside its chart."""
+    found = {n: m["meta_rm"] for n, m in block["models"].items() if "meta_rm" in m}
+    if not found:
+        return ""
+    rows = [[what, *(_number(meta[key]) for meta in found.values())] for key, what in _META.items()]
+    rows.append(["samples that are right", *(_percent(meta["share_right"]) for meta in found.values())])
+    for name, kept in (("random", "random ones"), ("shortest", "the shortest"), ("longest", "the longest")):
+        gains = [_percent(meta["gain_by_filter"][name]) for meta in found.values()]
+        rows.append([f"share of its gain that keeping {kept} gives", *gains])
+    note = "Against Eq. 10 on single samples. Its gain: of the meta vote over the plain vote; – where there is none."
+    return _table(["", *found], rows, note)
+
+
+def _transfer(summary: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The meta RM where it was trained and where it never was, side by side."""
+    if not summary["meta_rm"]:
+        return ""
+    labels = list(next(iter(summary["meta_rm"].values())))
+    head = ["judge"]
+    for label in labels:
+        kind = "in distribution" if summary["benchmarks"][label]["in_distribution"] else "never trained on"
+        head += [f"{label}: AUC ({kind})", "within an item", "ECE"]
+    rows = [
+        [_judge(n, names), *(_number(of[label][key]) for label in labels for key in ("auc", "auc_within_item", "ece"))]
+        for n, of in summary["meta_rm"].items()
+    ]
+    return _table(head, rows, "AUC of 0.5 is chance. In distribution: items held out of the run's own data.")
 
 
 def _sample(row: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -216,27 +251,32 @@ def _filters(groups: Mapping[str, Sequence[str]]) -> str:
 def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
     """The page; `summary` is summary.json's content, `samples` the judgements to show (see `stages.compare`)."""
     names, top = list(summary["judges"]), str(max(summary["ks"]))
-    body = [f"<div class=grid>{_panel('All benchmarks', _overview(summary, names), wide=True)}</div>"]
+    first = _panel("All benchmarks", _overview(summary, names), wide=True)
+    if transfer := _transfer(summary, names):
+        first += _panel("Meta RM, in and out of distribution", transfer, wide=True)
+    body = [f"<div class=grid>{first}</div>"]
     for label, block in summary["benchmarks"].items():
         points = [p for p in summary["points"] if p["benchmark"] == label]
         charts = [_chart("Score over samples", plots.score_curves(block["models"], block["chance"]),
                          "Bands: 95&thinsp;% intervals over rows and draws of k samples.")]  # fmt: skip
-        for axis, what in (("tokens", "written tokens"), ("flops", "2 × weights × tokens, read and written")):
-            svg = plots.pareto_front(points, summary["pareto"][label][axis], axis)
-            charts.append(_chart(f"Score over {axis.replace('flops', 'FLOPs')}", svg, f"Cost of a decision: {what}."))
         note = "Is a vote that leads by more more often right?"
         charts.append(_chart("Margins and scores", plots.calibration(block["models"]), note))
+        for axis, what in (("tokens", "written tokens"), ("flops", "2 × weights × tokens, read and written")):
+            front = summary["pareto"][label][axis]
+            listed = "; ".join(f"{i} {p['judge']}, {p['way']}" for i, p in enumerate(front, 1))
+            note = f"Cost of a decision: {what}. The front: {escape(listed)}."
+            charts.append(
+                _chart(f"Score over {axis.replace('flops', 'FLOPs')}", plots.pareto_front(points, front, axis), note)
+            )
         tables = [
             ("Scores", _scores(block, names, summary["ks"])), ("Parts", _parts(block, names, top)),
-            ("Aggregators", _aggregators(block, names, top)), ("Is the difference real?", _paired(block)),
-            ("Behaviour", _behaviour(block, names, top)),
+            ("Aggregators", _aggregators(block, names, top)), ("Adaptive voting", _adaptive(block, names, top)),
+            ("Is the difference real?", _paired(block)), ("Behaviour", _behaviour(block, names, top)),
         ]  # fmt: skip
-        after = [("By subset", _heat(block, names, top))]
         if meta := _meta(block, names):
-            after.append(("Meta RM", meta))
-            charts.append(
-                _chart("Meta RM reliability", plots.meta_reliability(block["models"]), "Dots: area by count.")
-            )
+            reliability = plots.meta_reliability(block["models"])
+            charts += [_chart("Meta RM reliability", reliability, "Dots: area by count."), _panel("Meta RM", meta)]
+        after = [("By subset", _heat(block, names, top))]
         wide = [[_panel(t, b, wide=True) for t, b in part if b] for part in (tables, after)]
         body.append(
             f"<h2>{escape(block['title'])} <small>{escape(label)}</small></h2>"
@@ -244,7 +284,7 @@ def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         )
     groups = {
         "benchmark": list(summary["benchmarks"]),
-        "judge": names,
+        "judge": [name for name in names if any(row["judge"] == name for row in samples)],
         "outcome": ["right", "wrong", "tied", "failure"],
     }
     shown = "".join(_sample(row, names) for row in samples)

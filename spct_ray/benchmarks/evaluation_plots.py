@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from spct_ray.benchmarks.plots import INK, RC, new_figure, to_svg
 
@@ -42,7 +43,8 @@ def score_curves(models: Mapping[str, Any], chance: float | None) -> str:
                     label=label,
                 )
             if model["greedy"]["score"] is not None:
-                axes.axhline(model["greedy"]["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)))
+                scalar = name if not model["vote"] else None
+                axes.axhline(model["greedy"]["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)), label=scalar)
         if chance is not None:
             axes.axhline(chance, color=INK, lw=1, ls=":", label="chance")
         axes.set_xscale("log", base=2)
@@ -54,26 +56,29 @@ def score_curves(models: Mapping[str, Any], chance: float | None) -> str:
 
 
 def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], axis: str) -> str:
-    """Every way to decide of every judge, its score over what it costs; the front is the line."""
+    """Every way to decide of every judge, its score over what it costs; the front is the line, its points numbered."""
     labels = {"tokens": "generated tokens a decision", "flops": "FLOPs a decision (prefill and decode)"}
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.9)
         for place, name in enumerate(dict.fromkeys(p["judge"] for p in points)):
             mine = [p for p in points if p["judge"] == name]
             for guided, marker in ((False, "o"), (True, "D")):
-                shown = [p for p in mine if ("meta" in p["way"]) == guided]
+                shown = [p for p in mine if p[axis] and ("meta" in p["way"]) == guided]
                 axes.scatter(
                     [p[axis] for p in shown], [p["score"] for p in shown], s=22, marker=marker, alpha=0.75,
                     color=colour(place), label=f"{name}{', with meta RM' if guided else ''}" if shown else None,
                 )  # fmt: skip
         x, y = [p[axis] for p in front], [p["score"] for p in front]
         axes.step(x, y, where="post", color=INK, lw=1.1, label="Pareto front", zorder=0)
-        for place, point in enumerate(front):
-            where = (4, 5) if place % 2 == 0 else (4, -11)
+        for number, point in enumerate(front, 1):
             axes.annotate(
-                point["way"], (point[axis], point["score"]), textcoords="offset points", xytext=where, fontsize=7.5
-            )
+                str(number), (point[axis], point["score"]), textcoords="offset points", xytext=(-3, 6), fontsize=8,
+                ha="right", color=INK, weight="bold",
+            )  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.minorticks_off()
         axes.margins(x=0.12, y=0.12)
         axes.set(xlabel=labels[axis], ylabel="official score")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -88,7 +93,8 @@ def calibration(models: Mapping[str, Any]) -> str:
         for place, (name, model) in enumerate(models.items()):
             bins = model["margins"]
             x, y = [b["lead"] for b in bins], [b["share_right"] for b in bins]
-            left.plot(x, y, "-o", ms=4, color=colour(place), label=name)
+            if model["vote"]:  # a scalar reward model's lead is on a scale of its own
+                left.plot(x, y, "-o", ms=4, color=colour(place), label=name)
             histogram = model["score_histogram"]
             total = max(1, sum(histogram.values()))
             bars = [histogram.get(str(s), 0) / total for s in range(11)]
@@ -118,5 +124,6 @@ def meta_reliability(models: Mapping[str, Any]) -> str:
             axes.plot(x, y, color=colour(place), lw=1.2, label=name)
             axes.scatter(x, y, s=[12 + 110 * b["count"] / most for b in bins], color=colour(place), alpha=0.7)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
+        axes.set_xticks([0.2, 0.4, 0.6, 0.8, 1.0])
         axes.legend(loc="best")
         return to_svg(figure)

@@ -218,14 +218,11 @@ def render(
         )
         for c in charts
     ]
-    tables = [
-        _panel("Is the difference real?", _paired(summary["paired"])),
-        _panel("Failed judgements", _failures(models)),
-    ]
-    if selection:
-        tables.append(_panel("Selection for the cold start", _bars(selection)))
+    left = _panel("Failed judgements", _failures(models))
     if summary["seconds"]:
-        tables.append(_panel("Seconds by step", _bars(summary["seconds"], "&thinsp;s"), wide=True))
+        left += _panel("Seconds by step", _bars(summary["seconds"], "&thinsp;s"))
+    right = _panel("Selection for the cold start", _bars(selection)) if selection else ""
+    tables = [_panel("Is the difference real?", _paired(summary["paired"])), f"<div>{left}</div><div>{right}</div>"]
     benchmarks = "".join(
         _panel(f"Benchmark: {name}", _headline(block) + _rates(block), wide=True)
         for name, block in summary["benchmarks"].items()

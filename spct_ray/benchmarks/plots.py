@@ -113,16 +113,19 @@ def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequ
         figure, axes_RC = plt.subplots(
             num_rows, columns, figsize=(max(5.6, 3.8 * columns), 2.5 * num_rows + 0.4), squeeze=False
         )
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
         for axes, (title, keys) in zip(axes_RC.flat, shown.items(), strict=False):
             for key, shade in zip(keys, (colour, INK, WRONG), strict=False):
                 points = [(r.get("step", i), r[key]) for i, r in enumerate(rows) if _is_number(r.get(key))]
                 x, y = np.array(points, dtype=float).T
-                window = max(1, len(y) // 25)
+                window = max(5, len(y) // 25) if len(y) >= 10 else 1
                 padded = np.pad(y, (window // 2, (window - 1) // 2), "edge")
                 smooth = np.convolve(padded, np.ones(window) / window, "valid")
                 if window > 1:
                     axes.plot(x, y, color=shade, alpha=0.25, linewidth=0.8)
                 axes.plot(x, smooth, color=shade, linewidth=1.6, label=key.removeprefix("share_").replace("_", " "))
+                if key == "loss" and min(y) > 0 and max(y) > 20 * min(y):  # else the first steps are all one sees
+                    axes.set_yscale("log")
             axes.set_title(title)
             axes.set_xlabel("step")
             if len(keys) > 1:

@@ -4,8 +4,8 @@ STYLE = """
 :root{--ink:#1f2733;--soft:#667085;--line:#e4e7ee;--bg:#f6f7fa;--blue:#2f6fde;--orange:#e0662b;--grey:#8a94a6;
 --green:#2a9d6f;--red:#d1495b;--amber:#b7791f;color-scheme:light}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,"DejaVu Sans",sans-serif;-webkit-font-smoothing:antialiased}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 -apple-system,"Segoe UI",Roboto,"Helvetica Neue",
+Arial,"Liberation Sans","DejaVu Sans",sans-serif;-webkit-font-smoothing:antialiased}
 main{max-width:1240px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:30px;line-height:1.2;margin:0 0 4px;letter-spacing:-.02em}
 h2{font-size:21px;margin:44px 0 12px;letter-spacing:-.01em}
@@ -23,6 +23,7 @@ box-shadow:0 1px 2px rgba(16,24,40,.04)}
 .grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px;align-items:start}
 .panel{padding:18px 20px;min-width:0}
 .wide{grid-column:1/-1}
+.grid>div>.panel+.panel{margin-top:18px}
 .panel img{display:block;width:100%;height:auto}
 .note{color:var(--soft);font-size:13px;line-height:1.45;margin:10px 0 0}
 .scroll{overflow-x:auto}
@@ -66,7 +67,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.5 ui-monosp
 .sortable thead th:hover{color:var(--ink)}
 .sortable thead th[aria-sort=ascending]::after{content:" ▴"}
 .sortable thead th[aria-sort=descending]::after{content:" ▾"}
-.heat td{color:var(--ink)}
+.heat td,.heat td i{color:var(--ink)}
 small{color:var(--soft);font-weight:400}
 @media(max-width:860px){.grid{grid-template-columns:minmax(0,1fr)}.samples{columns:1}main{padding:24px 14px 60px}}
 """

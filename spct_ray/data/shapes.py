@@ -111,6 +111,7 @@ def _own(cells: Cells, item_id: str, source: str) -> Item:
         reference=cells.optional("reference"),
         strength=cells.optional("strength"),
         facts=cells.optional("facts"),
+        principles=cells.optional("principles"),
     )
 
 

@@ -25,6 +25,7 @@ ITEM_SCHEMA = pa.schema(
         ("reference", pa.string()),
         ("strength", pa.string()),
         ("facts", pa.string()),
+        ("principles", pa.string()),
     ]
 )
 

@@ -37,7 +37,8 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """Lengths in characters; the whole prompt of a judge holds the query and all responses."""
+    """Lengths in characters; an item's are those of all that the judge is shown: query, responses, reference and
+    principles."""
 
     max_query_chars: int = 20_000
     max_response_chars: int = 10_000
@@ -55,7 +56,8 @@ def find_problem(item: Item, limits: Limits) -> Problem | None:
 
 def _conversation_problem(item: Item) -> Problem | None:
     try:  # JSON can hold lone surrogates, which Parquet and tokenizers refuse
-        "".join([item.id, *(m.content for m in item.messages), *item.responses, item.reference, item.subset]).encode()
+        texts = (item.id, item.reference, item.subset, item.strength, item.facts, item.principles)
+        "".join([*texts, *(m.content for m in item.messages), *item.responses]).encode()
     except UnicodeEncodeError:
         return Problem.INVALID_UNICODE
     if any(message.role not in get_args(Role) for message in item.messages):
@@ -89,4 +91,5 @@ def _size_problem(item: Item, limits: Limits) -> Problem | None:
     if len(responses) > limits.max_responses:
         return Problem.TOO_MANY_RESPONSES
     too_long = query > limits.max_query_chars or max(responses) > limits.max_response_chars
-    return Problem.TOO_LONG if too_long or query + sum(responses) > limits.max_item_chars else None
+    total = query + sum(responses) + len(item.reference) + len(item.principles)
+    return Problem.TOO_LONG if too_long or total > limits.max_item_chars else None

@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Any, TypeVar
 
 from spct_ray.engines.base import Engine, Request, SamplingParams
-from spct_ray.errors import RequestError
-from spct_ray.judge.judge import JudgeTask, to_trajectory
-from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages
-from spct_ray.records import Completion, Trajectory
+from spct_ray.errors import ConfigError, RequestError
+from spct_ray.judge.judge import JudgeTask, joined, parts_of, to_trajectory
+from spct_ray.judge.parse import Failure
+from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages, mode_of, principles_messages, read_principles
+from spct_ray.records import Completion, Message, Trajectory
+
+S = TypeVar("S")
+T = TypeVar("T")
+Completions = tuple[Completion, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineJudge:
-    """Judges with `engine`. `guided` holds the text to the format by structured output and marks the trajectories."""
+    """Judges with `engine`. `guided` holds the text to the format by structured output and marks the trajectories.
+
+    Principles that the judge writes from the query are written once a query, greedily; a trajectory's text begins with
+    them, and the first sample of each kind counts their tokens.
+    """
 
     engine: Engine
     config: JudgeConfig
     model: str
     guided: bool = False
+    _written: dict[tuple[Message, ...], Future[Completions]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.guided and (self.config.mode != "list" or self.config.thinking_tokens):
+            raise ConfigError(
+                f"guided judging knows judge.mode 'list' without thinking_tokens, not {self.config.mode!r} with "
+                f"{self.config.thinking_tokens}; leave guided out"
+            )
 
     def submit(self, task: JudgeTask) -> Future[Trajectory]:
         """One judgement; the future fails with RequestError (too long) or EngineError (engine dead).
 
         Cancelling it cancels the engine's work.
         """
-        result: Future[Trajectory] = Future()
-        completions = self.engine.submit(self._request(task))
-
-        def finish(done: Future[tuple[Completion, ...]]) -> None:
-            if done.cancelled() or not result.set_running_or_notify_cancel():
-                return
-            error = done.exception()
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(self._trajectory(task, done.result()[0]))
-
-        completions.add_done_callback(finish)
-        result.add_done_callback(lambda judged: completions.cancel() if judged.cancelled() else None)
-        return result
+        if not mode_of(len(task.order), self.config).writes_principles:
+            return self._judge(task)
+        messages = principles_messages(task.item, self.config)
+        written = self._written.get(messages)
+        if written is None:
+            written = self.engine.submit(Request(messages, SamplingParams(self.config.budget, 0.0, seed=0)))
+            self._written[messages] = written
+        return _after([written], lambda done: self._judge_by(task, done[0][0]))
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
         """One trajectory a task, in order. A request that the engine refuses is the failure "aborted", with the reason
@@ -57,11 +69,41 @@ class EngineJudge:
                 task, self.config, text=str(error), stop_reason="abort", model=self.model, guided=self.guided
             )
 
+    def _judge_by(self, task: JudgeTask, completion: Completion) -> Future[Trajectory]:
+        """The judgement by principles that were written, or the failure to write them."""
+        principles = read_principles(completion.text, completion.stop_reason, self.config)
+        written = self._trajectory(task, completion)
+        if isinstance(principles, Failure):
+            return _done(replace(written, scores=(), failure=str(principles)))
+        counted = task.sample == 0
+
+        def add(judged: Sequence[Trajectory]) -> Future[Trajectory]:
+            (made,) = judged
+            return _done(
+                replace(
+                    made,
+                    text=f"{completion.text.rstrip()}\n\n{made.text}",
+                    prompt_tokens=made.prompt_tokens + counted * written.prompt_tokens,
+                    completion_tokens=made.completion_tokens + counted * written.completion_tokens,
+                )
+            )
+
+        return _after([self._judge(replace(task, item=replace(task.item, principles=principles)))], add)
+
+    def _judge(self, task: JudgeTask) -> Future[Trajectory]:
+        parts = parts_of(task, self.config)
+
+        def finish(done: Sequence[Completions]) -> Future[Trajectory]:
+            made = [self._trajectory(part, one) for part, (one,) in zip(parts, done, strict=True)]
+            return _done(joined(task, self.config, made))
+
+        return _after([self.engine.submit(self._request(part)) for part in parts], finish)
+
     def _request(self, task: JudgeTask) -> Request:
         return Request(
             judge_messages(task.item, task.order, self.config, hint=task.hinted),
             SamplingParams(
-                max_tokens=self.config.max_tokens,
+                max_tokens=self.config.budget,
                 temperature=task.temperature,
                 seed=task.seed % 2**31,
                 guide=guide(len(task.order), self.config) if self.guided else "",
@@ -80,3 +122,55 @@ class EngineJudge:
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
         )
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def _after(futures: Sequence[Future[S]], follow: Callable[[Sequence[S]], Future[T]]) -> Future[T]:
+    """What `follow` makes of all results once they are there, or the first error. Cancelling it cancels the work."""
+    result: Future[T] = Future()
+    under_way: list[Future[Any]] = list(futures)
+    lock, left, over = Lock(), len(futures), False
+
+    def copy(done: Future[Any]) -> None:
+        if done.cancelled() or not result.set_running_or_notify_cancel():
+            return
+        if (error := done.exception()) is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(done.result())
+
+    def one_done(done: Future[S]) -> None:
+        nonlocal left, over
+        failed = done.cancelled() or done.exception() is not None
+        with lock:
+            left -= 1
+            if over or (left and not failed):
+                return
+            over = True
+        if failed:
+            copy(done)
+            return
+        try:
+            last = follow([future.result() for future in futures])
+        except Exception as error:  # a future carries whatever its work raised
+            last = Future()
+            last.set_exception(error)
+        under_way.append(last)
+        if result.cancelled():
+            last.cancel()
+        last.add_done_callback(copy)
+
+    def cancel(judged: Future[T]) -> None:
+        if judged.cancelled():
+            for future in under_way:
+                future.cancel()
+
+    result.add_done_callback(cancel)
+    for future in futures:
+        future.add_done_callback(one_done)
+    return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,18 +42,19 @@ class RemoteConfig:
 class RemoteEngine:
     """`POST {base_url}/chat/completions`. Busy, failing and slow answers are tried again, then raise EngineError.
 
-    Ids are empty on its completions. For n > 1 the endpoint counts the tokens of all samples together; the sum is
-    shared out by length of text.
+    A thought that the endpoint tells apart from the answer is put before it as `<think>...</think>`. Ids are empty on
+    its completions. For n > 1 the endpoint counts the tokens of all samples together; the sum is shared out by length
+    of text.
     """
 
     weight_version = 0
 
     def __init__(self, config: RemoteConfig) -> None:
-        headers = {}
+        headers, self._key = {}, ""
         if config.api_key_env:
             if not (key := os.environ.get(config.api_key_env)):
                 raise ConfigError(f"the environment variable {config.api_key_env} (api_key_env) is not set")
-            headers["Authorization"] = f"Bearer {key}"
+            headers["Authorization"], self._key = f"Bearer {key}", key
         self._config = config
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"
         limits = httpx.Limits(max_connections=config.concurrency)
@@ -96,7 +97,7 @@ class RemoteEngine:
             body["seed"] = params.seed
         answer = self._post(body)
         try:
-            texts = [choice["message"]["content"] or "" for choice in answer["choices"]]
+            texts = [_text(choice["message"]) for choice in answer["choices"]]
             stops = [_STOP_REASONS.get(choice["finish_reason"], "abort") for choice in answer["choices"]]
             prompt_tokens = int(answer["usage"]["prompt_tokens"])
             completion_tokens = int(answer["usage"]["completion_tokens"])
@@ -125,8 +126,8 @@ class RemoteEngine:
                 last = f"{type(error).__name__}: {error}"
             else:
                 if response.is_success:
-                    return _json(response, self._url)
-                last = f"HTTP {response.status_code}: {response.text[:300]}"
+                    return self._json(response)
+                last = f"HTTP {response.status_code}: {self._shown(response.text)}"
                 if response.status_code in (401, 403, 404):
                     raise EngineError(f"{self._url}, model {config.model}: {last}; check base_url, model, api_key_env")
                 if response.status_code not in _WORTH_ANOTHER_TRY:
@@ -136,12 +137,23 @@ class RemoteEngine:
                 self._closed.wait(wait_s)
         raise EngineError(f"{self._url}: no answer after {config.max_attempts} attempts, the last: {last}")
 
+    def _json(self, response: httpx.Response) -> Any:
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineError(f"{self._url}: the answer is not JSON: {self._shown(response.text)}") from error
 
-def _json(response: httpx.Response, url: str) -> Any:
-    try:
-        return response.json()
-    except ValueError as error:
-        raise EngineError(f"{url}: the answer is not JSON: {response.text[:300]}") from error
+    def _shown(self, text: str) -> str:
+        """The beginning of what the endpoint said; some quote the key that they were sent."""
+        return (text.replace(self._key, "***") if self._key else text)[:300]
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """The answer, after the thought where there is one under a name of its own."""
+    thought, answer = message.get("reasoning_content") or message.get("reasoning") or "", message["content"] or ""
+    if not thought:
+        return answer
+    return f"<think>{thought}</think>\n{answer}" if answer else f"<think>{thought}"
 
 
 def _retry_after(response: httpx.Response, default_s: float) -> float:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 from spct_ray.judge.parse import Scale
+from spct_ray.judge.vote import vote
+from spct_ray.records import Trajectory
 
 FIRST_LOOK = 4  # samples before the first look, at least
 PSEUDO_DEVIATION = 1.0  # in points of the scale
@@ -31,6 +33,25 @@ def looks(num_responses: int, k_max: int) -> list[int]:
         ends.append(k)
         k *= 2
     return [*ends, k_max]
+
+
+def num_needed(samples: Sequence[Trajectory], logits: Sequence[float], scale: Scale, error: float) -> int:
+    """After how many of the K `samples` of one item, drawn in this order, the rule stops.
+
+    `logits` has one value a sample, for votes that the meta RM guides, or is empty.
+    """
+    k_max = len(samples)
+    ends = looks(len(samples[0].order), k_max)[:-1]
+    return next((k for k in ends if may_stop(samples[:k], logits[:k], k_max, scale, error)), k_max)
+
+
+def may_stop(samples: Sequence[Trajectory], logits: Sequence[float], k_max: int, scale: Scale, error: float) -> bool:
+    """The rule at one look, over those of `samples` (of one item, of at most `k_max`) that the vote would count now."""
+    num_responses = len(samples[0].order)
+    verdict = vote(samples[0].item_id, num_responses, samples, logits)
+    num_more = k_max // 2 - len(verdict.used) if logits else k_max - len(samples)
+    num_looks = len(looks(num_responses, k_max)) - 1
+    return is_settled([samples[k].scores for k in verdict.used], max(num_more, 1), scale, error / num_looks)
 
 
 def is_settled(scores_KN: Sequence[Sequence[int]], num_more: int, scale: Scale, error: float) -> bool:

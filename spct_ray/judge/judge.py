@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from spct_ray.judge.orders import to_item_order
 from spct_ray.judge.parse import Failure, parse_scores
-from spct_ray.judge.prompt import JudgeConfig, scale_of
+from spct_ray.judge.prompt import JudgeConfig, mode_of, scale_of
+from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Record, StopReason, Trajectory
 
 
@@ -43,7 +44,11 @@ def to_trajectory(
     completion_tokens: int = 0,
 ) -> Trajectory:
     """Parse a judgement's text and put its scores back into the item's order."""
-    parsed = parse_scores(text, len(task.order), scale_of(len(task.order), config), stop_reason)
+    num = len(task.order)
+    read, thinks = mode_of(num, config).read, config.thinking_tokens > 0
+    if thinks and "</think>" in text and not text.lstrip().startswith("<think>"):
+        text = "<think>" + text  # the opening tag stood in the prompt
+    parsed = parse_scores(text, num, scale_of(num, config), stop_reason, read, thinks)
     failure, scores = (str(parsed), ()) if isinstance(parsed, Failure) else ("", to_item_order(parsed, task.order))
     return Trajectory(
         item_id=task.item.id,
@@ -61,4 +66,50 @@ def to_trajectory(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         stop_reason=stop_reason,
+    )
+
+
+def parts_of(task: JudgeTask, config: JudgeConfig) -> list[JudgeTask]:
+    """The prompts of one judgement, as tasks: itself, or each response or pair of responses as an item of its own."""
+    parts = mode_of(len(task.order), config).parts(task.order)
+    if parts == [task.order]:
+        return [task]
+    item = task.item
+    return [
+        replace(
+            task,
+            item=replace(
+                item,
+                responses=tuple(item.responses[i] for i in part),
+                rewards=tuple(item.rewards[i] for i in part) if item.rewards else (),
+            ),
+            order=tuple(range(len(part))),
+            seed=derive_seed(task.seed, "part", place),
+        )
+        for place, part in enumerate(parts)
+    ]
+
+
+def joined(task: JudgeTask, config: JudgeConfig, made: Sequence[Trajectory]) -> Trajectory:
+    """One trajectory of the judgements of `parts_of`: a response's score is the sum of what they gave it. It fails as
+    the first of them that did."""
+    parts = mode_of(len(task.order), config).parts(task.order)
+    if parts == [task.order]:
+        return made[0]
+    scores = [0] * len(task.order)
+    for part, one in zip(parts, made, strict=True):
+        for i, score in zip(part, one.scores, strict=False):  # a failed one has none
+            scores[i] += score
+    failed = next((one for one in made if one.failure), None)
+    shown = ("; ".join(f"response {i + 1}" for i in part) for part in parts)
+    return replace(
+        made[0],
+        order=task.order,
+        seed=task.seed,
+        text="\n\n".join(f"({words})\n{one.text}" for words, one in zip(shown, made, strict=True)),
+        scores=() if failed else tuple(scores),
+        failure=failed.failure if failed else "",
+        stop_reason=(failed or made[0]).stop_reason,
+        prompt_tokens=sum(one.prompt_tokens for one in made),
+        completion_tokens=sum(one.completion_tokens for one in made),
     )

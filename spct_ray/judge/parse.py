@@ -1,8 +1,12 @@
-"""From the text of a judgement to its scores, or to the name of what is wrong with it. Never to a default score."""
+"""From the text of a judgement to its scores, or to the name of what is wrong with it. Never to a default score.
+
+A thinking model's `<think>...</think>` at the beginning is no part of the judgement.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +22,9 @@ class Failure(StrEnum):
     NOT_INTEGER = "not_integer"
     WRONG_COUNT = "wrong_count"
     OUT_OF_RANGE = "out_of_range"
+    NOT_A_VERDICT = "not_a_verdict"  # neither 1 nor 2 nor tie
+    TRUNCATED_THINKING = "truncated_thinking"  # the thought did not end
+    NO_PRINCIPLES = "no_principles"  # asked for principles, the judge wrote none
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +38,12 @@ class Scale:
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
-def parse_scores(
-    text: str, num_responses: int, scale: Scale, stop_reason: StopReason = "stop"
-) -> tuple[int, ...] | Failure:
-    """Scores in the order of the prompt, from the LAST `\\boxed{...}` of `text`: exactly `num_responses` integers.
+Reader = Callable[[str, int, Scale], "tuple[int, ...] | Failure"]  # (inside of the box, N, scale) -> scores [N]
 
-    Anything else is a Failure: a last box that is not closed hides an earlier one, for the judge meant to go on.
-    """
-    if stop_reason == "abort":
-        return Failure.ABORTED
-    start = text.rfind("\\boxed{")
-    end = text.find("}", start)
-    if start < 0 or end < 0:
-        return Failure.TRUNCATED if stop_reason == "length" else Failure.NO_BOX
-    parts = [part.strip() for part in text[start + len("\\boxed{") : end].split(",")]
+
+def read_scores(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:
+    """`num_responses` integers on the scale."""
+    parts = [part.strip() for part in inside.split(",")]
     if not all(_INTEGER.fullmatch(part) for part in parts):
         return Failure.NOT_INTEGER
     scores = tuple(int(part) for part in parts)
@@ -53,3 +52,53 @@ def parse_scores(
     if not all(scale.low <= s <= scale.high for s in scores):
         return Failure.OUT_OF_RANGE
     return scores
+
+
+def read_best(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:
+    """The number of one response, from 1: it scores 1, the others 0."""
+    found = read_scores(inside, 1, Scale(1, num_responses))
+    return found if isinstance(found, Failure) else tuple(int(p == found[0]) for p in range(1, num_responses + 1))
+
+
+def read_verdict(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:
+    """ "1", "2" or "tie": the better of two scores 2 and the other 0, a tie gives 1 to each."""
+    return {"1": (2, 0), "2": (0, 2), "tie": (1, 1)}.get(inside.strip().lower(), Failure.NOT_A_VERDICT)
+
+
+def parse_scores(
+    text: str,
+    num_responses: int,
+    scale: Scale,
+    stop_reason: StopReason = "stop",
+    read: Reader = read_scores,
+    thinks: bool = False,
+) -> tuple[int, ...] | Failure:
+    """Scores in the order of the prompt, from the LAST `\\boxed{...}` of `text`, by `read`.
+
+    Anything else is a Failure: a last box that is not closed hides an earlier one, for the judge meant to go on.
+    `thinks` is as in `after_thinking`.
+    """
+    if stop_reason == "abort":
+        return Failure.ABORTED
+    answer = after_thinking(text, thinks, stop_reason)
+    if answer is None:
+        return Failure.TRUNCATED_THINKING
+    start = answer.rfind("\\boxed{")
+    end = answer.find("}", start)
+    if start < 0 or end < 0:
+        return Failure.TRUNCATED if stop_reason == "length" else Failure.NO_BOX
+    return read(answer[start + len("\\boxed{") : end], num_responses, scale)
+
+
+def after_thinking(text: str, thinks: bool = False, stop_reason: StopReason = "stop") -> str | None:
+    """What follows a leading `<think>...</think>`, all of a text without one; None when the thought has no end.
+
+    A model that `thinks` may have the opening tag in its prompt: its text then begins inside the thought.
+    """
+    opened = text.lstrip().startswith("<think>")
+    if not opened and not thinks:
+        return text
+    _, end, answer = text.partition("</think>")
+    if end:
+        return answer.lstrip("\n")
+    return None if opened or stop_reason == "length" else text

@@ -12,30 +12,39 @@ who quotes it gives no score. Distinct texts stay distinct, and text without any
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spct_ray.judge.parse import Scale
-from spct_ray.records import Item, Message
+from spct_ray.errors import DataError
+from spct_ray.judge.modes import MODES, Mode, ModeName
+from spct_ray.judge.parse import Failure, Scale, after_thinking
+from spct_ray.records import Item, Message, StopReason
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """The judge's prompt and the length of its answer, the same in every stage of a run.
 
-    `single` is the scale for n = 1: binary 0/1 (the paper's training template) or 1..10 (its test time).
+    `single` is the scale for n = 1: binary 0/1 (the paper's training template) or 1..10 (its test time). A model that
+    thinks before it answers gets `thinking_tokens` on top of `max_tokens`; with 0 it is not expected to.
     """
 
     template: Literal["full", "compact"] = "full"
     single: Literal["binary", "scale"] = "binary"
     max_tokens: int = 1024  # of one judgement; a longer one is the failure "truncated"
+    mode: ModeName = "list"  # see `spct_ray.judge.modes`
+    thinking_tokens: int = 0
+
+    @property
+    def budget(self) -> int:
+        """Tokens of one reply, thought included."""
+        return self.max_tokens + self.thinking_tokens
 
 
 _FULL = """You are a skilled expert at scoring responses. {task}
 
-Scoring is on a scale of {low} to {high}. {anchors}
-Before scoring, analyse step by step, and score as strictly as you can.
+{how}
 
 #### General criteria ####
 {criteria}
@@ -47,14 +56,22 @@ Before scoring, analyse step by step, and score as strictly as you can.
 {responses}
 
 #### Output format ####
-Specific Criteria: <further criteria that matter for this query, each with its weight>
+Specific Criteria: <{specific}>
 Analysis: <{compare} by the general and the specific criteria>
-Scores: \\boxed{{{box}}}
+{answer}
 """
-_TASK = (
-    "By the general criteria below, and by further criteria that are specific to the query and that you state first "
-    "with their weights, give {each} an overall score."
-)
+_TASK = "By the general criteria below, and {by}, {task}"
+_HOW = """Scoring is on a scale of {low} to {high}. {anchors}
+Before scoring, analyse step by step, and score as strictly as you can."""
+_ASK_PRINCIPLES = """You are a skilled expert at scoring responses. State the principles by which responses to the \
+query below should be scored: only such as matter for this query, each with its weight. Do not answer the query.
+
+#### Conversation ####
+{conversation}
+
+#### Output format ####
+Specific Criteria: <principles, each with its weight>
+"""
 _PRINCIPLES = "\n#### Principles for this query ####\nTake these as the specific criteria.\n{}\n"
 _BANDS = """1. Instruction adherence: 9-10 follows every instruction and constraint; 6-8 follows most, small slips; \
 3-5 misses important parts; 1-2 ignores the instructions.
@@ -70,9 +87,32 @@ _ANCHORS = "1 means useless or harmful, 6 means acceptable with clear shortcomin
 _BINARY_ANCHORS = "1 means that the response is correct, 0 that it is not."
 
 
+def mode_of(num_responses: int, config: JudgeConfig) -> Mode:
+    """How `num_responses` are judged."""
+    mode = MODES[config.mode]
+    return MODES["list"] if num_responses == 1 and mode.compares else mode
+
+
 def scale_of(num_responses: int, config: JudgeConfig) -> Scale:
-    """0..1 for a single response under the binary template, else 1..10."""
-    return Scale(0, 1) if num_responses == 1 and config.single == "binary" else Scale(1, 10)
+    """Of the scores of an item: 0..1 for a single response under the binary template, else 1..10; 0..1 where one is
+    named the best; two points for each pair that was won."""
+    if config.mode == "best" and num_responses > 1:
+        return Scale(0, 1)
+    if config.mode == "pairwise" and num_responses > 1:
+        return Scale(0, 2 * (num_responses - 1))
+    alone = num_responses == 1 or config.mode == "single"
+    return Scale(0, 1) if alone and config.single == "binary" else Scale(1, 10)
+
+
+def check_items(items: Iterable[Item], config: JudgeConfig) -> None:
+    """Raise DataError unless all items have what the mode needs."""
+    for item in items:
+        needs = mode_of(len(item.responses), config).needs
+        if needs and not getattr(item, needs).strip():
+            raise DataError(
+                f"judge.mode {config.mode!r} needs {needs!r} with every item, but {item.id} has none; give it in a "
+                "column of that name, in a file of our own shape, or judge in another mode"
+            )
 
 
 def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: bool = False) -> tuple[Message, ...]:
@@ -82,6 +122,7 @@ def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: 
     only, never for training targets.
     """
     num = len(order)
+    check_items([item], config)
     shown = [item.responses[i] for i in order]
     text = _compact(item, shown, config) if config.template == "compact" else _full(item, shown, config)
     if hint:
@@ -98,13 +139,16 @@ def _hint(item: Item, order: Sequence[int]) -> str:
 
 
 def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
-    num, scale = len(shown), scale_of(len(shown), config)
-    binary = scale.high == 1
+    num, scale, mode = len(shown), scale_of(len(shown), config), mode_of(len(shown), config)
+    binary = num == 1 and scale.high == 1
+    task = mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num)
+    anchors = _BINARY_ANCHORS if binary else _ANCHORS
+    box = "x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1))
     return _FULL.format(
-        task=_TASK.format(each="the response" if num == 1 else f"each of the {num} responses"),
-        low=scale.low,
-        high=scale.high,
-        anchors=_BINARY_ANCHORS if binary else _ANCHORS,
+        task=_TASK.format(by=mode.by, task=task),
+        how=mode.how or _HOW.format(low=scale.low, high=scale.high, anchors=anchors),
+        specific=mode.criteria,
+        answer=mode.answer or f"Scores: \\boxed{{{box}}}",
         criteria=_SINGLE_CRITERIA if binary else _BANDS,
         conversation=conversation(item.messages),
         principles=_PRINCIPLES.format(_inert(item.principles)) if item.principles else "",
@@ -113,18 +157,35 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
             f"[The Begin of Response {p}]\n{_inert(text)}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
         ),
         compare="judge the response" if num == 1 else "compare the responses",
-        box="x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1)),
     )
 
 
 def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
-    scale = scale_of(len(shown), config)
-    parts = [f"Score {scale.low}-{scale.high}.", f"Query: {_query(item)}"]
+    scale, short = scale_of(len(shown), config), mode_of(len(shown), config).short
+    ask = short.format(num=len(shown)) if short else f"Score {scale.low}-{scale.high}."
+    parts = [ask, f"Query: {_query(item)}"]
     if item.principles:
         parts.append(f"Principles: {_inert_turn(item.principles)}")
     if item.reference:
         parts.append(f"Reference: {_inert_turn(item.reference)}")
     return "\n".join([*parts, _marked(shown)]) + "\n"
+
+
+def principles_messages(item: Item, config: JudgeConfig) -> tuple[Message, ...]:
+    """One user turn that asks for principles from the query alone: the responses are not shown."""
+    if config.template == "compact":
+        return (Message("user", f"State principles.\nQuery: {_query(item)}\n"),)
+    return (Message("user", _ASK_PRINCIPLES.format(conversation=conversation(item.messages))),)
+
+
+def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> str | Failure:
+    """The principles in a reply to `principles_messages`."""
+    written = after_thinking(text, config.thinking_tokens > 0, stop_reason)
+    if written is None:
+        return Failure.TRUNCATED_THINKING
+    if stop_reason == "length":
+        return Failure.TRUNCATED
+    return written.strip().removeprefix("Specific Criteria:").strip() or Failure.NO_PRINCIPLES
 
 
 def conversation(messages: Sequence[Message]) -> str:
@@ -180,7 +241,8 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
 
 
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
-    """What the meta RM reads: the query and the responses as the judge saw them, then the judgement as the answer."""
+    """What the meta RM reads: the query and the responses as the judge saw them, then the judgement, without a thought
+    before it, as the answer."""
     shown = _marked([item.responses[i] for i in order])
     ask = f"Please score the responses.\nQuery: {_query(item)}\n{shown}\n"
-    return (Message("user", ask), Message("assistant", judgement))
+    return (Message("user", ask), Message("assistant", after_thinking(judgement) or ""))

@@ -22,7 +22,8 @@ _ROWS = 4096  # rows written at once
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, else 0."""
+    """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, for a pair (see
+    `spct_ray.learn.scalar`) the length of the chosen response, else 0."""
 
     ids: list[int]
     prompt_length: int

@@ -15,6 +15,8 @@ from spct_ray.learn.examples import DataOrder, Example, ExampleFile
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.trainer import Trainer
 
+RowMaker = Callable[[Sequence[Example], int, int, int], list[Batch]]  # (examples, rank, ranks, micro_tokens) -> rows
+
 
 def fit(
     trainer: Trainer,
@@ -26,20 +28,22 @@ def fit(
     micro_tokens: int,
     checkpoint_every: int,
     progress: Callable[[int, int, str, str], None],
+    make_rows: RowMaker | None = None,
 ) -> None:
     """Train until `order` is used up, from the newest checkpoint in `out`/checkpoints. Collective.
 
     Writes `out`/metrics.jsonl: step (from 0), loss, grad_norm, lr, tokens (trained on), tokens_per_second (real tokens,
     prompts included) and seconds. `loss_fn` is given a packed row (label in `extras`) and the size of the whole
-    update, by which it divides.
+    update, by which it divides. `make_rows` packs other examples than single sequences (`rank_rows`).
     """
+    make_rows = make_rows or rank_rows
     trainer.resume(f"{out}/checkpoints")
     metrics = MetricsFile(Path(out, "metrics.jsonl"), trainer.steps_done) if trainer.rank == 0 else None
     for step in range(trainer.steps_done, order.num_steps):
         started = time.monotonic()
         batch = [examples[i] for i in order.batch(step)]
         size = BatchSize(len(batch), sum(len(e.ids) - e.prompt_length for e in batch))
-        rows = rank_rows(batch, trainer.rank, trainer.world_size, micro_tokens)
+        rows = make_rows(batch, trainer.rank, trainer.world_size, micro_tokens)
         numbers = trainer.step(rows, lambda row, size=size: loss_fn(row, size))  # type: ignore[misc]
         if metrics is not None:
             seconds = time.monotonic() - started

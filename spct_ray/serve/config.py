@@ -63,6 +63,13 @@ class ServeConfig:
     api_key_env: str = ""  # the environment variable with the API key; empty: none is asked for
     resources: ServeResources = field(default_factory=ServeResources)
 
+    def __post_init__(self) -> None:
+        if self.judge.mode != "list":
+            raise ConfigError(
+                f"judge.mode {self.judge.mode!r} cannot be served: the server judges in mode 'list', and a request may "
+                "bring a reference and principles. `spct evaluate` knows all modes"
+            )
+
 
 def resolve(target: str) -> ServeConfig:
     """What `target` says to serve: a YAML file of a ServeConfig, the root of a run, or a model directory."""

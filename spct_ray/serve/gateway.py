@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Literal
 
 from spct_ray.errors import EngineError, RequestError, TooLongError
-from spct_ray.judge.adaptive import is_settled, looks
+from spct_ray.judge.adaptive import looks, may_stop
 from spct_ray.judge.cohort import score_cohort
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.orders import balanced_orders
@@ -139,7 +139,7 @@ class Gateway:
                             scorer.add(batch)
                     if end == k_max:
                         break
-                    if plan.k == "auto" and await self._is_settled(samples, scorer, k_max, len(ends) - 1):
+                    if plan.k == "auto" and await self._may_stop(samples, scorer, k_max):
                         stopped = "settled"
                         break
                     if plan.budget.tokens and sum(t.completion_tokens for t in samples) >= plan.budget.tokens:
@@ -157,14 +157,11 @@ class Gateway:
             scorer.cancel()
         return self._answer(num_responses, samples, logits, plan.k_meta, plain_because, stopped, seed, started)
 
-    async def _is_settled(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int, num_looks: int) -> bool:
-        """The rule of judge/adaptive.py, over the samples that the vote would count now."""
+    async def _may_stop(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int) -> bool:
+        """The rule of judge/adaptive.py."""
         logits, _ = await scorer.logits(samples)
-        verdict = vote("", len(samples[0].order), samples, logits)
-        num_more = k_max // 2 - len(verdict.used) if logits else k_max - len(samples)
         scale = scale_of(len(samples[0].order), self.config.judge)
-        error = self.config.k_auto_error / num_looks
-        return is_settled([samples[k].scores for k in verdict.used], max(num_more, 1), scale, error)
+        return may_stop(samples, logits, k_max, scale, self.config.k_auto_error)
 
     def _answer(
         self,

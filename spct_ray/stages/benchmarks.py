@@ -16,7 +16,7 @@ from spct_ray.data.validate import Limits
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

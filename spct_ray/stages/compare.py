@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import DataError
 from spct_ray.graph.record import write_atomically
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """`judges` and their scales for n = 1; `names` in the registry and `labels` of the benchmarks; the rest as in
-    `spct_ray.benchmarks.evaluation.Counting`."""
+    """`judges` and their prompts (None: a scalar reward model); `names` in the registry and `labels` of the benchmarks;
+    the rest as in `spct_ray.benchmarks.evaluation.Counting`."""
 
     judges: tuple[str, ...]
-    singles: tuple[Literal["binary", "scale"], ...]
+    prompts: tuple[JudgeConfig | None, ...]
     names: tuple[str, ...]
     labels: tuple[str, ...]
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -52,6 +52,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     """Write the report. Raises DataError when the inputs do not fit together."""
     from spct_ray.benchmarks import evaluation, evaluation_page, evaluation_text
     from spct_ray.benchmarks.compute import pareto
+    from spct_ray.benchmarks.registry import BENCHMARKS
     from spct_ray.data.store import write_rows
 
     seed = derive_seed(context.seed, "compare")
@@ -59,12 +60,16 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     tasks = _tasks(context.inputs["items"], config)
     rates = {name: _rates(context.inputs, name) for name in config.judges}
     judged: dict[str, dict[str, Judged]] = {}
-    for name, single in zip(config.judges, config.singles, strict=True):
-        judged[name] = _judged(context.inputs, name, tasks, single, rates[name])
+    for name, prompt in zip(config.judges, config.prompts, strict=True):
+        if prompt is None:
+            judged[name] = _scored(context.inputs, name, tasks, rates[name])
+        else:
+            judged[name] = _judged(context.inputs, name, tasks, prompt, rates[name])
     report = json.loads(Path(context.inputs["items"], "data_report.json").read_text())
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
-        blocks[label] = report[label] | _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
+        blocks[label] = report[label] | {"in_distribution": task.benchmark is BENCHMARKS["heldout"]}
+        blocks[label] |= _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
     points = [
         {"benchmark": label, "judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
         for label, block in blocks.items()
@@ -76,9 +81,13 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         "judges": {name: _about(context.inputs, name, rates[name]) for name in config.judges},
         "ks": list(config.ks),
         "benchmarks": blocks,
+        "meta_rm": _transfer(blocks),
         "points": points,
         "pareto": {
-            label: {axis: pareto([p for p in points if p["benchmark"] == label], axis) for axis in ("tokens", "flops")}
+            label: {
+                axis: pareto([p for p in points if p["benchmark"] == label and p[axis]], axis)
+                for axis in ("tokens", "flops")
+            }
             for label in blocks
         },
     }
@@ -89,6 +98,18 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     write_atomically(str(out / "index.html"), html.encode())
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     return {"summary_text": evaluation_text.summary_text(result)}
+
+
+def _transfer(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta RM of each judge on each benchmark, those of its training distribution first."""
+    ordered = sorted(blocks.items(), key=lambda named: not named[1]["in_distribution"])
+    keys = ("auc", "auc_within_item", "ece", "accuracy", "share_right", "num_samples")
+    found: dict[str, Any] = {}
+    for label, block in ordered:
+        for name, model in block["models"].items():
+            if "meta_rm" in model:
+                found.setdefault(name, {})[label] = {key: model["meta_rm"][key] for key in keys}
+    return found
 
 
 def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -136,14 +157,20 @@ def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
 
 
 def _rates(inputs: Mapping[str, str], name: str) -> Rates:
-    """Mean cost of one judgement: tokens as drawn, seconds as the last attempt of the step measured them."""
+    """Mean cost of one judgement (of an item, by a scalar reward model): tokens as drawn, seconds as the last attempt
+    of the step measured them."""
     from spct_ray.benchmarks.compute import Rates, count_weights
 
-    directory, made = inputs[f"evaluate_{name}"], _trajectories(inputs, name)
+    directory = inputs[f"evaluate_{name}"]
     timing = json.loads(Path(directory, "timing.json").read_text())
-    meta = inputs.get(f"meta_{name}")
+    model, meta = inputs.get(f"model_{name}"), inputs.get(f"meta_{name}")
+    params = count_weights(str(Path(model, "model"))) if model else None
+    if (rows := _scalar_rows(directory)) is not None:
+        tokens = sum(row["tokens"] for row in rows) / len(rows)
+        return Rates(params, 0, tokens, 0.0, timing["engine_seconds"] / len(rows))
+    made = _trajectories(inputs, name)
     return Rates(
-        params=count_weights(str(Path(inputs[f"model_{name}"], "model"))),
+        params=params,
         meta_params=count_weights(str(Path(meta, "model"))) if meta else 0,
         prompt_tokens=sum(t.prompt_tokens for t in made) / len(made),
         completion_tokens=sum(t.completion_tokens for t in made) / len(made),
@@ -166,18 +193,37 @@ def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]
 
 
 def _judged(
-    inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], single: Literal["binary", "scale"], rates: Rates
+    inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], prompt: JudgeConfig, rates: Rates
 ) -> dict[str, Judged]:
     from spct_ray.benchmarks.evaluation import Judged
 
     items = {label: task.items for label, task in tasks.items()}
-    found = judged_tables(inputs, name, items, single)
+    found = judged_tables(inputs, name, items, prompt)
     made: dict[str, list[Trajectory]] = {label: [] for label in tasks}
     label_of = {item.id: label for label, task in tasks.items() for item in task.items}
     for t in _trajectories(inputs, name):
         if t.temperature:
             made[label_of[t.item_id]].append(t)
-    return {label: Judged(tuple(made[label]), *found[label], rates) for label in tasks}
+    return {label: Judged(tuple(made[label]), *found[label], rates, prompt) for label in tasks}
+
+
+def _scored(inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], rates: Rates) -> dict[str, Judged]:
+    """The scores of a scalar reward model as one judgement an item that no order changes."""
+    from spct_ray.benchmarks.curves import tabulate_scores
+    from spct_ray.benchmarks.evaluation import Judged
+
+    scores = {row["item_id"]: row["scores"] for row in _scalar_rows(inputs[f"evaluate_{name}"]) or ()}
+    tables = {label: tabulate_scores(task.items, scores) for label, task in tasks.items()}
+    return {label: Judged((), table, table, rates, None) for label, table in tables.items()}
+
+
+def _scalar_rows(directory: str) -> list[dict[str, Any]] | None:
+    """What `stages.scalar` wrote; None for a judge that writes."""
+    import pyarrow.parquet as pq
+
+    path = Path(directory, "scores.parquet")
+    rows: list[dict[str, Any]] | None = pq.read_table(path).to_pylist() if path.exists() else None
+    return rows
 
 
 def _trajectories(inputs: Mapping[str, str], name: str) -> list[Trajectory]:
@@ -187,13 +233,13 @@ def _trajectories(inputs: Mapping[str, str], name: str) -> list[Trajectory]:
 
 
 def judged_tables(
-    inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]], single: Literal["binary", "scale"]
+    inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]], prompt: JudgeConfig
 ) -> dict[str, tuple[ScoreTable, ScoreTable]]:
     """One judge's samples and greedy judgements (two orders) of each set of items. Raises DataError for items that it
     did not judge."""
     from spct_ray.benchmarks.curves import tabulate
 
-    scale = scale_of(1, JudgeConfig(single=single))
+    scale = scale_of(1, prompt)
     middle, logits = (scale.low + scale.high) / 2, _logits(inputs, name)
     of_item: dict[str, list[Trajectory]] = {}
     for t in _trajectories(inputs, name):

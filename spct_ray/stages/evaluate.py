@@ -5,6 +5,7 @@ Every smaller k, and meta voting, is computed from these samples by `stages.repo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any, Literal
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.data.store import judged_files, read_items
+from spct_ray.engines.base import Request, SamplingParams
+from spct_ray.engines.remote import RemoteConfig, RemoteEngine
+from spct_ray.errors import ConfigError, RequestError
 from spct_ray.graph.step import StepContext
-from spct_ray.judge.judge import JudgeTask
+from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.orders import balanced_orders
-from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.prompt import JudgeConfig, check_items
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.records import Item
-from spct_ray.stages.sample import engine_judge
+from spct_ray.records import Item, Message
+from spct_ray.stages.sample import engine_judge, remote_judge
 
 VERSION = 2
 
@@ -27,38 +31,78 @@ VERSION = 2
 class EvaluateConfig:
     """`k_max` samples an item at `temperature` (paper: 0.5) and one greedy judgement.
 
-    `single` is the scale for n = 1 at test time (paper: 1..10); it replaces the training prompt's.
+    `single` is the scale for n = 1 at test time (paper: 1..10); it replaces the training prompt's. `endpoint` names a
+    judge that does not run here ("MODEL at URL"; how it is asked is a resource); else the judge is an input.
     """
 
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     single: Literal["binary", "scale"] = "scale"
     k_max: int = 8
     temperature: float = 0.5
+    endpoint: str = ""
+
+    @property
+    def prompt(self) -> JudgeConfig:
+        """The prompt at test time."""
+        return replace(self.judge, single=self.single)
+
+
+@dataclass(frozen=True)
+class EndpointResources:
+    """How a judge that does not run here is asked, and how many judgements make a block."""
+
+    endpoint: RemoteConfig
+    block_size: int = 64
 
 
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
-    """Judge all held-out and benchmark items; writes trajectories/*.parquet and timing.json."""
-    return _judge(context, config, resources, num_greedy=1)
+    """Judge all held-out and benchmark items with input "judge"; writes trajectories/*.parquet and timing.json."""
+    return _judge(context, config, resources, _engine(context, config, resources), num_greedy=1)
 
 
 def run_both_orders(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """The same with two greedy judgements of items with n >= 2, in two orders (of a pair, both)."""
-    return _judge(context, config, resources, num_greedy=2)
+    return _judge(context, config, resources, _engine(context, config, resources), num_greedy=2)
+
+
+def run_endpoint(context: StepContext, config: EvaluateConfig, resources: EndpointResources) -> dict[str, Any]:
+    """As `run_both_orders`, by a judge behind an endpoint. Raises ConfigError and EngineError before anything is asked
+    when it cannot be reached."""
+    _greet(resources.endpoint)
+    make_judge = partial(remote_judge, resources.endpoint, config.prompt)
+    return _judge(context, config, SamplingResources(block_size=resources.block_size), make_judge, num_greedy=2)
+
+
+def _engine(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> Callable[[], Judge]:
+    model, name = str(Path(context.inputs["judge"]) / "model"), context.name.removeprefix("evaluate_")
+    return partial(engine_judge, model, resources.engine, config.prompt, name, False)
 
 
 def _judge(
-    context: StepContext, config: EvaluateConfig, resources: SamplingResources, num_greedy: int
+    context: StepContext,
+    config: EvaluateConfig,
+    resources: SamplingResources,
+    make_judge: Callable[[], Judge],
+    num_greedy: int,
 ) -> dict[str, Any]:
     from spct_ray.cluster.sampling import sample
 
     files = judged_files(context.inputs["items"]).values()
     items = [item for file in files for item in read_items(str(file))]
+    check_items(items, config.prompt)
     tasks = [task for item in items for task in tasks_of(item, config, context.seed, num_greedy)]
-    model = str(Path(context.inputs["judge"]) / "model")
-    name = context.name.removeprefix("evaluate_")
-    judge = replace(config.judge, single=config.single)
-    make_judge = partial(engine_judge, model, resources.engine, judge, name, False)
     return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
+
+
+def _greet(endpoint: RemoteConfig) -> None:
+    """Ask for one token, so that a wrong URL, model or key is told at once and not by every worker."""
+    engine = RemoteEngine(replace(endpoint, max_attempts=2))
+    try:
+        engine.generate([Request((Message("user", "Hello"),), SamplingParams(max_tokens=1, temperature=0.0))])
+    except RequestError as error:
+        raise ConfigError(f"{endpoint.base_url}, model {endpoint.model}: {error}") from error
+    finally:
+        engine.close()
 
 
 def tasks_of(item: Item, config: EvaluateConfig, seed: int, num_greedy: int = 1) -> list[JudgeTask]:

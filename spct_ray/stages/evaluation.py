@@ -6,6 +6,7 @@ and meta RM that it was evaluated with there. Steps lie under a root of their ow
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -19,38 +20,53 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
+from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
 from spct_ray.graph.step import Demand, Step
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes
+from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes, scalar
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
 
 JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
+SCALAR = "bradley_terry"
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One judge to evaluate, and how. `train` maps the id of the step that made its training items to its directory."""
+    """One judge to evaluate, and how. `model` is None for one behind an endpoint, `config` for a scalar reward model.
+    `train` maps the id of the step that made its training items to its directory."""
 
     name: str
-    model: str
+    model: str | None
     meta: str | None
-    config: evaluate.EvaluateConfig
-    resources: SamplingResources
+    config: evaluate.EvaluateConfig | None
+    resources: SamplingResources | evaluate.EndpointResources = field(default_factory=SamplingResources)
     train: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What the command line leaves out: the prompt of model directories (a run's judge keeps its own), and where an
-    evaluation runs; `evaluate` replaces the resources that a run's evaluation had."""
+    evaluation runs; `evaluate` replaces the resources that a run's evaluation had. An endpoint is asked by
+    `concurrency` requests at a time, and a request waits `timeout_s` for its answer."""
 
     judge: JudgeConfig | None = None
     single: Literal["binary", "scale"] = "scale"
     cluster: ClusterResources = field(default_factory=ClusterResources)
     evaluate: SamplingResources | None = None
     meta_scores: meta_scores.MetaScoresResources = field(default_factory=meta_scores.MetaScoresResources)
+    concurrency: int = 16
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What an OpenAI-compatible endpoint is asked for; the API key is in the environment variable `api_key_env`."""
+
+    model: str = ""
+    api_key_env: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,27 +81,59 @@ class Evaluation:
     config: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def specs(text: str) -> tuple[BenchmarkSpec, ...]:
-    """`a,b=PATH` as specifications with digests of their files. Raises ConfigError on unknown or double names."""
-    found = tuple(with_digest(parse_spec(part)) for part in text.split(",") if part.strip())
+def specs(text: str, targets: Sequence[str] = ()) -> tuple[BenchmarkSpec, ...]:
+    """`a,b=PATH` as specifications with digests of their files; `heldout` is the held-out items of the first run among
+    the targets. Raises ConfigError on unknown or double names."""
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [f"heldout={_heldout(targets)}" if part == "heldout" else part for part in named]
+    found = tuple(with_digest(parse_spec(part)) for part in parts)
     labels = [spec.label for spec in found]
     if not found or len(set(labels)) < len(labels):
         raise ConfigError(f"--benchmarks {text!r} must name at least one benchmark, and none twice")
     return found
 
 
-def resolve(target: str, config: EvaluationConfig) -> Judge:
-    """The judge that RUN (its last), RUN:rft (one of JUDGES) or MODEL (a directory) stands for. Raises ConfigError."""
+def _heldout(targets: Sequence[str]) -> str:
+    for target in targets:
+        run = target.partition("@")[0]
+        root = run if (Path(run) / "steps").is_dir() else run.rpartition(":")[0]
+        records = finished_records(local_root(root)) if root and (Path(root) / "steps").is_dir() else []
+        for record in reversed(records):
+            if record.name == "items":
+                return str(Path(step_directory(local_root(root), record.name, record.id), "heldout.parquet"))
+    raise ConfigError("--benchmarks heldout: no target is a run with held-out items; give a file, heldout=PATH")
+
+
+def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint()) -> Judge:
+    """The judge that RUN (its last), RUN:rft (one of JUDGES), MODEL (a directory) or URL (an endpoint) stands for;
+    TARGET@MODE judges in that mode of `spct_ray.judge.modes`. Raises ConfigError."""
+    plain, at, mode = target.rpartition("@")
+    if at and mode in MODES:
+        judge = resolve(plain, config, endpoint)
+        if judge.config is None:
+            raise ConfigError(f"{target}: a scalar reward model has no judge modes")
+        prompt = replace(judge.config.judge, mode=mode)
+        return replace(judge, name=f"{judge.name}-{_clean(mode)}", config=replace(judge.config, judge=prompt))
+    if at and Path(plain).exists() and not Path(target).exists():
+        close = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(MODES)}"
+        raise ConfigError(f"{target}: unknown judge mode {mode!r}; {hint}")
+    if target.startswith(("http://", "https://")):
+        return _of_endpoint(target, config, endpoint)
     root, colon, wanted = target.rpartition(":")
     if colon and (Path(root) / "steps").is_dir():
+        if wanted == SCALAR:
+            return _scalar_of_run(root)
         if wanted not in JUDGES:
-            raise ConfigError(f"{target}: a run's judges are {', '.join(JUDGES)}, not {wanted!r}")
+            raise ConfigError(f"{target}: a run's judges are {', '.join(JUDGES)} and {SCALAR}, not {wanted!r}")
         return _of_run(root, (wanted,))
     if (Path(target) / "steps").is_dir():
         return _of_run(target, JUDGES[::-1])
     if (Path(target) / "config.json").is_file():
         return _of_model(target, config)
-    raise ConfigError(f"{target} is no run (no steps/ in it) and no model directory (no config.json in it)")
+    raise ConfigError(
+        f"{target} is no run (no steps/ in it), no model directory (no config.json in it) and no http URL"
+    )
 
 
 def _of_run(target: str, wanted: Sequence[str]) -> Judge:
@@ -115,23 +163,58 @@ def _of_run(target: str, wanted: Sequence[str]) -> Judge:
     )
 
 
+def _scalar_of_run(target: str) -> Judge:
+    root = local_root(target)
+    newest = {record.name: record for record in finished_records(root)}
+    if SCALAR not in newest:
+        raise ConfigError(f"{root}: no finished step {SCALAR}; set `{SCALAR}: {{}}` in the recipe and run it")
+    record = newest[SCALAR]
+    items = record.inputs["items"]
+    return Judge(
+        name=f"{_clean(Path(root).name)}_{SCALAR}",
+        model=str(Path(step_directory(root, SCALAR, record.id), "model")),
+        meta=None,
+        config=None,
+        train={items["id"]: step_directory(root, items["step"], items["id"])},
+    )
+
+
 def _reads(record: StepRecord, source: StepRecord) -> bool:
     return any(found["id"] == source.id for found in record.inputs.values())
 
 
 def _of_model(target: str, asked: EvaluationConfig) -> Judge:
-    """The full prompt unless told otherwise, half of a short context for the judgement, no meta RM."""
+    """A sequence classifier is a scalar reward model. Else the full prompt unless told otherwise, half of a short
+    context for the judgement, no meta RM."""
     config, default = json.loads(Path(target, "config.json").read_text(encoding="utf-8")), EngineConfig()
+    path = Path(target).resolve()
+    name = _clean(path.parent.name if path.name == "model" else path.name)
+    if any(kind.endswith("ForSequenceClassification") for kind in config.get("architectures") or ()):
+        return Judge(name, str(path), meta=None, config=None)
     context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
     length = min(default.max_model_len, context)
     prompt = JudgeConfig(max_tokens=min(JudgeConfig().max_tokens, length // 2))
-    path = Path(target).resolve()
     return Judge(
-        name=_clean(path.parent.name if path.name == "model" else path.name),
-        model=str(Path(target).resolve()),
+        name=name,
+        model=str(path),
         meta=None,
         config=evaluate.EvaluateConfig(asked.judge or prompt, asked.single),
         resources=SamplingResources(engine=EngineConfig(max_model_len=length)),
+    )
+
+
+def _of_endpoint(url: str, asked: EvaluationConfig, endpoint: Endpoint) -> Judge:
+    """The full prompt unless told otherwise. Blocks are small: what an endpoint that fails loses was paid for."""
+    if not endpoint.model:
+        raise ConfigError(f"{url}: say which model of the endpoint is the judge, --model NAME")
+    where = RemoteConfig(url, endpoint.model, endpoint.api_key_env, asked.concurrency, asked.timeout_s)
+    config = evaluate.EvaluateConfig(asked.judge or JudgeConfig(), asked.single, endpoint=f"{endpoint.model} at {url}")
+    return Judge(
+        name=_clean(endpoint.model),
+        model=None,
+        meta=None,
+        config=config,
+        resources=evaluate.EndpointResources(where, block_size=4 * asked.concurrency),
     )
 
 
@@ -159,40 +242,57 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         steps.append(made)
     read = {"items": items}
     for judge in judges:
-        judge_model.check(judge.model)
-        model = f"model_{judge.name}"
-        steps.append(_model_step(model, judge.model, one))
+        name, model = f"evaluate_{judge.name}", f"model_{judge.name}"
+        inputs = {"items": items}
+        if judge.model is not None:
+            judge_model.check(judge.model, needs_template=judge.config is not None)
+            steps.append(_model_step(model, judge.model, one))
+            inputs, read = inputs | {"judge": model}, read | {model: model}
+        if judge.config is None:
+            if asked.suite == "robustness":
+                raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
+            scoring = where.meta_scores
+            steps.append(
+                Step(name, scalar.run, scalar.VERSION, scalar.ScalarConfig(), scoring, _scorers(scoring), inputs)
+            )
+            read |= {name: name}
+            continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
         config = replace(judge.config, k_max=max(asked.ks), temperature=temperature)
-        resources = where.evaluate or judge.resources
-        demand = Demand(
-            resources.num_replicas * resources.cpus_per_replica, resources.num_replicas * resources.gpus_per_replica
-        )
-        name = f"evaluate_{judge.name}"
-        inputs = {"items": items, "judge": model}
-        steps.append(Step(name, evaluate.run_both_orders, evaluate.VERSION, config, resources, demand, inputs))
-        read |= {name: name, model: model}
+        if isinstance(judge.resources, evaluate.EndpointResources):
+            ask = judge.resources
+            steps.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
+        else:
+            engines = where.evaluate or judge.resources
+            demand = Demand(
+                engines.num_replicas * engines.cpus_per_replica, engines.num_replicas * engines.gpus_per_replica
+            )
+            steps.append(Step(name, evaluate.run_both_orders, evaluate.VERSION, config, engines, demand, inputs))
+        read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
-            scorers = where.meta_scores
-            demand = Demand(
-                scorers.num_replicas * scorers.cpus_per_replica, scorers.num_replicas * scorers.gpus_per_replica
-            )
+            scorers, demand = where.meta_scores, _scorers(where.meta_scores)
             steps.append(_model_step(meta, judge.meta, one))
             inputs = {"items": "benchmarks", "meta": meta, name: name}
-            scoring = meta_scores.MetaScoresConfig()
-            steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, scoring, scorers, demand, inputs))
+            unset = meta_scores.MetaScoresConfig()
+            steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, unset, scorers, demand, inputs))
             read |= {scores: scores, meta: meta}
-    names, singles = tuple(judge.name for judge in judges), tuple(judge.config.single for judge in judges)
+    names = tuple(judge.name for judge in judges)
+    prompts = tuple(None if judge.config is None else judge.config.prompt for judge in judges)
     ks = tuple(sorted(set(asked.ks)))
     if asked.suite == "robustness":
-        fooled = probes.RobustnessConfig(names, singles, ks)
+        fooled = probes.RobustnessConfig(names, tuple(filter(None, prompts)), ks)
         steps.append(Step("report", probes.report, probes.VERSION, fooled, probes.ProbesResources(), one, read))
         return steps
     labels = tuple(spec.label for spec in asked.benchmarks)
-    shown = compare.CompareConfig(names, singles, tuple(spec.name for spec in asked.benchmarks), labels, ks)
+    shown = compare.CompareConfig(names, prompts, tuple(spec.name for spec in asked.benchmarks), labels, ks)
     steps.append(Step("report", compare.run, compare.VERSION, shown, compare.CompareResources(), one, read))
     return steps
+
+
+def _scorers(resources: meta_scores.MetaScoresResources) -> Demand:
+    num = resources.num_replicas
+    return Demand(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
 
 
 def _unique(judges: Sequence[Judge]) -> list[Judge]:

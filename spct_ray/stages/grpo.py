@@ -71,7 +71,7 @@ class GrpoConfig:
     def loss(self) -> PolicyLoss:
         """The part that the loss needs."""
         return PolicyLoss(
-            self.objective, self.beta, self.kl, self.clip, self.clip_high, self.tis_cap, self.judge.max_tokens
+            self.objective, self.beta, self.kl, self.clip, self.clip_high, self.tis_cap, self.judge.budget
         )
 
 
@@ -94,12 +94,12 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
     """
     from spct_ray.cluster.train import run_ranks
 
-    needed = config.max_prompt_tokens + config.judge.max_tokens + _ORDER_SLACK
+    needed = config.max_prompt_tokens + config.judge.budget + _ORDER_SLACK
     if needed > resources.engine.max_model_len:
         raise ConfigError(
-            f"max_prompt_tokens {config.max_prompt_tokens} + judge.max_tokens {config.judge.max_tokens} + "
-            f"{_ORDER_SLACK} = {needed} tokens exceed the engine's max_model_len {resources.engine.max_model_len}: "
-            "raise that, or lower the first two"
+            f"max_prompt_tokens {config.max_prompt_tokens} + judge.max_tokens (and thinking_tokens) "
+            f"{config.judge.budget} + {_ORDER_SLACK} = {needed} tokens exceed the engine's max_model_len "
+            f"{resources.engine.max_model_len}: raise that, or lower the first two"
         )
     run_ranks(train_loop, (context, config, resources), resources.train, context)
     lines = [json.loads(line) for line in Path(context.out, "metrics.jsonl").read_text().splitlines()]

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spct_ray.errors import DataError
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class ProbesConfig:
 
 @dataclass(frozen=True)
 class RobustnessConfig:
-    """`judges`, and the numbers of samples that a vote takes (the largest is reported)."""
+    """`judges`, their prompts, and the numbers of samples that a vote takes (the largest is reported)."""
 
     judges: tuple[str, ...]
-    singles: tuple[Literal["binary", "scale"], ...]
+    prompts: tuple[JudgeConfig, ...]
     ks: tuple[int, ...]
 
 
@@ -64,8 +65,8 @@ def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -
     files = judged_files(context.inputs["items"]).values()
     items = {name: read_items(str(file)) for name, file in zip(names, files, strict=True)}
     seed, summary, rows = derive_seed(context.seed, "robustness"), dict[str, Any](), list[dict[str, Any]]()
-    for judge, single in zip(config.judges, config.singles, strict=True):
-        tables = judged_tables(context.inputs, judge, {n: made for n, made in items.items() if made}, single)
+    for judge, prompt in zip(config.judges, config.prompts, strict=True):
+        tables = judged_tables(context.inputs, judge, {n: made for n, made in items.items() if made}, prompt)
         ways: dict[str, Any] = {}
         for way in ("greedy", f"vote@{max(config.ks)}"):
             credit, decided = {n: _none() for n in names}, {n: _none() for n in names}

@@ -16,9 +16,23 @@ from spct_ray.data.sources import with_content
 from spct_ray.engines.base import EngineResources
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import TrainResources
-from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, nano, report, rft, sample, select, student
+from spct_ray.stages import (
+    bradley_terry,
+    evaluate,
+    grpo,
+    items,
+    meta,
+    meta_scores,
+    nano,
+    report,
+    rft,
+    sample,
+    select,
+    student,
+)
 from spct_ray.stages.sample import SampleConfig, SamplerConfig
 
 Inputs = dict[str, str]
@@ -34,6 +48,7 @@ class Resources:
     grpo: grpo.GrpoResources = field(default_factory=grpo.GrpoResources)
     onpolicy: SamplingResources = field(default_factory=SamplingResources)
     meta: TrainResources = field(default_factory=TrainResources)
+    bradley_terry: TrainResources = field(default_factory=TrainResources)
     meta_scores: meta_scores.MetaScoresResources = field(default_factory=meta_scores.MetaScoresResources)
     evaluate: SamplingResources = field(default_factory=SamplingResources)
 
@@ -41,7 +56,8 @@ class Resources:
 @dataclass(frozen=True)
 class Recipe:
     """One run. `judge` is the prompt of every stage; `rounds` repeats sampling, selection and RFT with the current
-    student as sampler (one round is the paper's). With `nano`, the student is made from nothing, not from `student`."""
+    student as sampler (one round is the paper's). With `nano`, the student is made from nothing, not from `student`.
+    With `bradley_terry` ({} takes its defaults), a scalar baseline is trained on the same items."""
 
     root: str
     seed: int = 1
@@ -55,6 +71,7 @@ class Recipe:
     grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
     onpolicy: SampleConfig = field(default_factory=lambda: SampleConfig(num_hinted=0))
     meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
+    bradley_terry: bradley_terry.BradleyTerryConfig | None = None
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
     resources: Resources = field(default_factory=Resources)
@@ -67,6 +84,12 @@ def build_steps(recipe: Recipe) -> list[Step]:
     if max(recipe.report.ks) > recipe.evaluate.k_max:
         raise ConfigError(
             f"report.ks asks for votes of {max(recipe.report.ks)} samples, evaluate.k_max draws {recipe.evaluate.k_max}"
+        )
+    if not MODES[recipe.judge.mode].is_trainable:
+        known = ", ".join(name for name, mode in MODES.items() if mode.is_trainable)
+        raise ConfigError(
+            f"judge.mode {recipe.judge.mode!r} cannot be trained: a judgement must be one prompt and one reply with a "
+            f"score for each response, as in {known}. `spct evaluate` knows all modes"
         )
     where, steps = recipe.resources, list[Step]()
 
@@ -108,8 +131,12 @@ def build_steps(recipe: Recipe) -> list[Step]:
         _sampling(where.onpolicy),
         {"items": "items", "judge": "grpo"},
     )
-    meta_inputs = {"items": "items", "select": selected, "onpolicy": "onpolicy", "init": _meta_init(recipe.meta, judge)}
+    meta_inputs = {"items": "items", "select": selected, "onpolicy": "onpolicy", "init": _init(recipe.meta.init, judge)}
     add("meta", meta, recipe.meta, where.meta, _training(where.meta), meta_inputs)
+    if recipe.bradley_terry:
+        inputs = {"items": "items", "init": _init(recipe.bradley_terry.init, judge)}
+        scalar, training = recipe.bradley_terry, _training(where.bradley_terry)
+        add("bradley_terry", bradley_terry, scalar, where.bradley_terry, training, inputs)
     evaluated: Inputs = {}
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         name, inputs = f"evaluate_{model}", {"items": "items", "judge": step}
@@ -130,8 +157,8 @@ def build_steps(recipe: Recipe) -> list[Step]:
     return steps
 
 
-def _meta_init(config: meta.MetaConfig, rft_step: str) -> str:
-    return {"student": "student", "rft": rft_step, "grpo": "grpo"}[config.init]
+def _init(name: str, rft_step: str) -> str:
+    return {"student": "student", "rft": rft_step, "grpo": "grpo"}[name]
 
 
 def _with_judge(name: str, config: Any, judge: JudgeConfig) -> Any:

@@ -66,7 +66,7 @@ def _epoch_order(num_items: int, epoch: int, seed: int) -> list[int]:
 
 def request_of(task: JudgeTask, judge: JudgeConfig, group_size: int) -> Request:
     """G samples of the same prompt, at temperature 1: any other would not sample from the policy that is trained."""
-    params = SamplingParams(judge.max_tokens, task.temperature, task.seed, n=group_size, logprobs=True)
+    params = SamplingParams(judge.budget, task.temperature, task.seed, n=group_size, logprobs=True)
     return Request(judge_messages(task.item, task.order, judge), params)
 
 

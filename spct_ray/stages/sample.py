@@ -22,7 +22,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.orders import balanced_orders
-from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.prompt import JudgeConfig, check_items
 from spct_ray.judge.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def run(context: StepContext, config: SampleConfig, resources: SamplingResources
 
     items = read_items(str(Path(context.inputs["items"]) / "train.parquet"))
     items = items[: config.num_items] if config.num_items else items
+    check_items(items, config.judge)
     tasks = [task for item in items for task in tasks_of(item, config, derive_seed(context.seed, context.name))]
     make_judge = judge_factory(config.sampler, config.judge, context.inputs.get("judge", ""), resources.engine)
     return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
@@ -89,7 +90,7 @@ def judge_factory(
     if sampler.kind == "endpoint":
         if sampler.endpoint is None:
             raise ConfigError("sampler.kind is endpoint, but sampler.endpoint (base_url, model) is not set")
-        return partial(_remote_judge, sampler.endpoint, judge, sampler.guided)
+        return partial(remote_judge, sampler.endpoint, judge, sampler.guided)
     if sampler.kind == "model" and not sampler.model:
         raise ConfigError("sampler.kind is model, but sampler.model (a directory or hub id) is empty")
     model = sampler.model if sampler.kind == "model" else str(Path(student_step) / "model")
@@ -104,5 +105,6 @@ def engine_judge(model: str, engine: EngineConfig, judge: JudgeConfig, name: str
     return EngineJudge(VllmEngine(model, engine), judge, name, guided)
 
 
-def _remote_judge(endpoint: RemoteConfig, judge: JudgeConfig, guided: bool) -> Judge:
+def remote_judge(endpoint: RemoteConfig, judge: JudgeConfig, guided: bool = False) -> Judge:
+    """A judge behind an endpoint."""
     return EngineJudge(RemoteEngine(endpoint), judge, endpoint.model, guided)

@@ -21,6 +21,7 @@ from spct_ray.learn.config import OptimConfig, TrainResources
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spct_ray.learn.fit import RowMaker
     from spct_ray.learn.model import Head
     from spct_ray.learn.trainer import Trainer
 
@@ -49,6 +50,7 @@ def train(
     head: Head,
     loss_fn: Callable[..., Tensor],
     examples: str,
+    make_rows: RowMaker | None = None,
 ) -> Trainer:
     """On every rank: load `init`, resume, train on the file `examples` with `loss_fn`, export to model/."""
     from spct_ray.learn.examples import ExampleFile
@@ -74,6 +76,7 @@ def train(
         micro_tokens=resources.micro_tokens,
         checkpoint_every=config.checkpoint_every,
         progress=context.progress,
+        make_rows=make_rows,
     )
     trainer.export(f"{context.out}/model")
     return trainer

@@ -1,0 +1,92 @@
+"""The ways to judge, by name (`JudgeConfig.mode`): what a judgement asks, how its reply is read, what scores it gives.
+
+Whatever the mode, a judgement ends as one integer score a response, so that votes, rewards and reports need not know.
+A single response has nothing to be compared with: modes that compare rate it, in the prompt of "list".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spct_ray.judge.parse import Reader, read_best, read_scores, read_verdict
+
+ModeName = Literal["list", "single", "pairwise", "best", "reference", "principles", "query_principles"]
+Parts = Callable[[Sequence[int]], list[tuple[int, ...]]]
+
+
+def _together(order: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(order)]
+
+
+def _alone(order: Sequence[int]) -> list[tuple[int, ...]]:
+    return [(i,) for i in order]
+
+
+def _pairs(order: Sequence[int]) -> list[tuple[int, ...]]:
+    return list(itertools.combinations(order, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way to judge n >= 2 responses.
+
+    `parts` splits the order in which responses are shown into prompts; a response's score is the sum of what its
+    prompts gave it. `needs` is the field of an item that must not be empty. With `writes_principles` the judge first
+    writes them from the query alone. `task`, `how` and `answer` are the words of the full prompt that differ (None: as
+    in "list"), `short` the first line of the compact one.
+    """
+
+    parts: Parts = _together
+    read: Reader = read_scores
+    needs: Literal["", "reference", "principles"] = ""
+    writes_principles: bool = False
+    criteria: str = "further criteria that matter for this query, each with its weight"
+    by: str = "by further criteria that are specific to the query and that you state first with their weights"
+    task: str = "give {each} an overall score."
+    how: str | None = None
+    answer: str | None = None
+    short: str | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether it makes no sense of a single response."""
+        return self.read is not read_scores
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a judgement is one prompt and one reply that holds scores, as RFT and GRPO have it."""
+        return self.parts is _together and not self.compares and not self.writes_principles
+
+
+_BY_GIVEN = "by the principles that are given for the query"
+_GIVEN = "those of the given principles that matter here, each with its weight"
+
+MODES: dict[ModeName, Mode] = {
+    "list": Mode(),
+    "single": Mode(parts=_alone),
+    "pairwise": Mode(
+        parts=_pairs,
+        read=read_verdict,
+        task="say which of the two responses is better.",
+        how="Before you decide, analyse step by step, as strictly as you can; their order does not count."
+        "\nAnswer with v = 1 or v = 2 for the better response, or v = tie when neither is better.",
+        answer="Verdict: \\boxed{v}",
+        short="Name the better: 1, 2 or tie.",
+    ),
+    "best": Mode(
+        read=read_best,
+        task="find the best of the {num} responses.",
+        how="Before you decide, analyse step by step, as strictly as you can.\nAnswer with the number j of a response.",
+        answer="Best response: \\boxed{j}",
+        short="Name the best: 1-{num}.",
+    ),
+    "reference": Mode(
+        needs="reference",
+        task="give {each} an overall score. The reference answer is correct: a response that contradicts it is wrong.",
+    ),
+    "principles": Mode(needs="principles", by=_BY_GIVEN, criteria=_GIVEN),
+    "query_principles": Mode(writes_principles=True, by=_BY_GIVEN, criteria=_GIVEN),
+}

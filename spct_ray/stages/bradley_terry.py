@@ -1,0 +1,80 @@
+"""A scalar baseline on the same data with the same trainer: a Bradley-Terry reward model of the training items.
+
+Pairs are the best response of an item and each other one, all that Eq. 10 uses of the rewards. Leaves out measuring it:
+`spct evaluate RUN:bradley_terry`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from spct_ray.errors import DataError
+from spct_ray.graph.step import StepContext
+from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.stages.supervised import SupervisedConfig, summary_of_metrics, train
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class BradleyTerryConfig(SupervisedConfig):
+    """`batch_size` counts pairs; the model starts as a copy of `init`."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=30))
+    batch_size: int = 512
+    init: Literal["student", "rft", "grpo"] = "student"
+
+
+def run(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> dict[str, Any]:
+    """Train input "init" on the training items of input "items"; writes model/, metrics.jsonl and checkpoints/.
+
+    Raises DataError when no pair is short enough, SpctError when training diverges.
+    """
+    from spct_ray.cluster.train import run_ranks
+
+    counts = write_training_file(context, config)
+    context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
+    run_ranks(train_loop, (context, config, resources), resources, context)
+    return {**counts, **summary_of_metrics(context.out)}
+
+
+def train_loop(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> None:
+    """On every rank: load, resume, train, export."""
+    from spct_ray.learn.scalar import bradley_terry_loss, pair_rows
+
+    train(
+        context, config, resources, init="init", head="scalar", loss_fn=bradley_terry_loss, examples="pairs.arrow",
+        make_rows=pair_rows,
+    )  # fmt: skip
+
+
+def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dict[str, int]:
+    """Tokenise pairs.arrow; counts of pairs kept and dropped, and of items without a pair."""
+    from transformers import AutoTokenizer
+
+    from spct_ray.data.store import read_items
+    from spct_ray.learn.examples import write_examples
+    from spct_ray.learn.scalar import encode_pair
+
+    tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["init"]) / "model"))
+    counts: Counter[str] = Counter()
+    examples = []
+    for item in read_items(str(Path(context.inputs["items"]) / "train.parquet")):
+        counts["single_responses"] += len(item.responses) == 1
+        for place, response in enumerate(item.responses):
+            if place == item.best:
+                continue
+            pair = encode_pair(tokenizer, item.messages, item.responses[item.best], response)
+            counts["pairs" if len(pair.ids) <= config.max_tokens else "too_long"] += 1
+            if len(pair.ids) <= config.max_tokens:
+                examples.append(pair)
+    if not examples:
+        raise DataError(
+            f"{context.name}: no pair of responses to train on, counts {dict(counts)}; bradley_terry.max_tokens is "
+            f"{config.max_tokens}, for query and both responses"
+        )
+    write_examples(f"{context.out}/pairs.arrow", examples)
+    return dict(counts)
