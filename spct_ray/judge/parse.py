@@ -29,6 +29,7 @@ class Scale:
 
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+_BOX = re.compile(r"[\s*]*\\boxed\{")
 
 
 def parse_scores(
@@ -53,3 +54,11 @@ def parse_scores(
     if not all(scale.low <= s <= scale.high for s in scores):
         return Failure.OUT_OF_RANGE
     return scores
+
+
+def has_three_parts(text: str) -> bool:
+    """Whether criteria, analysis and boxed scores stand under their labels in this order, the first two not empty."""
+    _, _, rest = text.partition("Specific Criteria:")
+    criteria, _, rest = rest.partition("Analysis:")
+    analysis, _, scores = rest.rpartition("Scores:")
+    return bool(criteria.strip("*# \n") and analysis.strip("*# \n") and _BOX.match(scores))

@@ -26,7 +26,7 @@ from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.records import Item
-from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
+from spct_ray.stages.rollouts import RewardRule, Rollout, request_of, rollout_metrics, tasks_of_step, to_groups
 
 if TYPE_CHECKING:
     from spct_ray.cluster.pool import EnginePool
@@ -49,7 +49,8 @@ class GrpoConfig:
     `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
     arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after a weight sync.
-    `objective`, `kl`, `clip` and `clip_high` are explained in `learn.config.PolicyLoss`.
+    `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip` and `clip_high`
+    in `learn.config.PolicyLoss`.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -57,6 +58,8 @@ class GrpoConfig:
     steps: int = 900
     prompts_per_step: int = 128
     group_size: int = 4
+    reward: RewardRule = "best"
+    format_weight: float = 0.0
     objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     beta: float = 0.08
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -66,6 +69,22 @@ class GrpoConfig:
     max_prompt_tokens: int = 3000
     parity_tolerance: float = 0.3
     checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step % self.orders_per_item:
+            raise ConfigError(
+                f"prompts_per_step is {self.prompts_per_step}; reward both_orders asks for each item in two orders, so "
+                "it must be even"
+            )
+        if not 0 <= self.format_weight < 2:
+            raise ConfigError(
+                f"format_weight is {self.format_weight}; it must be at least 0 and below 2, the reward of being right"
+            )
+
+    @property
+    def orders_per_item(self) -> int:
+        """Prompts of one item within a step."""
+        return 2 if self.reward == "both_orders" else 1
 
     @property
     def loss(self) -> PolicyLoss:
@@ -218,15 +237,11 @@ class Rollouts:
         return self._from_rank_0(lambda: self._ask(step))
 
     def _ask(self, step: int) -> list[list[Rollout]]:
-        config = self._config
-        tasks = tasks_of_step(self._items, config.prompts_per_step, step, self._seed)
-        requests = [request_of(task, config.judge, config.group_size) for task in tasks]
-        assert self._pool is not None
-        answers = self._pool.generate(requests)
-        return [
-            [to_rollout(task, config.judge, completion) for completion in completions]
-            for task, completions in zip(tasks, answers, strict=True)
-        ]
+        config, pool = self._config, self._pool
+        assert pool is not None
+        tasks = tasks_of_step(self._items, config.prompts_per_step, step, self._seed, config.orders_per_item)
+        answers = pool.generate([request_of(task, config.judge, config.group_size) for task in tasks])
+        return to_groups(tasks, answers, config.judge, config.reward, config.format_weight)
 
     def _from_rank_0(self, make: Callable[[], T]) -> T:
         import torch.distributed as dist
