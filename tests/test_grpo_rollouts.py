@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,15 +28,25 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct, is_ordered
 from spct_ray.learn.config import OptimConfig
 from spct_ray.records import Completion, Item, Message
-from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Phases, fitting_items, run, with_advantages
+from spct_ray.stages.grpo import (
+    GrpoConfig,
+    GrpoResources,
+    Phases,
+    fitting_items,
+    run,
+    trained_groups,
+    with_advantages,
+)
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
     has_signal,
     request_of,
     rollout_metrics,
+    sample_groups,
     tasks_of_step,
     to_groups,
+    with_signal,
 )
 
 JUDGE = JudgeConfig(template="compact", max_tokens=99)
@@ -316,3 +329,43 @@ def test_a_checkpoints_seconds_count_for_the_next_step() -> None:
     with phase("rollout"):
         pass
     assert phase.finish_step(groups)["seconds_checkpoint"] == 0
+
+
+@pytest.mark.parametrize("orders_per_item", [1, 2])
+def test_groups_without_signal_are_refilled_in_bounded_rounds(orders_per_item: int) -> None:
+    """Against a simulation: which of the asked-for items have a signal is drawn at random."""
+    items = [make_item(i) for i in range(60)]
+    for seed in range(40):
+        rng, rounds = random.Random(seed), list[int]()
+        chance = rng.choice([0.0, 0.3, 0.9])
+        signal = {item.id: rng.random() < chance for item in items}
+
+        def ask(tasks: Sequence[JudgeTask], rounds: list[int] = rounds, signal: dict[str, bool] = signal) -> Any:
+            rounds.append(len(tasks))
+            return [[make_rollout("correct"), make_rollout("wrong" if signal[t.item.id] else "correct")] for t in tasks]
+
+        tasks = tasks_of_step(items, 8 * 4, 0, seed, orders_per_item)
+        groups = sample_groups(tasks, ask, 8, orders_per_item)
+        found, expected_rounds, asked = 0, list[int](), 0
+        while found < 8 and len(expected_rounds) < 4:
+            expected_rounds.append(8 - found)
+            found += sum(signal[t.item.id] for t in tasks[asked : asked + 8 - found])
+            asked += expected_rounds[-1]
+        assert (rounds, len(groups)) == (expected_rounds, asked)
+        assert len(with_signal(groups, orders_per_item)) == found <= 8
+        config = GrpoConfig(prompts_per_step=8, dynamic_sampling=3)
+        trained = trained_groups(groups, config)
+        assert len(trained) == (found or 8)
+        assert trained_groups(groups, replace(config, dynamic_sampling=0)) is groups
+
+
+def test_an_item_in_two_orders_is_dropped_only_where_neither_group_has_a_signal() -> None:
+    mixed, same = [make_rollout("correct"), make_rollout("wrong")], [make_rollout("wrong"), make_rollout("no_box")]
+    assert with_signal([same, same, same, mixed, mixed, same], 2) == [same, mixed, mixed, same]
+
+
+def test_refills_are_further_items_of_the_same_epoch() -> None:
+    items = [make_item(i) for i in range(64)]
+    steps = [tasks_of_step(items, 8 * 4, step, 0) for step in range(2)]
+    assert len({task.item.id for tasks in steps for task in tasks}) == 64
+    assert tasks_of_step(items, 8, 0, 0) == steps[0][:8]  # the first round is as it is without refills

@@ -22,16 +22,27 @@ from spct_ray.data.store import read_items
 from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.errors import ConfigError, DataError, ParityError
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.records import Item
-from spct_ray.stages.rollouts import RewardRule, Rollout, request_of, rollout_metrics, tasks_of_step, to_groups
+from spct_ray.stages.rollouts import (
+    RewardRule,
+    Rollout,
+    request_of,
+    rollout_metrics,
+    sample_groups,
+    tasks_of_step,
+    to_groups,
+    with_signal,
+)
 
 if TYPE_CHECKING:
     from spct_ray.cluster.pool import EnginePool
     from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.grpo_update import Sample
+    from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
 
 T = TypeVar("T")
@@ -50,7 +61,8 @@ class GrpoConfig:
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
     arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after a weight sync.
     `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip` and `clip_high`
-    in `learn.config.PolicyLoss`.
+    in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal alone, after at
+    most R further rounds that ask for as many items as are missing (see `stages.rollouts.sample_groups`).
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -60,6 +72,7 @@ class GrpoConfig:
     group_size: int = 4
     reward: RewardRule = "best"
     format_weight: float = 0.0
+    dynamic_sampling: int = 0
     objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     beta: float = 0.08
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -75,6 +88,10 @@ class GrpoConfig:
             raise ConfigError(
                 f"prompts_per_step is {self.prompts_per_step}; reward both_orders asks for each item in two orders, so "
                 "it must be even"
+            )
+        if self.dynamic_sampling < 0:
+            raise ConfigError(
+                f"dynamic_sampling is {self.dynamic_sampling}; it is a number of further rounds, 0 for none"
             )
         if not 0 <= self.format_weight < 2:
             raise ConfigError(
@@ -128,7 +145,6 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
 
 def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> None:
     """The method, on every rank; collective throughout."""
-    from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
     from spct_ray.learn.metrics_file import MetricsFile
     from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
@@ -154,15 +170,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 parity = rollouts.check_parity(step)
             with phase("rollout"):
                 groups = rollouts.sample(step)
-            samples = with_advantages(groups, config.objective, keep_all=config.beta > 0)
-            batches, num_passes = rank_micro_batches(
-                samples, trainer.rank, trainer.world_size, resources.train.micro_tokens
-            )
-            if reference is not None:
-                with phase("reference"):
-                    batches = add_reference(batches, num_passes, reference)
-            with phase("train"):
-                numbers = update_policy(trainer, batches, config.loss, size_of(groups))
+            numbers = update(trainer, reference, groups, config, resources.train.micro_tokens, phase)
             if metrics is not None:
                 line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
                 metrics.append({**line, **phase.finish_step(groups)})
@@ -171,6 +179,31 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 with phase("checkpoint"):
                     trainer.save(str(out / "checkpoints"), {"step": step + 1})
     trainer.export(str(out / "model"))
+
+
+def update(
+    trainer: Trainer,
+    reference: Reference | None,
+    groups: Sequence[Sequence[Rollout]],
+    config: GrpoConfig,
+    micro_tokens: int,
+    phase: Phases,
+) -> dict[str, float]:
+    """One update from all groups of a step: advantages, the reference's log-probs, an optimiser step. Collective.
+
+    Returns what `learn.grpo_update.update_policy` does, and the numbers of groups asked for and trained on.
+    """
+    from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
+
+    trained = trained_groups(groups, config)
+    samples = with_advantages(trained, config.objective, keep_all=config.beta > 0)
+    batches, num_passes = rank_micro_batches(samples, trainer.rank, trainer.world_size, micro_tokens)
+    if reference is not None:
+        with phase("reference"):
+            batches = add_reference(batches, num_passes, reference)
+    with phase("train"):
+        numbers = update_policy(trainer, batches, config.loss, size_of(trained))
+    return {**numbers, "groups_asked": len(groups), "groups_trained": len(trained)}
 
 
 class Rollouts:
@@ -239,9 +272,14 @@ class Rollouts:
     def _ask(self, step: int) -> list[list[Rollout]]:
         config, pool = self._config, self._pool
         assert pool is not None
-        tasks = tasks_of_step(self._items, config.prompts_per_step, step, self._seed, config.orders_per_item)
-        answers = pool.generate([request_of(task, config.judge, config.group_size) for task in tasks])
-        return to_groups(tasks, answers, config.judge, config.reward, config.format_weight)
+        num_tasks = config.prompts_per_step * (1 + config.dynamic_sampling)
+        tasks = tasks_of_step(self._items, num_tasks, step, self._seed, config.orders_per_item)
+
+        def ask(tasks: Sequence[JudgeTask]) -> list[list[Rollout]]:
+            answers = pool.generate([request_of(task, config.judge, config.group_size) for task in tasks])
+            return to_groups(tasks, answers, config.judge, config.reward, config.format_weight)
+
+        return sample_groups(tasks, ask, config.prompts_per_step, config.orders_per_item)
 
     def _from_rank_0(self, make: Callable[[], T]) -> T:
         import torch.distributed as dist
@@ -274,6 +312,14 @@ def fitting_items(context: StepContext, config: GrpoConfig, tokenizer: Any) -> l
             f"max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return fitting
+
+
+def trained_groups(groups: Sequence[Sequence[Rollout]], config: GrpoConfig) -> Sequence[Sequence[Rollout]]:
+    """All groups or, with dynamic sampling, those with signal. Where none has, the first that were asked for, as an
+    update is made in every step."""
+    if not config.dynamic_sampling:
+        return groups
+    return with_signal(groups, config.orders_per_item) or groups[: config.prompts_per_step]
 
 
 def with_advantages(groups: Sequence[Sequence[Rollout]], objective: str, keep_all: bool) -> list[Sample]:

@@ -10,7 +10,7 @@ import functools
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -157,6 +157,31 @@ def outcome_of(trajectory: Trajectory, item: Item, rule: RewardRule) -> str:
 def has_signal(group: Sequence[Rollout]) -> bool:
     """Whether the rewards of a group differ; else all of its advantages are 0."""
     return len({rollout.reward for rollout in group}) > 1
+
+
+def sample_groups(
+    tasks: Sequence[JudgeTask],
+    ask: Callable[[Sequence[JudgeTask]], list[list[Rollout]]],
+    num_prompts: int,
+    orders_per_item: int = 1,
+) -> list[list[Rollout]]:
+    """The groups of the first `num_prompts` tasks, and of as many further ones as were without signal, until there are
+    `num_prompts` with one or the tasks do not suffice for another round (DAPO's dynamic sampling, arXiv 2503.14476,
+    Section 3.2). The number of tasks thus bounds the rounds; with `num_prompts` of them there is one.
+    """
+    groups = ask(tasks[:num_prompts])
+    for _ in range(len(tasks) // num_prompts - 1):
+        missing = num_prompts - len(with_signal(groups, orders_per_item))
+        if missing == 0:
+            break
+        groups += ask(tasks[len(groups) : len(groups) + missing])
+    return groups
+
+
+def with_signal(groups: Sequence[Sequence[Rollout]], orders_per_item: int = 1) -> list[Sequence[Rollout]]:
+    """The groups that have a signal; the groups of one item stay together."""
+    items = [groups[i : i + orders_per_item] for i in range(0, len(groups), orders_per_item)]
+    return [group for item in items if any(map(has_signal, item)) for group in item]
 
 
 def rollout_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
