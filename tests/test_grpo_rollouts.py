@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +38,8 @@ from spct_ray.stages.grpo import (
     trained_groups,
     with_advantages,
 )
+from spct_ray.stages.replay import replay
+from spct_ray.stages.rollout_dump import RolloutDump
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
@@ -369,3 +372,28 @@ def test_refills_are_further_items_of_the_same_epoch() -> None:
     steps = [tasks_of_step(items, 8 * 4, step, 0) for step in range(2)]
     assert len({task.item.id for tasks in steps for task in tasks}) == 64
     assert tasks_of_step(items, 8, 0, 0) == steps[0][:8]  # the first round is as it is without refills
+
+
+def test_a_dump_gives_back_what_was_sampled_and_keeps_what_is_asked_for(tmp_path: Path) -> None:
+    tokenizer, dump = make_tiny_tokenizer(), RolloutDump(tmp_path)
+    odd = replace(make_rollout("correct"), engine_logprobs=(-0.1, -1e-17), reward=1.1, token_ids=(5, 6, 7, 40, 41))
+    groups = [[odd, make_rollout("truncated", stop_reason="length")], [make_rollout("tied")]]
+    for step in (0, 7, 8, 12):
+        dump.write(step, groups, tokenizer)
+    dump.write(7, groups[:1], tokenizer)  # a step that is done again
+    assert dump.read(8) == groups
+    assert dump.read(7) == groups[:1]
+    table = pq.read_table(tmp_path / "rollouts" / "step-00000008.parquet")
+    assert table["text"].to_pylist()[0] == tokenizer.decode([40, 41])
+    (tmp_path / "rollouts" / "step-00000013.parquet.partial").touch()  # of a killed writer
+    assert dump.steps() == [0, 7, 8, 12]
+    dump.prune(8)
+    assert dump.steps() == [8, 12]
+
+
+def test_a_replay_without_a_dump_to_start_from_says_what_to_do(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    Path(context.out).mkdir()
+    RolloutDump(context.out).write(3, [[make_rollout("correct")]], make_tiny_tokenizer())
+    with pytest.raises(DataError, match=r"\(dumped steps: \[3\]\); run with resources.grpo.dump_rollouts=true"):
+        next(replay(context, GrpoConfig(), GrpoResources()))

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -27,6 +26,8 @@ from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.records import Item
+from spct_ray.stages.phases import Phases
+from spct_ray.stages.rollout_dump import RolloutDump
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
@@ -113,11 +114,16 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class GrpoResources:
-    """Ranks that train, and engines beside them; `engine.max_model_len` has room for prompt and completion."""
+    """Ranks that train, and engines beside them; `engine.max_model_len` has room for prompt and completion.
+
+    `dump_rollouts` keeps the rollouts since the older of the two last checkpoints, see `stages.replay`. It changes
+    nothing else, so it is no part of the step's identity and may be turned on for a run that is to be resumed.
+    """
 
     train: TrainResources = field(default_factory=TrainResources)
     rollout: EngineResources = field(default_factory=EngineResources)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    dump_rollouts: bool = False
 
 
 def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> dict[str, Any]:
@@ -145,6 +151,7 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
 
 def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> None:
     """The method, on every rank; collective throughout."""
+    from spct_ray.learn.checkpoint import complete_steps
     from spct_ray.learn.metrics_file import MetricsFile
     from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
@@ -162,6 +169,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
     reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
     with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
         metrics = MetricsFile(out / "metrics.jsonl", first) if trainer.rank == 0 else None
+        dump = RolloutDump(out) if trainer.rank == 0 and resources.dump_rollouts else None
         phase = Phases()
         for step in range(first, config.steps):
             with phase("sync"):
@@ -170,6 +178,8 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 parity = rollouts.check_parity(step)
             with phase("rollout"):
                 groups = rollouts.sample(step)
+            if dump is not None:
+                dump.write(step, groups, trainer.tokenizer)
             numbers = update(trainer, reference, groups, config, resources.train.micro_tokens, phase)
             if metrics is not None:
                 line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
@@ -178,6 +188,8 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 with phase("checkpoint"):
                     trainer.save(str(out / "checkpoints"), {"step": step + 1})
+                if dump is not None:
+                    dump.prune([0, *complete_steps(str(out / "checkpoints"))][-2])
     trainer.export(str(out / "model"))
 
 
@@ -346,35 +358,6 @@ def size_of(groups: Sequence[Sequence[Rollout]]) -> BatchSize:
 
     rollouts = [rollout for group in groups for rollout in group]
     return BatchSize(len(rollouts), sum(len(rollout.engine_logprobs) for rollout in rollouts))
-
-
-class Phases:
-    """Seconds of one step by phase. A checkpoint is written after its step's line, so it counts for the next one."""
-
-    def __init__(self) -> None:
-        self._begin_step()
-
-    def _begin_step(self) -> None:
-        self._started = time.monotonic()
-        self._seconds = dict.fromkeys(("checkpoint", "sync", "parity", "rollout", "reference", "train"), 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self._seconds[name] += time.monotonic() - started
-
-    def finish_step(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-        """Seconds by phase and in all, and completion tokens per second; the next step begins here."""
-        all_seconds, seconds = time.monotonic() - self._started, self._seconds
-        tokens = sum(len(rollout.engine_logprobs) for group in groups for rollout in group)
-        self._begin_step()
-        return {
-            **{f"seconds_{name}": round(value, 4) for name, value in seconds.items()},
-            "seconds_step": round(all_seconds, 4),
-            "tokens_per_second": round(tokens / all_seconds, 1),
-            "rollout_tokens_per_second": round(tokens / seconds["rollout"], 1),
-        }
 
 
 def progress_note(line: dict[str, float]) -> str:
