@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from graph_toys import wait_until
+from test_tracker import tensorboard_points
 from tiny import make_tiny_model
 
 from spct_ray.chat import encode_example
@@ -166,6 +168,9 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
         assert asked == 4 or line["zero_signal_groups"] > 0
         assert trained == (round(asked * (1 - line["zero_signal_groups"])) or 4)
     assert any(line["groups_asked"] > 4 for line in metrics)
+    points = tensorboard_points(root / "out" / "tensorboard")
+    assert [step for name, step, _ in points if name == "reward"] == list(range(NUM_STEPS))
+    assert pq.read_table(root / "out" / "metrics.parquet").to_pylist() == metrics
     replayed = list(replay(make_context(root), CONFIG, RESOURCES))
     assert [line.step for line in replayed] == [NUM_STEPS - 3, NUM_STEPS - 2, NUM_STEPS - 1]
     for line in replayed:

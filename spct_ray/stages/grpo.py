@@ -168,7 +168,8 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
     first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
     reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
     with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
-        metrics = MetricsFile(out / "metrics.jsonl", first) if trainer.rank == 0 else None
+        path = out / "metrics.jsonl"
+        metrics = MetricsFile(path, first, resources.train.tracker) if trainer.rank == 0 else None
         dump = RolloutDump(out) if trainer.rank == 0 and resources.dump_rollouts else None
         phase = Phases()
         for step in range(first, config.steps):
@@ -190,6 +191,8 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                     trainer.save(str(out / "checkpoints"), {"step": step + 1})
                 if dump is not None:
                     dump.prune([0, *complete_steps(str(out / "checkpoints"))][-2])
+    if metrics is not None:
+        metrics.close()
     trainer.export(str(out / "model"))
 
 

@@ -73,6 +73,7 @@ def train(
         out=context.out,
         micro_tokens=resources.micro_tokens,
         checkpoint_every=config.checkpoint_every,
+        tracker=resources.tracker,
         progress=context.progress,
     )
     trainer.export(f"{context.out}/model")
