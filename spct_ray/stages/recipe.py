@@ -144,8 +144,7 @@ def _with_judge(name: str, config: Any, judge: JudgeConfig) -> Any:
 
 
 def _with_tracker(where: Resources) -> Resources:
-    """The resources with the run's one tracker in all steps that train. Raises ConfigError where one asks for another.
-    """
+    """The resources with the run's one tracker in all steps that train; ConfigError where one asks for another."""
 
     def tracked(name: str, resources: TrainResources) -> TrainResources:
         if resources.tracker not in (TrainResources.tracker, where.tracker):
