@@ -107,10 +107,11 @@ def read_metrics(root: Path) -> list[dict[str, float]]:
 
 
 def start_driver(root: Path) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with (root / "driver.log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, __file__, str(root)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
