@@ -63,7 +63,7 @@ def guarded(command_function: Any, command: str) -> int:
 
 def run(config_path: str, overrides: Sequence[str], command: str) -> None:
     """Run the graph of a configuration file to its end, and publish its report. Shared with jobs/pipeline.py."""
-    recipe, steps, root = _graph(config_path, overrides)
+    recipe, steps, root = load_graph(config_path, overrides)
     run_graph(steps, root, recipe.seed, recipe.resources.cluster, command)
 
 
@@ -81,7 +81,7 @@ def run_graph(steps: Sequence[Step], root: str, seed: int, cluster: ClusterResou
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
 
-def _graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Step], str]:
+def load_graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Step], str]:
     from spct_ray.stages.recipe import Recipe, build_steps
 
     recipe = load(Recipe, config_path, overrides)
@@ -94,7 +94,7 @@ def _graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Ste
 
 
 def _show_plan(parsed: argparse.Namespace) -> None:
-    recipe, steps, root = _graph(parsed.config, parsed.overrides)
+    recipe, steps, root = load_graph(parsed.config, parsed.overrides)
     _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed))}")
     lock = os.path.join(root, ".lock")
     if is_held(lock):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,12 +23,34 @@ from tiny import make_tiny_tokenizer
 from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.parse import Failure
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.rule import is_correct, is_ordered
 from spct_ray.learn.config import OptimConfig
 from spct_ray.records import Completion, Item, Message
-from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Phases, fitting_items, run, with_advantages
-from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
+from spct_ray.stages.grpo import (
+    GrpoConfig,
+    GrpoResources,
+    Phases,
+    fitting_items,
+    run,
+    trained_groups,
+    with_advantages,
+)
+from spct_ray.stages.replay import replay
+from spct_ray.stages.rollout_dump import RolloutDump
+from spct_ray.stages.rollouts import (
+    RewardRule,
+    Rollout,
+    has_signal,
+    request_of,
+    rollout_metrics,
+    sample_groups,
+    tasks_of_step,
+    to_groups,
+    with_signal,
+)
 
 JUDGE = JudgeConfig(template="compact", max_tokens=99)
 
@@ -115,14 +143,128 @@ def test_failures_keep_their_name_and_single_responses_are_right_or_wrong(item: 
     assert judged(item, tuple(range(len(item.responses))), text).outcome == outcome
 
 
-def judged(item: Item, order: tuple[int, ...], text: str) -> Rollout:
-    task = tasks_of_step([item], 1, 0, 0)[0]
-    completion = Completion(text, (1, 2), (-0.5, -0.25), "stop", (7, 8, 9), 5, 3, 2)
-    return to_rollout(type(task)(item, order, 0, 1.0, 0), JUDGE, completion)
+def judged(item: Item, order: tuple[int, ...], text: str, rule: RewardRule = "best", weight: float = 0.0) -> Rollout:
+    return judged_groups(item, [(order, [text])], rule, weight)[0][0]
+
+
+def judged_groups(
+    item: Item, asked: list[tuple[tuple[int, ...], list[str]]], rule: RewardRule, weight: float = 0.0
+) -> list[list[Rollout]]:
+    """Groups for texts sampled in the given orders."""
+    tasks = [JudgeTask(item, order, 0, 1.0, 0) for order, _ in asked]
+    answers = [[Completion(t, (1, 2), (-0.5, -0.25), "stop", (7, 8, 9), 5, 3, 2) for t in texts] for _, texts in asked]
+    return to_groups(tasks, answers, JUDGE, rule, weight)
+
+
+def boxed(*scores: int) -> str:
+    return f"\\boxed{{{', '.join(map(str, scores))}}}"
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "order"),
+    [
+        ((2, 5, 9), "correct", "correct"),
+        ((5, 2, 9), "correct", "misordered"),
+        ((3, 3, 9), "correct", "misordered"),  # a tie says nothing, and there is an order
+        ((2, 9, 9), "tied", "tied"),
+        ((2, 9, 5), "wrong", "wrong"),
+    ],
+)
+@pytest.mark.parametrize("order_shown", list(itertools.permutations(range(3))))
+def test_order_asks_for_the_whole_ranking(
+    scores: tuple[int, ...], best: str, order: str, order_shown: tuple[int, ...]
+) -> None:
+    item = replace(make_item(0, 3), rewards=(0.1, 0.5, 0.7))
+    text = boxed(*(scores[i] for i in order_shown))
+    for rule, outcome in (("best", best), ("order", order)):
+        rollout = judged(item, order_shown, text, rule)  # type: ignore[arg-type]
+        assert (rollout.outcome, rollout.reward) == (outcome, 1 if outcome == "correct" else -1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=6))
+def test_a_ranking_against_brute_force(pairs: list[tuple[int, int]]) -> None:
+    scores, rewards = [s for s, _ in pairs], [float(r) for _, r in pairs]
+    if len(pairs) == 1:
+        assert is_ordered(scores, rewards) == (scores[0] == rewards[0])
+        return
+    levels = sorted(set(rewards))
+    by_level = [[s for s, r in zip(scores, rewards, strict=True) if r == level] for level in levels]
+    assert is_ordered(scores, rewards) == all(max(low) < min(high) for low, high in itertools.pairwise(by_level))
+    if len(pairs) == 2 and rewards[0] != rewards[1]:
+        assert is_ordered(scores, rewards) == is_correct(scores, rewards)
+
+
+def test_a_judgement_counts_in_both_orders_only_where_its_twin_is_right_too() -> None:
+    right, wrong, tied, none = boxed(2, 4), boxed(4, 2), boxed(3, 3), "no scores"  # as shown in order (0, 1)
+    turned = {right: boxed(4, 2), wrong: boxed(2, 4), tied: tied, none: none}
+    texts = [right, right, right, wrong, none]
+    twins = [right, wrong, none, tied, right]
+    first, second = judged_groups(
+        make_item(1), [((0, 1), texts), ((1, 0), [turned[text] for text in twins])], "both_orders"
+    )
+    assert [r.outcome for r in first] == ["correct", "inconsistent", "inconsistent", "wrong", "no_box"]
+    assert [r.outcome for r in second] == ["correct", "wrong", "no_box", "tied", "inconsistent"]
+    assert [r.reward for r in first] == [r.reward for r in second] == [1, -1, -1, -1, -1]
+
+
+def test_a_single_response_has_no_second_order() -> None:
+    groups = judged_groups(make_item(0, 1), [((0,), [boxed(1)]), ((0,), [boxed(0)])], "both_orders")
+    assert [group[0].outcome for group in groups] == ["correct", "wrong"]
+
+
+def test_both_orders_are_asked_one_after_the_other_for_half_as_many_items() -> None:
+    items = [make_item(i, num_responses=1 + i % 4) for i in range(40)]
+    tasks = tasks_of_step(items, 20, 3, 0, orders_per_item=2)
+    assert len(tasks) == 20
+    assert len({task.seed for task in tasks}) == 20
+    for one, other in zip(tasks[::2], tasks[1::2], strict=True):
+        assert (one.item, one.order) == (other.item, other.order[::-1])
+    stream = [t.item.id for step in range(4) for t in tasks_of_step(items, 20, step, 0, orders_per_item=2)[::2]]
+    assert len(set(stream)) == 40
+    with pytest.raises(ConfigError, match="prompts_per_step is 7; reward both_orders asks"):
+        GrpoConfig(prompts_per_step=7, reward="both_orders")
+
+
+FORMED = "Specific Criteria: truth (100%)\nAnalysis: Response 2 is prime.\nScores: "
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        (FORMED + boxed(2, 4), 1.25),
+        (FORMED.replace("Scores:", "**Scores:**") + boxed(2, 4), 1.25),
+        (boxed(2, 4), 1.0),
+        (FORMED + boxed(4, 2), -0.75),
+        (FORMED + boxed(4, 22), -1.0),  # the parts without scores are no judgement
+        (FORMED.replace("Analysis", "Thoughts") + boxed(4, 2), -1.0),
+        ("Analysis: x\nSpecific Criteria: y\nScores: " + boxed(4, 2), -1.0),
+        ("Specific Criteria:\nAnalysis: Response 2 is prime.\nScores: " + boxed(2, 4), 1.0),
+        (FORMED + "4, 2 " + boxed(2, 4), 1.0),
+    ],
+)
+def test_the_format_term_is_added_to_judgements_with_scores_and_three_parts(text: str, reward: float) -> None:
+    assert judged(make_item(1), (0, 1), text, weight=0.25).reward == reward
+    assert judged(make_item(1), (0, 1), text).reward == (1 if reward > 0 else -1)
+
+
+def test_equal_rewards_with_a_format_term_are_exactly_equal() -> None:
+    """Else rounding would pass for a signal, and be scaled up to advantages of 1."""
+    groups = judged_groups(
+        make_item(1),
+        [((0, 1), [FORMED + boxed(2, 4), FORMED + boxed(4, 2)]), ((1, 0), [FORMED + boxed(2, 4)] * 2)],
+        "both_orders",
+        weight=0.1,
+    )
+    assert [r.outcome for r in groups[0]] == ["inconsistent", "wrong"]
+    assert not any(map(has_signal, groups))
+    with pytest.raises(ConfigError, match="format_weight is 2; it must be at least 0 and below 2"):
+        GrpoConfig(format_weight=2)
 
 
 def make_rollout(outcome: str, num_tokens: int = 2, stop_reason: str = "stop", version: int = 8) -> Rollout:
-    return Rollout((5,) * (3 + num_tokens), 3, (-1.0,) * num_tokens, outcome, stop_reason, version)  # type: ignore[arg-type]
+    reward, ids = 1.0 if outcome == "correct" else -1.0, (5,) * (3 + num_tokens)
+    formed = outcome in ("correct", "wrong")
+    return Rollout("i", ids, 3, (-1.0,) * num_tokens, outcome, formed, reward, stop_reason, version)  # type: ignore[arg-type]
 
 
 def test_metrics_of_a_step_counted_by_hand() -> None:
@@ -139,6 +281,9 @@ def test_metrics_of_a_step_counted_by_hand() -> None:
         **{f"share_unparsable_{failure}": 0 for failure in Failure},  # a reason that did not occur is listed, too
         "share_correct": 4 / 8,
         "share_tied": 1 / 8,
+        "share_misordered": 0,
+        "share_inconsistent": 0,
+        "share_well_formed": 5 / 8,
         "share_wrong": 1 / 8,
         "share_unparsable_no_box": 1 / 8,
         "share_unparsable_truncated": 1 / 8,
@@ -187,3 +332,68 @@ def test_a_checkpoints_seconds_count_for_the_next_step() -> None:
     with phase("rollout"):
         pass
     assert phase.finish_step(groups)["seconds_checkpoint"] == 0
+
+
+@pytest.mark.parametrize("orders_per_item", [1, 2])
+def test_groups_without_signal_are_refilled_in_bounded_rounds(orders_per_item: int) -> None:
+    """Against a simulation: which of the asked-for items have a signal is drawn at random."""
+    items = [make_item(i) for i in range(60)]
+    for seed in range(40):
+        rng, rounds = random.Random(seed), list[int]()
+        chance = rng.choice([0.0, 0.3, 0.9])
+        signal = {item.id: rng.random() < chance for item in items}
+
+        def ask(tasks: Sequence[JudgeTask], rounds: list[int] = rounds, signal: dict[str, bool] = signal) -> Any:
+            rounds.append(len(tasks))
+            return [[make_rollout("correct"), make_rollout("wrong" if signal[t.item.id] else "correct")] for t in tasks]
+
+        tasks = tasks_of_step(items, 8 * 4, 0, seed, orders_per_item)
+        groups = sample_groups(tasks, ask, 8, orders_per_item)
+        found, expected_rounds, asked = 0, list[int](), 0
+        while found < 8 and len(expected_rounds) < 4:
+            expected_rounds.append(8 - found)
+            found += sum(signal[t.item.id] for t in tasks[asked : asked + 8 - found])
+            asked += expected_rounds[-1]
+        assert (rounds, len(groups)) == (expected_rounds, asked)
+        assert len(with_signal(groups, orders_per_item)) == found <= 8
+        config = GrpoConfig(prompts_per_step=8, dynamic_sampling=3)
+        trained = trained_groups(groups, config)
+        assert len(trained) == (found or 8)
+        assert trained_groups(groups, replace(config, dynamic_sampling=0)) is groups
+
+
+def test_an_item_in_two_orders_is_dropped_only_where_neither_group_has_a_signal() -> None:
+    mixed, same = [make_rollout("correct"), make_rollout("wrong")], [make_rollout("wrong"), make_rollout("no_box")]
+    assert with_signal([same, same, same, mixed, mixed, same], 2) == [same, mixed, mixed, same]
+
+
+def test_refills_are_further_items_of_the_same_epoch() -> None:
+    items = [make_item(i) for i in range(64)]
+    steps = [tasks_of_step(items, 8 * 4, step, 0) for step in range(2)]
+    assert len({task.item.id for tasks in steps for task in tasks}) == 64
+    assert tasks_of_step(items, 8, 0, 0) == steps[0][:8]  # the first round is as it is without refills
+
+
+def test_a_dump_gives_back_what_was_sampled_and_keeps_what_is_asked_for(tmp_path: Path) -> None:
+    tokenizer, dump = make_tiny_tokenizer(), RolloutDump(tmp_path)
+    odd = replace(make_rollout("correct"), engine_logprobs=(-0.1, -1e-17), reward=1.1, token_ids=(5, 6, 7, 40, 41))
+    groups = [[odd, make_rollout("truncated", stop_reason="length")], [make_rollout("tied")]]
+    for step in (0, 7, 8, 12):
+        dump.write(step, groups, tokenizer)
+    dump.write(7, groups[:1], tokenizer)  # a step that is done again
+    assert dump.read(8) == groups
+    assert dump.read(7) == groups[:1]
+    table = pq.read_table(tmp_path / "rollouts" / "step-00000008.parquet")
+    assert table["text"].to_pylist()[0] == tokenizer.decode([40, 41])
+    (tmp_path / "rollouts" / "step-00000013.parquet.partial").touch()  # of a killed writer
+    assert dump.steps() == [0, 7, 8, 12]
+    dump.prune(8)
+    assert dump.steps() == [8, 12]
+
+
+def test_a_replay_without_a_dump_to_start_from_says_what_to_do(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    Path(context.out).mkdir()
+    RolloutDump(context.out).write(3, [[make_rollout("correct")]], make_tiny_tokenizer())
+    with pytest.raises(DataError, match=r"\(dumped steps: \[3\]\); run with resources.grpo.dump_rollouts=true"):
+        next(replay(context, GrpoConfig(), GrpoResources()))

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from graph_toys import wait_until
+from test_tracker import tensorboard_points
 from tiny import make_tiny_model
 
 from spct_ray.chat import encode_example
@@ -32,6 +34,7 @@ from spct_ray.learn.batch import make_batch
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Item, Message
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Rollouts, run
+from spct_ray.stages.replay import replay
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +48,12 @@ CONFIG = GrpoConfig(
     max_prompt_tokens=100,
     parity_tolerance=0.01,
     checkpoint_every=3,
+    dynamic_sampling=1,
 )
 RESOURCES = GrpoResources(
-    train=TrainResources(threads=1), engine=EngineConfig(max_model_len=256, kv_cache_gib=0.1, dtype="float32")
+    train=TrainResources(threads=1),
+    engine=EngineConfig(max_model_len=256, kv_cache_gib=0.1, dtype="float32"),
+    dump_rollouts=True,
 )
 CLUSTER = ClusterResources(num_cpus=2, object_store_gib=0.1)
 
@@ -101,10 +107,11 @@ def read_metrics(root: Path) -> list[dict[str, float]]:
 
 
 def start_driver(root: Path) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with (root / "driver.log").open("a") as log:
         return subprocess.Popen(
             [sys.executable, __file__, str(root)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
@@ -155,6 +162,21 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
     assert f"{NUM_STEPS}/{NUM_STEPS} steps" in log
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (root / "out/model").iterdir()}
     assert not (root / "out" / "weights").exists()
+
+    for line in metrics:  # at most one further round of as many prompts as were without signal
+        asked, trained = line["groups_asked"], line["groups_trained"]
+        assert 4 <= asked <= 8
+        assert asked == 4 or line["zero_signal_groups"] > 0
+        assert trained == (round(asked * (1 - line["zero_signal_groups"])) or 4)
+    assert any(line["groups_asked"] > 4 for line in metrics)
+    points = tensorboard_points(root / "out" / "tensorboard")
+    assert [step for name, step, _ in points if name == "reward"] == list(range(NUM_STEPS))
+    assert pq.read_table(root / "out" / "metrics.parquet").to_pylist() == metrics
+    replayed = list(replay(make_context(root), CONFIG, RESOURCES))
+    assert [line.step for line in replayed] == [NUM_STEPS - 3, NUM_STEPS - 2, NUM_STEPS - 1]
+    for line in replayed:
+        assert line.replayed.keys() == line.logged.keys() == {"loss", "kl", "grad_norm"}
+        assert line.replayed == pytest.approx(line.logged, rel=1e-6)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from spct_ray.errors import SpctError, StepError
 from spct_ray.learn.config import TrainResources
+from spct_ray.learn.tracker import require
 
 
 class OutDirectory(Protocol):
@@ -34,6 +35,7 @@ def run_ranks(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+    require(resources.tracker)  # a missing package is no reason to start ranks again
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker

@@ -36,6 +36,7 @@ class Scale:
 
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
+_BOX = re.compile(r"[\s*]*\\boxed\{")
 
 
 Reader = Callable[[str, int, Scale], "tuple[int, ...] | Failure"]  # (inside of the box, N, scale) -> scores [N]
@@ -102,3 +103,11 @@ def after_thinking(text: str, thinks: bool = False, stop_reason: StopReason = "s
     if end:
         return answer.lstrip("\n")
     return None if opened or stop_reason == "length" else text
+
+
+def has_three_parts(text: str) -> bool:
+    """Whether criteria, analysis and boxed scores stand under their labels in this order, the first two not empty."""
+    _, _, rest = text.partition("Specific Criteria:")
+    criteria, _, rest = rest.partition("Analysis:")
+    analysis, _, scores = rest.rpartition("Scores:")
+    return bool(criteria.strip("*# \n") and analysis.strip("*# \n") and _BOX.match(scores))

@@ -17,6 +17,18 @@ def is_correct(scores: Sequence[int], rewards: Sequence[float]) -> bool:
     return all(scores[best] > score for i, score in enumerate(scores) if i != best)
 
 
+def is_ordered(scores: Sequence[int], rewards: Sequence[float]) -> bool:
+    """Whether `scores` [N] put the responses in the order of `rewards`: r_i > r_k requires S_i > S_k for every i, k.
+
+    Responses with equal rewards may have any scores, as there is no truth between them. The same as `is_correct` for
+    n <= 2 and wherever all but the best response have equal rewards; for n == 1 the score must equal the reward.
+    """
+    if len(scores) == 1:
+        return is_correct(scores, rewards)
+    pairs = list(zip(scores, rewards, strict=True))
+    return all(s > t for s, r in pairs for t, q in pairs if r > q)
+
+
 def reward(scores: Sequence[int], rewards: Sequence[float]) -> float:
     """Rule-based reward of one rollout (Eq. 11): +1 if correct, else -1; no scores (unparsable) is -1 too."""
     return 1.0 if scores and is_correct(scores, rewards) else -1.0

@@ -48,7 +48,7 @@ def checkpoint_dir(directory: str, step: int) -> Path:
 
 def newest_step(directory: str) -> int | None:
     """Step number of the newest complete checkpoint."""
-    return max(_complete_steps(directory), default=None)
+    return max(complete_steps(directory), default=None)
 
 
 def remove_incomplete(directory: str) -> None:
@@ -78,7 +78,7 @@ def complete(directory: str, step: int, content: dict[str, Any]) -> None:
     temporary = path / "checkpoint.json.tmp"
     temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, path / "checkpoint.json")
-    for old in sorted(_complete_steps(directory))[:-_KEEP]:
+    for old in complete_steps(directory)[:-_KEEP]:
         (checkpoint_dir(directory, old) / "checkpoint.json").unlink()
         shutil.rmtree(checkpoint_dir(directory, old))
 
@@ -124,6 +124,7 @@ def _write_file(path: Path, fragments: list[Fragment]) -> None:
     save_file(tensors, path, metadata={"pieces": json.dumps(pieces)})
 
 
-def _complete_steps(directory: str) -> list[int]:
+def complete_steps(directory: str) -> list[int]:
+    """Step numbers of the complete checkpoints, in order."""
     found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(directory).glob("step-*/checkpoint.json"))
-    return [int(match[1]) for match in found if match]
+    return sorted(int(match[1]) for match in found if match)

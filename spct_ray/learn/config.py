@@ -8,6 +8,8 @@ from typing import Literal
 
 from spct_ray.precision import Precision
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "none"]
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -47,6 +49,7 @@ class TrainResources:
     """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a packed row.
 
     `offload_optimizer` keeps master weights and moments in CPU memory (compiles DeepSpeedCPUAdam on first use).
+    `tracker` is set for the whole run by `resources.tracker`, see `learn.tracker`.
     """
 
     num_workers: int = 1
@@ -58,6 +61,7 @@ class TrainResources:
     threads: int = 0
     max_failures: int = 2
     gradient_checkpointing: bool = False
+    tracker: TrackerName = "tensorboard"
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:

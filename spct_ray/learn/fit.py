@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spct_ray.learn.batch import Batch, BatchSize, make_batch, plan_rows
+from spct_ray.learn.config import TrackerName
 from spct_ray.learn.examples import DataOrder, Example, ExampleFile
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.trainer import Trainer
@@ -27,18 +28,21 @@ def fit(
     out: str,
     micro_tokens: int,
     checkpoint_every: int,
+    tracker: TrackerName,
     progress: Callable[[int, int, str, str], None],
     make_rows: RowMaker | None = None,
 ) -> None:
     """Train until `order` is used up, from the newest checkpoint in `out`/checkpoints. Collective.
 
     Writes `out`/metrics.jsonl: step (from 0), loss, grad_norm, lr, tokens (trained on), tokens_per_second (real tokens,
-    prompts included) and seconds. `loss_fn` is given a packed row (label in `extras`) and the size of the whole
-    update, by which it divides. `make_rows` packs other examples than single sequences (`rank_rows`).
+    prompts included) and seconds; metrics.parquet at the end. `loss_fn` is given a packed row (label in `extras`) and
+    the size of the whole update, by which it divides. `make_rows` packs other examples than single sequences
+    (`rank_rows`).
     """
     make_rows = make_rows or rank_rows
     trainer.resume(f"{out}/checkpoints")
-    metrics = MetricsFile(Path(out, "metrics.jsonl"), trainer.steps_done) if trainer.rank == 0 else None
+    path = Path(out, "metrics.jsonl")
+    metrics = MetricsFile(path, trainer.steps_done, tracker) if trainer.rank == 0 else None
     for step in range(trainer.steps_done, order.num_steps):
         started = time.monotonic()
         batch = [examples[i] for i in order.batch(step)]
@@ -53,6 +57,8 @@ def fit(
             progress(step + 1, order.num_steps, "steps", f"loss {numbers['loss']:.4f}")
         if (step + 1) % checkpoint_every == 0 or step + 1 == order.num_steps:
             trainer.save(f"{out}/checkpoints", {})
+    if metrics is not None:
+        metrics.close()
 
 
 def rank_rows(examples: Sequence[Example], rank: int, num_ranks: int, micro_tokens: int) -> list[Batch]:

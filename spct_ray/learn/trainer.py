@@ -130,9 +130,10 @@ class Trainer:
             checkpoint.complete(directory, self.steps_done, {"state": state, "num_ranks": self.world_size})
         dist.barrier()
 
-    def resume(self, directory: str) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint, whatever number of ranks wrote it; None when there is none."""
-        newest = checkpoint.newest_step(directory) if self.rank == 0 else None
+    def resume(self, directory: str, at: int | None = None) -> dict[str, Any] | None:
+        """Load the newest complete checkpoint, or that of step `at`, whatever number of ranks wrote it; None when there
+        is none."""
+        newest = checkpoint.newest_step(directory) if at is None and self.rank == 0 else at
         chosen = torch.tensor(-1 if newest is None else newest)
         step = int(self._reduce(chosen if self.rank == 0 else torch.tensor(-1), dist.ReduceOp.MAX))
         if step < 0:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -22,16 +21,29 @@ from spct_ray.data.store import read_items
 from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.errors import ConfigError, DataError, ParityError
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.records import Item
-from spct_ray.stages.rollouts import Rollout, request_of, rollout_metrics, tasks_of_step, to_rollout
+from spct_ray.stages.phases import Phases
+from spct_ray.stages.rollout_dump import RolloutDump
+from spct_ray.stages.rollouts import (
+    RewardRule,
+    Rollout,
+    request_of,
+    rollout_metrics,
+    sample_groups,
+    tasks_of_step,
+    to_groups,
+    with_signal,
+)
 
 if TYPE_CHECKING:
     from spct_ray.cluster.pool import EnginePool
     from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.grpo_update import Sample
+    from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
 
 T = TypeVar("T")
@@ -49,7 +61,9 @@ class GrpoConfig:
     `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
     arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after a weight sync.
-    `objective`, `kl`, `clip` and `clip_high` are explained in `learn.config.PolicyLoss`.
+    `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip` and `clip_high`
+    in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal alone, after at
+    most R further rounds that ask for as many items as are missing (see `stages.rollouts.sample_groups`).
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -57,6 +71,9 @@ class GrpoConfig:
     steps: int = 900
     prompts_per_step: int = 128
     group_size: int = 4
+    reward: RewardRule = "best"
+    format_weight: float = 0.0
+    dynamic_sampling: int = 0
     objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     beta: float = 0.08
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -66,6 +83,26 @@ class GrpoConfig:
     max_prompt_tokens: int = 3000
     parity_tolerance: float = 0.3
     checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step % self.orders_per_item:
+            raise ConfigError(
+                f"prompts_per_step is {self.prompts_per_step}; reward both_orders asks for each item in two orders, so "
+                "it must be even"
+            )
+        if self.dynamic_sampling < 0:
+            raise ConfigError(
+                f"dynamic_sampling is {self.dynamic_sampling}; it is a number of further rounds, 0 for none"
+            )
+        if not 0 <= self.format_weight < 2:
+            raise ConfigError(
+                f"format_weight is {self.format_weight}; it must be at least 0 and below 2, the reward of being right"
+            )
+
+    @property
+    def orders_per_item(self) -> int:
+        """Prompts of one item within a step."""
+        return 2 if self.reward == "both_orders" else 1
 
     @property
     def loss(self) -> PolicyLoss:
@@ -77,11 +114,16 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class GrpoResources:
-    """Ranks that train, and engines beside them; `engine.max_model_len` has room for prompt and completion."""
+    """Ranks that train, and engines beside them; `engine.max_model_len` has room for prompt and completion.
+
+    `dump_rollouts` keeps the rollouts since the older of the two last checkpoints, see `stages.replay`. It changes
+    nothing else, so it is no part of the step's identity and may be turned on for a run that is to be resumed.
+    """
 
     train: TrainResources = field(default_factory=TrainResources)
     rollout: EngineResources = field(default_factory=EngineResources)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    dump_rollouts: bool = False
 
 
 def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> dict[str, Any]:
@@ -109,7 +151,7 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
 
 def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> None:
     """The method, on every rank; collective throughout."""
-    from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
+    from spct_ray.learn.checkpoint import complete_steps
     from spct_ray.learn.metrics_file import MetricsFile
     from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
@@ -126,7 +168,9 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
     first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
     reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
     with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
-        metrics = MetricsFile(out / "metrics.jsonl", first) if trainer.rank == 0 else None
+        path = out / "metrics.jsonl"
+        metrics = MetricsFile(path, first, resources.train.tracker) if trainer.rank == 0 else None
+        dump = RolloutDump(out) if trainer.rank == 0 and resources.dump_rollouts else None
         phase = Phases()
         for step in range(first, config.steps):
             with phase("sync"):
@@ -135,15 +179,9 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 parity = rollouts.check_parity(step)
             with phase("rollout"):
                 groups = rollouts.sample(step)
-            samples = with_advantages(groups, config.objective, keep_all=config.beta > 0)
-            batches, num_passes = rank_micro_batches(
-                samples, trainer.rank, trainer.world_size, resources.train.micro_tokens
-            )
-            if reference is not None:
-                with phase("reference"):
-                    batches = add_reference(batches, num_passes, reference)
-            with phase("train"):
-                numbers = update_policy(trainer, batches, config.loss, size_of(groups))
+            if dump is not None:
+                dump.write(step, groups, trainer.tokenizer)
+            numbers = update(trainer, reference, groups, config, resources.train.micro_tokens, phase)
             if metrics is not None:
                 line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
                 metrics.append({**line, **phase.finish_step(groups)})
@@ -151,7 +189,36 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 with phase("checkpoint"):
                     trainer.save(str(out / "checkpoints"), {"step": step + 1})
+                if dump is not None:
+                    dump.prune([0, *complete_steps(str(out / "checkpoints"))][-2])
+    if metrics is not None:
+        metrics.close()
     trainer.export(str(out / "model"))
+
+
+def update(
+    trainer: Trainer,
+    reference: Reference | None,
+    groups: Sequence[Sequence[Rollout]],
+    config: GrpoConfig,
+    micro_tokens: int,
+    phase: Phases,
+) -> dict[str, float]:
+    """One update from all groups of a step: advantages, the reference's log-probs, an optimiser step. Collective.
+
+    Returns what `learn.grpo_update.update_policy` does, and the numbers of groups asked for and trained on.
+    """
+    from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
+
+    trained = trained_groups(groups, config)
+    samples = with_advantages(trained, config.objective, keep_all=config.beta > 0)
+    batches, num_passes = rank_micro_batches(samples, trainer.rank, trainer.world_size, micro_tokens)
+    if reference is not None:
+        with phase("reference"):
+            batches = add_reference(batches, num_passes, reference)
+    with phase("train"):
+        numbers = update_policy(trainer, batches, config.loss, size_of(trained))
+    return {**numbers, "groups_asked": len(groups), "groups_trained": len(trained)}
 
 
 class Rollouts:
@@ -218,15 +285,16 @@ class Rollouts:
         return self._from_rank_0(lambda: self._ask(step))
 
     def _ask(self, step: int) -> list[list[Rollout]]:
-        config = self._config
-        tasks = tasks_of_step(self._items, config.prompts_per_step, step, self._seed)
-        requests = [request_of(task, config.judge, config.group_size) for task in tasks]
-        assert self._pool is not None
-        answers = self._pool.generate(requests)
-        return [
-            [to_rollout(task, config.judge, completion) for completion in completions]
-            for task, completions in zip(tasks, answers, strict=True)
-        ]
+        config, pool = self._config, self._pool
+        assert pool is not None
+        num_tasks = config.prompts_per_step * (1 + config.dynamic_sampling)
+        tasks = tasks_of_step(self._items, num_tasks, step, self._seed, config.orders_per_item)
+
+        def ask(tasks: Sequence[JudgeTask]) -> list[list[Rollout]]:
+            answers = pool.generate([request_of(task, config.judge, config.group_size) for task in tasks])
+            return to_groups(tasks, answers, config.judge, config.reward, config.format_weight)
+
+        return sample_groups(tasks, ask, config.prompts_per_step, config.orders_per_item)
 
     def _from_rank_0(self, make: Callable[[], T]) -> T:
         import torch.distributed as dist
@@ -261,6 +329,14 @@ def fitting_items(context: StepContext, config: GrpoConfig, tokenizer: Any) -> l
     return fitting
 
 
+def trained_groups(groups: Sequence[Sequence[Rollout]], config: GrpoConfig) -> Sequence[Sequence[Rollout]]:
+    """All groups or, with dynamic sampling, those with signal. Where none has, the first that were asked for, as an
+    update is made in every step."""
+    if not config.dynamic_sampling:
+        return groups
+    return with_signal(groups, config.orders_per_item) or groups[: config.prompts_per_step]
+
+
 def with_advantages(groups: Sequence[Sequence[Rollout]], objective: str, keep_all: bool) -> list[Sample]:
     """Samples to train on. Those with advantage 0 have no gradient and are left out, unless they count for the KL term
     (`keep_all`) or nothing else is there: an update is made in every step."""
@@ -285,35 +361,6 @@ def size_of(groups: Sequence[Sequence[Rollout]]) -> BatchSize:
 
     rollouts = [rollout for group in groups for rollout in group]
     return BatchSize(len(rollouts), sum(len(rollout.engine_logprobs) for rollout in rollouts))
-
-
-class Phases:
-    """Seconds of one step by phase. A checkpoint is written after its step's line, so it counts for the next one."""
-
-    def __init__(self) -> None:
-        self._begin_step()
-
-    def _begin_step(self) -> None:
-        self._started = time.monotonic()
-        self._seconds = dict.fromkeys(("checkpoint", "sync", "parity", "rollout", "reference", "train"), 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self._seconds[name] += time.monotonic() - started
-
-    def finish_step(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-        """Seconds by phase and in all, and completion tokens per second; the next step begins here."""
-        all_seconds, seconds = time.monotonic() - self._started, self._seconds
-        tokens = sum(len(rollout.engine_logprobs) for group in groups for rollout in group)
-        self._begin_step()
-        return {
-            **{f"seconds_{name}": round(value, 4) for name, value in seconds.items()},
-            "seconds_step": round(all_seconds, 4),
-            "tokens_per_second": round(tokens / all_seconds, 1),
-            "rollout_tokens_per_second": round(tokens / seconds["rollout"], 1),
-        }
 
 
 def progress_note(line: dict[str, float]) -> str:

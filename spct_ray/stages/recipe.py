@@ -18,7 +18,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.learn.config import TrainResources
+from spct_ray.learn.config import TrackerName, TrainResources
 from spct_ray.stages import (
     bradley_terry,
     evaluate,
@@ -40,8 +40,10 @@ Inputs = dict[str, str]
 
 @dataclass(frozen=True)
 class Resources:
-    """Where each step runs. Steps that are not named here need one process and nothing else."""
+    """Where each step runs. Steps that are not named here need one process and nothing else. `tracker` shows what the
+    steps that train report."""
 
+    tracker: TrackerName = "tensorboard"
     cluster: ClusterResources = field(default_factory=ClusterResources)
     sample: SamplingResources = field(default_factory=SamplingResources)
     rft: TrainResources = field(default_factory=TrainResources)
@@ -91,7 +93,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             f"judge.mode {recipe.judge.mode!r} cannot be trained: a judgement must be one prompt and one reply with a "
             f"score for each response, as in {known}. `spct evaluate` knows all modes"
         )
-    where, steps = recipe.resources, list[Step]()
+    where, steps = _with_tracker(recipe.resources), list[Step]()
 
     def add(name: str, module: Any, config: Any, resources: Any, demand: Demand, inputs: Inputs) -> str:
         if hasattr(config, "judge"):
@@ -166,6 +168,18 @@ def _with_judge(name: str, config: Any, judge: JudgeConfig) -> Any:
     if config.judge not in (JudgeConfig(), judge):
         raise ConfigError(f"{name}.judge differs from judge: all stages share one prompt, set it under judge: alone")
     return replace(config, judge=judge)
+
+
+def _with_tracker(where: Resources) -> Resources:
+    """The resources with the run's one tracker in all steps that train; ConfigError where one asks for another."""
+
+    def tracked(name: str, resources: TrainResources) -> TrainResources:
+        if resources.tracker not in (TrainResources.tracker, where.tracker):
+            raise ConfigError(f"resources.{name}.tracker: all steps share one, set resources.tracker alone")
+        return replace(resources, tracker=where.tracker)
+
+    policy = replace(where.grpo, train=tracked("grpo.train", where.grpo.train))
+    return replace(where, rft=tracked("rft", where.rft), grpo=policy, meta=tracked("meta", where.meta))
 
 
 def _engines(resources: SamplingResources | EngineResources | meta_scores.MetaScoresResources) -> Demand:

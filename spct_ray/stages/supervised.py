@@ -75,6 +75,7 @@ def train(
         out=context.out,
         micro_tokens=resources.micro_tokens,
         checkpoint_every=config.checkpoint_every,
+        tracker=resources.tracker,
         progress=context.progress,
         make_rows=make_rows,
     )

@@ -1,0 +1,167 @@
+"""Our training beside the usual way to do it, in one run: `python jobs/bench.py train [--json FILE] [options]`.
+
+Each side is a process of its own, so that its peak memory is its own; the two of a comparison take turns on the same
+threads, repeat by repeat. The first repeat is dropped, the rest give medians. Both sides must find the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from spct_ray.cli import guarded
+from spct_ray.errors import SpctError
+
+_FORK = multiprocessing.get_context("fork")  # nothing is computed before it, so that no thread is lost
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison. Seconds and tokens of one update, peak memory in GiB; `ratio` is theirs / ours of the seconds."""
+
+    name: str
+    ours: float
+    theirs: float
+    ratio: float
+    tokens_ours: int
+    tokens_theirs: int
+    peak_gib_ours: float
+    peak_gib_theirs: float
+    runs: int
+
+
+class SideProcess:
+    """One side of a comparison in a process of its own, computing only while it is asked to."""
+
+    def __init__(self, make: Callable[..., Any], threads: int, *args: Any) -> None:
+        self._name = make.__name__
+        self._pipe, theirs = _FORK.Pipe()
+        self._process = _FORK.Process(target=_serve, args=(theirs, make, threads, args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def repeat(self) -> tuple[float, Any, float]:
+        """Seconds, the side's `Repeat`, and its peak memory so far in bytes."""
+        try:
+            self._pipe.send(True)
+            answer: tuple[float, Any, float] = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise SpctError(f"{self._name} failed; its traceback is above") from error
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(False)
+        self._process.join()
+
+
+def _serve(pipe: Connection, make: Callable[..., Any], threads: int, args: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    side = make(*args)
+    cuda = torch.cuda.is_available()
+    while pipe.recv():
+        started = time.perf_counter()
+        done = side()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send((seconds, done, torch.cuda.max_memory_allocated() if cuda else rss))
+
+
+def compare(
+    name: str, ours: Callable[..., Any], theirs: Callable[..., Any], repeats: int, threads: int, *args: Any
+) -> Result:
+    """Both sides in turns. Raises SpctError when their first losses differ: they would not do the same work."""
+    sides = [SideProcess(make, threads, *args) for make in (ours, theirs)]
+    seconds: list[list[float]] = [[], []]
+    for number in range(repeats):
+        answers = [side.repeat() for side in sides]
+        for kept, answer in zip(seconds, answers, strict=True):
+            kept.append(answer[0])
+        losses = [answer[1].loss for answer in answers]
+        if number == 0 and abs(losses[0] - losses[1]) > 0.01 * abs(losses[1]) + 1e-3:
+            raise SpctError(
+                f"{name}: the two sides find losses {losses[0]:.5f} and {losses[1]:.5f} for the same samples"
+            )
+    for side in sides:
+        side.close()
+    medians = [statistics.median(kept[1:]) for kept in seconds]
+    (_, mine, my_peak), (_, other, other_peak) = answers
+    return Result(
+        name, medians[0], medians[1], medians[1] / medians[0], mine.tokens, other.tokens,
+        my_peak / 2**30, other_peak / 2**30, repeats - 1,
+    )  # fmt: skip
+
+
+def train(options: argparse.Namespace) -> None:
+    """The three comparisons of the training side, as a table and as JSON."""
+    if options.repeats < 2:
+        raise SpctError(f"--repeats {options.repeats}: the first is dropped, so at least 2 are needed")
+    from spct_ray.benchmarks import training_speed as sides
+
+    threads = options.threads or len(os.sched_getaffinity(0))
+    names = ("prompts", "group_size", "prompt_tokens", "completion_tokens", "micro_tokens", "head_tokens")
+    sizes = sides.Sizes(**{n: getattr(options, n) for n in names}, head_vocab=262_144, head_hidden=576)
+    print(f"{threads} threads, {options.repeats - 1} repeats after one that is dropped; {asdict(sizes)}", flush=True)
+    print(f"{'':14}{'ours s':>9}{'theirs s':>10}{'faster':>8}{'tokens':>16}{'peak GiB':>16}", flush=True)
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if not options.model:
+            writer = _FORK.Process(target=sides.write_model, args=(scratch, options.layers))
+            writer.start()
+            writer.join()
+        model = options.model or scratch
+        for name, ours, theirs in (
+            ("grpo update", sides.grpo_ours, sides.grpo_padded),
+            ("log-probs 256k", sides.head_ours, sides.head_naive),
+            ("sft update", sides.sft_ours, sides.sft_padded),
+        ):
+            r = compare(name, ours, theirs, options.repeats, threads, model, sizes)
+            results.append(r)
+            tokens, peaks = f"{r.tokens_ours} / {r.tokens_theirs}", f"{r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}"
+            print(f"{name:14}{r.ours:9.3f}{r.theirs:10.3f}{r.ratio:7.2f}x{tokens:>16}{peaks:>16}", flush=True)
+    content = {"bench": "train", "threads": threads, "sizes": asdict(sizes), "results": [asdict(r) for r in results]}
+    if options.json:
+        Path(options.json).write_text(json.dumps(content, indent=1))
+    print(json.dumps(content))
+
+
+def main() -> None:
+    """Parse the arguments and run one bench."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True, metavar="BENCH").add_parser(
+        "train", help="GRPO and SFT updates against padded ones, log-probs against all logits"
+    )
+    command.add_argument("--model", metavar="DIR", help="a model directory (default: random, SmolLM2-135M's shape)")
+    command.add_argument("--layers", type=int, default=30, help="of the random model")
+    command.add_argument("--repeats", type=int, default=4)
+    command.add_argument("--threads", type=int, default=0, help="default: all cores")
+    command.add_argument("--prompts", type=int, default=1)
+    command.add_argument("--group-size", type=int, default=4)
+    command.add_argument("--prompt-tokens", type=int, default=256)
+    command.add_argument("--completion-tokens", type=int, default=64)
+    command.add_argument("--micro-tokens", type=int, default=4096)
+    command.add_argument("--head-tokens", type=int, default=512)
+    command.add_argument("--json", metavar="FILE", help="write the results here, too")
+    command.set_defaults(handler=train)
+    options = parser.parse_args()
+    sys.exit(guarded(lambda: options.handler(options), " ".join(sys.argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What `jobs/bench.py train` compares: each side as a function that does one repeat, ours and the usual way to do it.
+
+The usual way is plain transformers with padded batches, as TRL does it: float32 weights, autocast where bf16 is fast,
+left-padded prompts, logits of the completions alone. Both sides are given the same samples and optimiser settings.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spct_ray.learn.batch import BatchSize
+from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
+from spct_ray.learn.examples import Example
+from spct_ray.learn.fit import rank_rows
+from spct_ray.learn.grpo import importance_N, policy_loss, token_weights
+from spct_ray.learn.grpo_update import Sample, rank_micro_batches, update_policy
+from spct_ray.learn.model import LogprobHead
+from spct_ray.learn.sft import sft_loss
+from spct_ray.learn.trainer import Trainer
+from spct_ray.precision import resolve
+
+T = TypeVar("T")
+OPTIM = OptimConfig(lr=1e-5, schedule="constant")
+LOSS = PolicyLoss(beta=0.0)
+SHORTEST = 0.5  # of the longest prompt or completion
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one update: `prompts` x `group_size` sequences; lengths are drawn between half of the given ones and all."""
+
+    prompts: int
+    group_size: int
+    prompt_tokens: int
+    completion_tokens: int
+    micro_tokens: int
+    head_tokens: int
+    head_vocab: int
+    head_hidden: int
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What one repeat computed (equal on both sides) and how many tokens passed through the network for it."""
+
+    loss: float
+    tokens: int
+
+
+Side = Callable[[], Repeat]
+
+
+def write_model(directory: str, layers: int) -> None:
+    """A random Llama of SmolLM2-135M's shape, and a tokenizer that satisfies the loader."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100000.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(directory)
+
+
+def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
+    """Packed rows, each prompt once, on the trainer."""
+    trainer = _trainer(model_dir, sizes)
+    samples = _samples(sizes)
+    size = BatchSize(len(samples), sum(len(s.engine_logprobs) for s in samples))
+
+    def repeat() -> Repeat:
+        batches, _ = rank_micro_batches(samples, 0, 1, sizes.micro_tokens)
+        numbers = update_policy(trainer, batches, LOSS, size)
+        return Repeat(numbers["loss"], int(numbers["tokens_trained"]))
+
+    return repeat
+
+
+def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
+    """Left-padded prompts, right-padded completions, every prompt once a completion."""
+    samples = _samples(sizes)
+    size = BatchSize(len(samples), sum(len(s.engine_logprobs) for s in samples))
+    model, optimiser, autocast = _plain(model_dir)
+    device = next(model.parameters()).device
+
+    def row_loss(row: Sequence[Sample]) -> tuple[Tensor, int]:
+        width = max(s.num_prompt_tokens for s in row)
+        length = max(len(s.engine_logprobs) for s in row)
+        ids, mask = torch.zeros(len(row), width + length, dtype=torch.long), torch.zeros(len(row), width + length)
+        for i, sample in enumerate(row):
+            start = width - sample.num_prompt_tokens
+            ids[i, start : start + len(sample.token_ids)] = torch.tensor(sample.token_ids)
+            mask[i, start : start + len(sample.token_ids)] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        with autocast():
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1, use_cache=False).logits
+        targets = ids[:, width:, None]
+        logps = [line.float().log_softmax(-1).gather(1, t) for line, t in zip(logits[:, :-1], targets, strict=True)]
+        logp_N = torch.stack(logps)[..., 0][mask[:, width:] > 0]
+        lengths = [len(s.engine_logprobs) for s in row]
+        advantages = torch.tensor([s.advantage for s in row], device=device).repeat_interleave(
+            torch.tensor(lengths, device=device)
+        )
+        engine_N = torch.tensor([lp for s in row for lp in s.engine_logprobs], device=device)
+        weights_N = token_weights(LOSS, lengths, size).to(device)
+        tis_N = importance_N(logp_N, engine_N, LOSS.tis_cap)
+        return policy_loss(logp_N, logp_N.detach(), None, advantages, weights_N, LOSS, tis_N), ids.numel()
+
+    longest = max(len(s.token_ids) for s in samples)
+    return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(samples, sizes.micro_tokens // longest)))
+
+
+def sft_ours(model_dir: str, sizes: Sizes) -> Side:
+    """Packed rows on the trainer."""
+    trainer = _trainer(model_dir, sizes)
+    examples = _examples(sizes)
+    size = BatchSize(len(examples), sum(len(e.ids) - e.prompt_length for e in examples))
+
+    def repeat() -> Repeat:
+        rows = rank_rows(examples, 0, 1, sizes.micro_tokens)
+        numbers = trainer.step(rows, lambda row: sft_loss(trainer, row, size))
+        return Repeat(numbers["loss"], sum(row.num_tokens for row in rows))
+
+    return repeat
+
+
+def sft_padded(model_dir: str, sizes: Sizes) -> Side:
+    """Right-padded examples and labels through transformers' own loss, which computes all logits."""
+    examples = _examples(sizes)
+    num_trained = sum(len(e.ids) - e.prompt_length for e in examples)
+    model, optimiser, autocast = _plain(model_dir)
+    device = next(model.parameters()).device
+
+    def row_loss(row: Sequence[Example]) -> tuple[Tensor, int]:
+        width = max(len(e.ids) for e in row)
+        ids, mask = torch.zeros(len(row), width, dtype=torch.long), torch.zeros(len(row), width)
+        labels = torch.full((len(row), width), -100)
+        for i, example in enumerate(row):
+            ids[i, : len(example.ids)] = torch.tensor(example.ids)
+            mask[i, : len(example.ids)] = 1
+            labels[i, example.prompt_length : len(example.ids)] = ids[i, example.prompt_length : len(example.ids)]
+        with autocast():
+            output = model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device),
+                num_items_in_batch=num_trained, use_cache=False,
+            )  # fmt: skip
+        return output.loss, ids.numel()
+
+    longest = max(len(e.ids) for e in examples)
+    return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(examples, sizes.micro_tokens // longest)))
+
+
+def head_ours(_: str, sizes: Sizes) -> Side:
+    """Log-probs of given tokens chunk by chunk, forward and backward."""
+    lm_head, hidden_NH, targets_N = _head(sizes)
+    head = LogprobHead(lm_head, _HeadConfig(sizes.head_vocab))
+    return _head_repeat(lm_head, hidden_NH, lambda: head(hidden_NH, targets_N))
+
+
+def head_naive(_: str, sizes: Sizes) -> Side:
+    """All logits at once."""
+    lm_head, hidden_NH, targets_N = _head(sizes)
+
+    def logprobs() -> Tensor:
+        logits_NV = lm_head(hidden_NH).float()
+        logp_N: Tensor = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])[:, 0]
+        return logp_N
+
+    return _head_repeat(lm_head, hidden_NH, logprobs)
+
+
+@dataclass(frozen=True)
+class _HeadConfig:
+    vocab_size: int
+
+
+def _head(sizes: Sizes) -> tuple[nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm_head = nn.Linear(sizes.head_hidden, sizes.head_vocab, bias=False, device=device, dtype=_dtype())
+    hidden_NH = torch.randn(sizes.head_tokens, sizes.head_hidden).to(lm_head.weight).requires_grad_()
+    return lm_head, hidden_NH, torch.randint(sizes.head_vocab, (sizes.head_tokens,), device=device)
+
+
+def _head_repeat(lm_head: nn.Linear, hidden_NH: Tensor, logprobs: Callable[[], Tensor]) -> Side:
+    def repeat() -> Repeat:
+        lm_head.weight.grad = hidden_NH.grad = None
+        loss = -logprobs().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return Repeat(loss.item(), len(hidden_NH))
+
+    return repeat
+
+
+def _dtype() -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, resolve("auto", on_gpu=torch.cuda.is_available()))
+    return dtype
+
+
+def _trainer(model_dir: str, sizes: Sizes) -> Trainer:
+    resources = TrainResources(
+        gpus_per_worker=int(torch.cuda.is_available()), micro_tokens=sizes.micro_tokens, threads=torch.get_num_threads()
+    )
+    return Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=1000, seed=0)
+
+
+def _plain(model_dir: str) -> tuple[Any, torch.optim.Optimizer, Callable[[], Any]]:
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).train()
+    options = {"lr": OPTIM.lr, "betas": OPTIM.betas, "weight_decay": OPTIM.weight_decay}
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True, **options)  # type: ignore[arg-type]
+    return model, optimiser, lambda: torch.autocast(device, torch.bfloat16, enabled=_dtype() == torch.bfloat16)
+
+
+def _plain_repeat(
+    model: Any, optimiser: torch.optim.Optimizer, losses: Callable[[], Iterator[tuple[Tensor, int]]]
+) -> Side:
+    def repeat() -> Repeat:
+        total, tokens = 0.0, 0
+        for loss, num in losses():
+            loss.backward()  # type: ignore[no-untyped-call]
+            total, tokens = total + loss.item(), tokens + num
+        nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        return Repeat(total, tokens)
+
+    return repeat
+
+
+def _rows(sequences: Sequence[T], per_row: int) -> list[Sequence[T]]:
+    step = max(1, per_row)
+    return [sequences[i : i + step] for i in range(0, len(sequences), step)]
+
+
+def _draw(rng: random.Random, num: int) -> list[int]:
+    return [rng.randrange(3, 1000) for _ in range(num)]
+
+
+def _length(rng: random.Random, longest: int) -> int:
+    return rng.randint(max(1, int(longest * SHORTEST)), longest)
+
+
+def _samples(sizes: Sizes) -> list[Sample]:
+    rng, samples = random.Random(0), []
+    for _ in range(sizes.prompts):
+        prompt = _draw(rng, _length(rng, sizes.prompt_tokens))
+        for g in range(sizes.group_size):
+            completion = _draw(rng, _length(rng, sizes.completion_tokens))
+            logps = tuple(-10.0 - rng.random() for _ in completion)
+            samples.append(Sample((*prompt, *completion), len(prompt), logps, 1.0 if g % 2 else 0.5))
+    return samples
+
+
+def _examples(sizes: Sizes) -> list[Example]:
+    rng = random.Random(1)
+    lengths = [
+        (_length(rng, sizes.prompt_tokens), _length(rng, sizes.completion_tokens))
+        for _ in range(sizes.prompts * sizes.group_size)
+    ]
+    return [Example(_draw(rng, prompt + completion), prompt) for prompt, completion in lengths]
