@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from spct_ray.engines.base import Engine, Request, SamplingParams
 from spct_ray.errors import RequestError
 from spct_ray.judge.judge import JudgeTask, to_trajectory
-from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages
-from spct_ray.records import Completion, Trajectory
+from spct_ray.judge.prompt import PRINCIPLES_GUIDE, JudgeConfig, guide, judge_messages, principles_messages
+from spct_ray.records import Completion, Message, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class EngineJudge:
         completions.add_done_callback(finish)
         result.add_done_callback(lambda judged: completions.cancel() if judged.cancelled() else None)
         return result
+
+    def principles(self, messages: Sequence[Message]) -> Future[tuple[Completion, ...]]:
+        """One text with principles for a query, from the conversation alone, greedily (`parse_principles` reads it)."""
+        params = SamplingParams(self.config.max_tokens, temperature=0.0, guide=PRINCIPLES_GUIDE if self.guided else "")
+        return self.engine.submit(Request(principles_messages(messages, self.config), params))
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
         """One trajectory a task, in order. A request that the engine refuses is the failure "aborted", with the reason

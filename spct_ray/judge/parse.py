@@ -53,3 +53,14 @@ def parse_scores(
     if not all(scale.low <= s <= scale.high for s in scores):
         return Failure.OUT_OF_RANGE
     return scores
+
+
+def parse_principles(text: str, stop_reason: StopReason = "stop") -> str:
+    """The criteria of a text in the judge's format, from "Specific Criteria:" to "Analysis:" or the end.
+
+    Empty when there are none. A last line that hit the token limit is left out.
+    """
+    criteria, has_end, _ = text.partition("Specific Criteria:")[2].partition("Analysis:")
+    if not has_end and stop_reason == "length":
+        criteria = criteria.rpartition("\n")[0]
+    return criteria.strip()

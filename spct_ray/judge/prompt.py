@@ -51,6 +51,18 @@ Specific Criteria: <further criteria that matter for this query, each with its w
 Analysis: <{compare} by the general and the specific criteria>
 Scores: \\boxed{{{box}}}
 """
+_PRINCIPLES_FULL = """You are a skilled expert at scoring responses. {task}
+
+#### Conversation ####
+{conversation}
+
+#### Output format ####
+Specific Criteria: <criteria that matter for this query, each with its weight>
+"""
+_PRINCIPLES_TASK = (
+    "Responses to the conversation below will be scored later. State the criteria that are specific to the query, by "
+    "which any response to it should be scored, with their weights, and nothing else."
+)
 _TASK = (
     "By the general criteria below, and by further criteria that are specific to the query and that you state first "
     "with their weights, give {each} an overall score."
@@ -90,6 +102,17 @@ def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: 
     return (Message("user", text),)
 
 
+def principles_messages(messages: Sequence[Message], config: JudgeConfig) -> tuple[Message, ...]:
+    """One user turn that asks for principles from the conversation alone, before any response is seen.
+
+    The compact frame has no words for it: it ends where the responses would begin, and the judge starts with its
+    principles as always.
+    """
+    if config.template == "compact":
+        return (Message("user", f"Score 1-10.\nQuery: {_query(messages)}\n"),)
+    return (Message("user", _PRINCIPLES_FULL.format(task=_PRINCIPLES_TASK, conversation=conversation(messages))),)
+
+
 def _hint(item: Item, order: Sequence[int]) -> str:
     if len(order) == 1:
         return f"The correct score is: {int(item.rewards[0])}"
@@ -119,7 +142,7 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
 
 def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     scale = scale_of(len(shown), config)
-    parts = [f"Score {scale.low}-{scale.high}.", f"Query: {_query(item)}"]
+    parts = [f"Score {scale.low}-{scale.high}.", f"Query: {_query(item.messages)}"]
     if item.principles:
         parts.append(f"Principles: {_inert_turn(item.principles)}")
     if item.reference:
@@ -132,8 +155,8 @@ def conversation(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{m.role.capitalize()}: {_inert_turn(m.content)}" for m in messages)
 
 
-def _query(item: Item) -> str:
-    return _inert_turn(item.messages[0].content) if len(item.messages) == 1 else conversation(item.messages)
+def _query(messages: Sequence[Message]) -> str:
+    return _inert_turn(messages[0].content) if len(messages) == 1 else conversation(messages)
 
 
 def _marked(shown: Sequence[str]) -> str:
@@ -163,6 +186,10 @@ def _inert_turn(text: str) -> str:
     return _LABEL.sub(r"\g<0>\\", _inert(text))
 
 
+_LINE = "[A-Za-z0-9 .,;:'()%\"!?-]"
+PRINCIPLES_GUIDE = f"Specific Criteria:( {_LINE}{{10,120}}\\n){{1,3}}"
+
+
 def guide(num_responses: int, config: JudgeConfig) -> str:
     """A regular expression for the three parts of a judgement, for engines with structured output.
 
@@ -171,16 +198,11 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
     low_high = scale_of(num_responses, config)
     score = "[01]" if low_high.high == 1 else "(10|[1-9])"
     box = ", ".join([score] * num_responses)
-    line = "[A-Za-z0-9 .,;:'()%\"!?-]"
-    return (
-        f"Specific Criteria:( {line}{{10,120}}\\n){{1,3}}"
-        f"Analysis:( {line}{{10,160}}\\n){{1,{num_responses + 2}}}"
-        f"Scores: \\\\boxed\\{{{box}\\}}"
-    )
+    return f"{PRINCIPLES_GUIDE}Analysis:( {_LINE}{{10,160}}\\n){{1,{num_responses + 2}}}Scores: \\\\boxed\\{{{box}\\}}"
 
 
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
     """What the meta RM reads: the query and the responses as the judge saw them, then the judgement as the answer."""
     shown = _marked([item.responses[i] for i in order])
-    ask = f"Please score the responses.\nQuery: {_query(item)}\n{shown}\n"
+    ask = f"Please score the responses.\nQuery: {_query(item.messages)}\n{shown}\n"
     return (Message("user", ask), Message("assistant", judgement))

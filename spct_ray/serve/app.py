@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask
-from spct_ray.records import Message, Trajectory
+from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
 from spct_ray.serve.config import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
@@ -75,6 +75,17 @@ class _RemoteJudge:
             except (GeneratorExit, asyncio.CancelledError):  # nobody waits for the rest
                 response.cancel()
                 raise
+
+    async def principles(self, messages: Sequence[Message]) -> Completion:
+        """As `judge`, for one text."""
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                with _translated("judge"):
+                    return await self._handle.principles.remote(tuple(messages))  # type: ignore[no-any-return]
+            except _ReplicaDied:
+                if attempt + 1 == MAX_ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 class _RemoteMeta:

@@ -14,7 +14,7 @@ from spct_ray.engines.base import Engine
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.errors import EngineError
 from spct_ray.judge.judge import JudgeTask
-from spct_ray.records import Message, Trajectory
+from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.config import ServeConfig
 
 
@@ -26,6 +26,9 @@ class JudgeBackend(Protocol):
     """
 
     def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]: ...
+
+    async def principles(self, messages: Sequence[Message]) -> Completion:
+        """A text with principles for a query; raises as `judge`."""
 
 
 class MetaBackend(Protocol):
@@ -61,6 +64,15 @@ class LocalJudge:
             self._num_under_way -= num_left
             for future in pending:
                 future.cancel()
+
+    async def principles(self, messages: Sequence[Message]) -> Completion:
+        """As in `JudgeBackend`."""
+        try:
+            (completion,) = await asyncio.wrap_future(self._judge.principles(messages))
+        except EngineError as error:
+            self._death = str(error)
+            raise
+        return completion
 
     async def num_under_way(self) -> int:
         """Judgements that the engine works on or holds in line."""

@@ -37,7 +37,7 @@ def add_parsers(subparsers: Any) -> None:
     judge.add_argument("--query", help="the user's message")
     judge.add_argument("--response", action="append", default=[], help="one response; repeat it for each")
     judge.add_argument("--reference", default="", help="a reference answer to show to the judge")
-    judge.add_argument("--principles", default="", help="a rubric to judge by")
+    judge.add_argument("--principles", default="", help="a rubric to judge by; auto: the judge writes one")
     judge.add_argument("-k", default="8", help="number of judgements to sample, or auto (default: 8)")
     judge.add_argument("--k-meta", type=int, help="how many of them the meta RM keeps (default: half)")
     judge.add_argument("--seed", type=int, help="makes the orders and the sampling repeat")
@@ -105,6 +105,8 @@ def format_answer(answer: JudgeAnswer, request: JudgeRequest) -> str:
         lines.append("  " + _brief(sample.text).replace("\n", "\n  "))
     lines.append("")
     failed = ", ".join(f"{count} {name}" for name, count in answer.failures.items()) or "none"
+    if answer.principles_source != "none":
+        lines.append(f"principles ({answer.principles_source}): {_brief(answer.principles)}")
     voting = "meta RM" if answer.voting == "meta" else f"plain ({answer.voting_reason})"
     lines.append(f"{len(answer.used)} of {answer.num_samples} samples counted; failures: {failed}; voting: {voting}")
     if answer.scores is None or answer.mean_scores is None:

@@ -59,6 +59,7 @@ class ServeConfig:
     k_auto_max: int = 32  # most samples of an adaptive k
     k_auto_error: float = 0.01  # share of its decisions that may differ from those of the vote over `k_auto_max`
     max_cohort: int = 8  # responses in one prompt where many are scored (rerank, reward); more are judged in chunks
+    principles_cache: int = 1024  # queries whose generated principles are kept (`principles: auto`)
     max_body_bytes: int = 4 * 2**20
     api_key_env: str = ""  # the environment variable with the API keys, parted by spaces; empty: none is asked for
     judgements_per_minute: int = 0  # of each API key (without keys: each client address), beyond: 429; 0: no limit
