@@ -13,18 +13,22 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask
+from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
 from spct_ray.serve.config import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.routes import build_app
+from spct_ray.serve.routing import ItemRouter
 
 APP_NAME = "spct"
+JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
 
@@ -57,11 +61,14 @@ class _RemoteJudge:
         self._handle = handle
 
     async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
-        """All tasks on one replica, where they share the cached prompt; those that are not done when it dies are sent
-        again, up to `MAX_ATTEMPTS` times in all."""
+        """All tasks, which are of one item, on one replica, where they share the cached prompt; those that are not done
+        when it dies are sent again, up to `MAX_ATTEMPTS` times in all."""
+        item = tasks[0].item
+        session = derive_seed(*(m.content for m in item.messages), *sorted(item.responses))
+        handle = self._handle.options(stream=True, session_id=str(session))
         missing = {task.sample: task for task in tasks}
         for attempt in range(MAX_ATTEMPTS):
-            response = self._handle.options(stream=True).judge.remote(list(missing.values()))
+            response = handle.judge.remote(list(missing.values()))
             try:
                 with _translated("judge"):
                     async for batch in response:
@@ -128,20 +135,23 @@ def _translated(name: str) -> Iterator[None]:
 async def judge_is_ready() -> bool:
     """Whether a judge replica runs, by Serve's own record, so that a long queue does not look like a death."""
     status = await asyncio.to_thread(serve.status)
-    replicas = status.applications[APP_NAME].deployments[JudgeReplica.__name__].replica_states
+    replicas = status.applications[APP_NAME].deployments[JUDGE].replica_states
     return bool(replicas.get("RUNNING", 0))
 
 
-def application(config: ServeConfig) -> Any:
+def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -> Any:
     """The Serve application, ready for `serve.run`."""
     resources = config.resources
-    judge = _deployment(JudgeReplica, resources.judge).bind(config)
-    meta = _deployment(MetaReplica, resources.meta).bind(config.meta_model) if config.meta_model else None
-    return _deployment(serve.ingress()(GatewayReplica), resources.gateway).bind(config, judge, meta)
+    judge = _deployment(JUDGE, judge_class, resources.judge).options(
+        request_router_config=RequestRouterConfig(request_router_class=ItemRouter)
+    )
+    meta = _deployment(META, MetaReplica, resources.meta).bind(config.meta_model) if config.meta_model else None
+    gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway)
+    return gateway.bind(config, judge.bind(config), meta)
 
 
 @contextlib.contextmanager
-def serving(config: ServeConfig) -> Iterator[str]:
+def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -> Iterator[str]:
     """Serve `config` on the connected Ray cluster; yields the URL once all deployments are healthy.
 
     At the end the application goes, and Ray Serve itself where it was started here; one that ran before keeps its own
@@ -158,7 +168,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
         except RayTaskError as error:
             raise ConfigError(f"{error.cause} Choose another host or port.") from error
         try:
-            serve.run(application(config), name=APP_NAME, route_prefix="/")
+            serve.run(application(config, judge_class), name=APP_NAME, route_prefix="/")
         except RuntimeError as error:
             failed = serve.status().applications[APP_NAME].deployments.items()
             causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
@@ -171,10 +181,10 @@ def serving(config: ServeConfig) -> Iterator[str]:
             serve.shutdown()
 
 
-def _deployment(cls: type, replicas: ReplicaConfig) -> Any:
+def _deployment(name: str, cls: type, replicas: ReplicaConfig) -> Any:
     return serve.deployment(
         cls,
-        name=cls.__name__,
+        name=name,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         max_ongoing_requests=replicas.max_ongoing_requests,
         max_queued_requests=replicas.max_queued_requests,
