@@ -1,22 +1,28 @@
 """Replicas of a scripted judge under Ray Serve: which of them a call goes to, how many there are, and new weights."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from spct_ray.cluster import session
+from spct_ray.errors import ConfigError
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
 from spct_ray.serve.client import JudgeClient, request
 from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.weights import Weights
 from tests.test_serve_ray import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def config_of(judge: ReplicaConfig) -> ServeConfig:
+def config_of(model: str, judge: ReplicaConfig) -> ServeConfig:
     return ServeConfig(
-        "unused", judge=JudgeConfig(template="compact"), resources=ServeResources(port=free_port(), judge=judge)
+        model, judge=JudgeConfig(template="compact"), resources=ServeResources(port=free_port(), judge=judge)
     )
 
 
@@ -27,11 +33,13 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="module")
-def two_replicas(ray_cluster):
+def two_replicas(ray_cluster, tmp_path_factory):
     from spct_ray.serve import app
     from tests.scripted_judge import ScriptedReplica
 
-    config = config_of(ReplicaConfig(min_replicas=2, max_replicas=2, num_cpus=0.5))
+    model = tmp_path_factory.mktemp("model")
+    save_file({"layer.weight": np.zeros((2, 2))}, model / "model.safetensors")
+    config = config_of(str(model), ReplicaConfig(min_replicas=2, max_replicas=2, num_cpus=0.5))
     with app.serving(config, ScriptedReplica) as url:
         yield url
 
@@ -55,3 +63,42 @@ def test_all_rounds_of_an_item_go_to_one_replica_and_items_to_both(two_replicas)
     assert [judges(a) for a in again] == [judges(a) for a in answers]
     assert len(set.union(*map(judges, answers))) == 2
     assert [result.error for result in batch] == [None] * 40  # calls of one HTTP request do not wait for one another
+
+
+def test_new_weights_come_to_all_replicas_under_load_and_no_request_is_dropped(two_replicas, tmp_path):
+    from spct_ray.serve import app
+
+    with pytest.raises(ConfigError, match="no \\*.safetensors"):
+        app.update_weights(str(tmp_path))
+    save_file({"layer.weight": np.zeros((2, 3))}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"1 differ, the first is layer.weight, of shape \(2, 3\) instead of \(2, 2\)"
+    ):
+        app.update_weights(str(tmp_path))
+    save_file({"layer.weight": np.ones((2, 2)), "lm_head.weight": np.ones((2, 2))}, tmp_path / "model.safetensors")
+
+    stop = threading.Event()
+
+    def ask_on(i):
+        answers = []
+        with JudgeClient(two_replicas, max_attempts=1) as client:
+            while not stop.is_set():
+                answers.append(client.judge([Message("user", f"Query {i} {len(answers)}")], ["4", "7"], k=2))
+        return answers
+
+    with ThreadPoolExecutor(6) as threads:
+        asked = [threads.submit(ask_on, i) for i in range(6)]
+        try:
+            time.sleep(1.0)
+            assert app.update_weights(str(tmp_path)) == Weights(str(tmp_path), 1)
+            time.sleep(1.0)
+        finally:
+            stop.set()
+        by_client = [future.result() for future in asked]  # raises if any request failed
+    with JudgeClient(two_replicas) as client:
+        after = [client.judge([Message("user", f"Query {i}")], ["4", "7"], k=2) for i in range(12)]
+    assert {a.weight_version for answers in by_client for a in answers} == {0, 1}
+    assert all(answers[-1].weight_version == 1 for answers in by_client)
+    assert {a.weight_version for a in after} == {1}
+    pids = {pid for answers in by_client for a in answers for pid in judges(a)}
+    assert len(pids) == 2  # the replicas went on, none was started anew

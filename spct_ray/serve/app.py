@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from spct_ray.cluster import session
 from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.seeds import derive_seed
@@ -26,6 +28,7 @@ from spct_ray.serve.config import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.routes import build_app
 from spct_ray.serve.routing import ItemRouter
+from spct_ray.serve.weights import OWN, Weights, check_fit
 
 APP_NAME = "spct"
 JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
@@ -139,15 +142,39 @@ async def judge_is_ready() -> bool:
     return bool(replicas.get("RUNNING", 0))
 
 
-def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -> Any:
-    """The Serve application, ready for `serve.run`."""
+def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica, weights: Weights = OWN) -> Any:
+    """The Serve application, ready for `serve.run`.
+
+    All that says what code runs is in the deployments' version. To run the same with other `weights` over a running one
+    lets Serve call `reconfigure` on the judge's replicas, one after the other (or a fifth of them at once, where they
+    are many), and on each that it starts later.
+    """
     resources = config.resources
-    judge = _deployment(JUDGE, judge_class, resources.judge).options(
-        request_router_config=RequestRouterConfig(request_router_class=ItemRouter)
+    version = str(derive_seed(repr(config), repr(judge_class)))
+    judge = _deployment(JUDGE, judge_class, resources.judge, version).options(
+        request_router_config=RequestRouterConfig(request_router_class=ItemRouter), user_config=asdict(weights)
     )
-    meta = _deployment(META, MetaReplica, resources.meta).bind(config.meta_model) if config.meta_model else None
-    gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway)
+    meta = None
+    if config.meta_model:
+        meta = _deployment(META, MetaReplica, resources.meta, version).bind(config.meta_model)
+    gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway, version)
     return gateway.bind(config, judge.bind(config), meta)
+
+
+def update_weights(directory: str) -> Weights:
+    """Give the running judge's replicas the weights in `directory` (HF safetensors, seen by all nodes), one after the
+    other; returns when all have them.
+
+    Raises ConfigError when nothing is served on the connected cluster or the weights do not fit, EngineError when a
+    replica did not take them.
+    """
+    if APP_NAME not in serve.status().applications:
+        raise ConfigError("nothing is served on this Ray cluster; start `spct serve` first, or set RAY_ADDRESS to it")
+    judge_class, config, old = serve.get_deployment_handle(JUDGE, APP_NAME).deployed.remote().result()
+    check_fit(directory, old.directory or config.judge_model)
+    new = Weights(directory, old.version + 1)
+    _run(config, judge_class, new)
+    return new
 
 
 @contextlib.contextmanager
@@ -167,12 +194,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
             serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
         except RayTaskError as error:
             raise ConfigError(f"{error.cause} Choose another host or port.") from error
-        try:
-            serve.run(application(config, judge_class), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:
-            failed = serve.status().applications[APP_NAME].deployments.items()
-            causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
-            raise EngineError("\n".join([f"Ray Serve could not start {config.judge_model}.", *causes])) from error
+        _run(config, judge_class, OWN)
         yield f"http://{resources.host}:{resources.port}"
     finally:
         if found.proxies:
@@ -181,11 +203,27 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
             serve.shutdown()
 
 
-def _deployment(name: str, cls: type, replicas: ReplicaConfig) -> Any:
-    return serve.deployment(
+def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -> None:
+    try:
+        serve.run(application(config, judge_class, weights), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        failed = serve.status().applications[APP_NAME].deployments.items()
+        causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
+        model = weights.directory or config.judge_model
+        raise EngineError("\n".join([f"Ray Serve could not start {model}.", *causes])) from error
+
+
+def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> Any:
+    # Who deploys must not matter to Serve: it restarts replicas whose runtime environment changes.
+    environment = {"env_vars": dict(session.ENVIRONMENT)}
+    deployment = serve.deployment(
         cls,
         name=name,
-        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        ray_actor_options={
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "runtime_env": environment,
+        },
         max_ongoing_requests=replicas.max_ongoing_requests,
         max_queued_requests=replicas.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -195,3 +233,4 @@ def _deployment(name: str, cls: type, replicas: ReplicaConfig) -> Any:
             "target_ongoing_requests": replicas.target_ongoing_requests,
         },
     )
+    return deployment.options(version=version, _internal=True)  # else each `serve.run` counts as new code

@@ -1,10 +1,11 @@
-"""`spct serve` and `spct judge`. Importing this loads neither torch, Ray nor vLLM."""
+"""`spct serve`, `spct serve-update` and `spct judge`. Importing this loads neither torch, Ray nor vLLM."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import signal
 import sys
@@ -24,13 +25,18 @@ _SHOWN = 300  # characters of a critique
 
 
 def add_parsers(subparsers: Any) -> None:
-    """Add `serve` and `judge` to the command line; each sets `handler(arguments)`."""
+    """Add `serve`, `serve-update` and `judge` to the command line; each sets `handler(arguments)`."""
     serve = subparsers.add_parser("serve", help="serve a judge and its meta RM over HTTP with Ray Serve")
     serve.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
     serve.add_argument("--host", help="address to listen on (default: the configuration's, 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: the configuration's, 8000)")
     serve.add_argument("--meta", metavar="DIR", help="model directory of the meta RM")
     serve.set_defaults(handler=serve_command)
+
+    words = "give the running service new weights of the same model, replica by replica; no request is dropped"
+    update = subparsers.add_parser("serve-update", help=words, description=words)
+    update.add_argument("target", metavar="RUN_OR_MODEL", help="a run's root (its newest judge) or a model directory")
+    update.set_defaults(handler=update_command)
 
     judge = subparsers.add_parser("judge", help="judge one query on the command line, without a server")
     judge.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
@@ -71,6 +77,20 @@ def serve_command(arguments: argparse.Namespace) -> None:
         print(f"  curl {url}/v1/judge -H {header} -d {shlex.quote(json.dumps(body))}", flush=True)
         stop.wait()
         print("stopping", flush=True)
+
+
+def update_command(arguments: argparse.Namespace) -> None:
+    """Connect to the service's Ray cluster (RAY_ADDRESS, else the one on this machine) and roll out new weights."""
+    from spct_ray.cluster import session
+    from spct_ray.serve import app
+    from spct_ray.serve.config import resolve
+
+    directory = resolve(arguments.target).judge_model
+    if not os.environ.get("RAY_ADDRESS"):  # `spct serve` starts a local Ray without tokens
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    with session.start(session.ClusterResources(address="auto")):
+        weights = app.update_weights(directory)
+    print(f"all judge replicas serve {directory}, as weight version {weights.version}", flush=True)
 
 
 def judge_command(arguments: argparse.Namespace) -> None:
