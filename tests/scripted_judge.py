@@ -6,6 +6,8 @@ import os
 import threading
 from concurrent.futures import Future
 
+import ray
+
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.serve.app import JudgeReplica
 from spct_ray.serve.backends import LocalJudge
@@ -26,7 +28,8 @@ class _ThinkingEngine(ScriptedEngine):
 
 
 class ScriptedReplica(JudgeReplica):
-    """Each judgement is a tie over the two orders, and names the process that wrote it."""
+    """Each judgement is a tie over the two orders, and names the process and the node that wrote it."""
 
     def __init__(self, config):
-        LocalJudge.__init__(self, _ThinkingEngine(lambda request: [f"{os.getpid()} Scores: \\boxed{{5, 6}}"]), config)
+        name = f"{os.getpid()} {ray.get_runtime_context().get_node_id()}"
+        LocalJudge.__init__(self, _ThinkingEngine(lambda request: [f"{name} Scores: \\boxed{{5, 6}}"]), config)

@@ -28,8 +28,57 @@ def config_of(model: str, judge: ReplicaConfig) -> ServeConfig:
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    with session.start(session.ClusterResources(num_cpus=4, object_store_gib=0.1)):
-        yield
+    """A head and three more nodes of one CPU each, all on this machine."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(3):
+            cluster.add_node(**node)
+        with session.start(session.ClusterResources(address=cluster.address)):
+            yield
+    finally:
+        cluster.shutdown()
+
+
+def test_replicas_follow_the_requests_up_and_down(ray_cluster):
+    """None, then three on three nodes, then none again."""
+    from ray import serve
+
+    from spct_ray.serve import app
+    from tests.scripted_judge import ScriptedReplica
+
+    def running():
+        return serve.status().applications["spct"].deployments["JudgeReplica"].replica_states.get("RUNNING", 0)
+
+    def wait_for(num):
+        while running() != num:
+            time.sleep(0.2)
+
+    stop = threading.Event()
+
+    def ask_on(i):
+        nodes = []
+        with JudgeClient(url, max_attempts=1) as client:
+            while not stop.is_set():
+                answer = client.judge([Message("user", f"Query {i} {len(nodes)}")], ["4", "7"], k=1)
+                nodes.append(answer.samples[0].text.split()[1])
+        return nodes
+
+    judge = ReplicaConfig(
+        min_replicas=0, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=1, downscale_delay_s=1
+    )
+    with app.serving(config_of("unused", judge), ScriptedReplica) as url, ThreadPoolExecutor(9) as threads:
+        assert running() == 0
+        asked = [threads.submit(ask_on, i) for i in range(9)]
+        try:
+            wait_for(3)
+            time.sleep(1.0)
+        finally:
+            stop.set()
+        assert len({node for future in asked for node in future.result()}) == 3
+        wait_for(0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +117,7 @@ def test_all_rounds_of_an_item_go_to_one_replica_and_items_to_both(two_replicas)
 def test_new_weights_come_to_all_replicas_under_load_and_no_request_is_dropped(two_replicas, tmp_path):
     from spct_ray.serve import app
 
-    with pytest.raises(ConfigError, match="no \\*.safetensors"):
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         app.update_weights(str(tmp_path))
     save_file({"layer.weight": np.zeros((2, 3))}, tmp_path / "model.safetensors")
     with pytest.raises(

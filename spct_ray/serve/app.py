@@ -56,7 +56,10 @@ class GatewayReplica:
         self._gateway = Gateway(config, _RemoteJudge(judge), _RemoteMeta(meta) if meta else None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._gateway, judge_is_ready)
+        return build_app(self._gateway, self._is_ready)
+
+    async def _is_ready(self) -> bool:
+        return self._gateway.config.resources.judge.min_replicas == 0 or await judge_is_ready()
 
 
 class _RemoteJudge:
@@ -214,6 +217,7 @@ def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -
 
 
 def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> Any:
+    window_s = min(max(replicas.upscale_delay_s, 1.0), 30.0)
     # Who deploys must not matter to Serve: it restarts replicas whose runtime environment changes.
     environment = {"env_vars": dict(session.ENVIRONMENT)}
     deployment = serve.deployment(
@@ -231,6 +235,10 @@ def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> 
             "min_replicas": replicas.min_replicas,
             "max_replicas": replicas.max_replicas,
             "target_ongoing_requests": replicas.target_ongoing_requests,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
+            "look_back_period_s": window_s,
+            "metrics_interval_s": window_s / 3,
         },
     )
     return deployment.options(version=version, _internal=True)  # else each `serve.run` counts as new code

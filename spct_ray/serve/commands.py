@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
         port=config.resources.port if arguments.port is None else arguments.port,
     )
     config = replace(config, resources=resources)
+    started = time.monotonic()
     print(f"starting judge {config.judge_model} and meta RM {config.meta_model or '(none: plain voting)'}", flush=True)
 
     from spct_ray.cluster import session
@@ -73,7 +75,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
             signal.signal(number, lambda *_: stop.set())
         body = {"messages": [{"role": "user", "content": "Name a prime number."}], "responses": ["4", "7"], "k": 8}
         header = "'content-type: application/json'"
-        print(f"serving at {url}; Ctrl-C stops it. Try:", flush=True)
+        print(f"serving at {url} after {time.monotonic() - started:.0f} s; Ctrl-C stops it. Try:", flush=True)
         print(f"  curl {url}/v1/judge -H {header} -d {shlex.quote(json.dumps(body))}", flush=True)
         stop.wait()
         print("stopping", flush=True)

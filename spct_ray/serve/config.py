@@ -20,9 +20,11 @@ from spct_ray.judge.prompt import JudgeConfig
 class ReplicaConfig:
     """One deployment: how many replicas, what each asks of Ray, how many requests it takes and holds in line."""
 
-    min_replicas: int = 1
+    min_replicas: int = 1  # 0: none while nobody asks; the first request then waits for one to start
     max_replicas: int = 1
     target_ongoing_requests: float = 8.0  # the autoscaler adds replicas above this mean
+    upscale_delay_s: float = 30.0  # for so long it must be above; the mean is over as long, but 1 to 30 s
+    downscale_delay_s: float = 600.0  # for so long it must be below
     max_ongoing_requests: int = 32  # a replica
     max_queued_requests: int = 64  # beyond this a request is answered 503
     num_cpus: float = 1.0
