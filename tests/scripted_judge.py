@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
+import time
 from concurrent.futures import Future
-
-import ray
 
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.serve.app import JudgeReplica
@@ -16,10 +16,14 @@ SECONDS = 0.2  # to think
 
 
 class _ThinkingEngine(ScriptedEngine):
+    """A query "wait for FILE" is thought about until there is that file."""
+
     def submit(self, request):
-        future = Future()
+        future, awaited = Future(), re.search(r"wait for (\S+)", request.messages[0].content)
 
         def answer():
+            while awaited and not os.path.exists(awaited[1]):
+                time.sleep(0.05)
             if future.set_running_or_notify_cancel():
                 future.set_result(super(_ThinkingEngine, self).submit(request).result())
 
@@ -28,8 +32,7 @@ class _ThinkingEngine(ScriptedEngine):
 
 
 class ScriptedReplica(JudgeReplica):
-    """Each judgement is a tie over the two orders, and names the process and the node that wrote it."""
+    """Each judgement is a tie over the two orders, and names the process that wrote it."""
 
     def __init__(self, config):
-        name = f"{os.getpid()} {ray.get_runtime_context().get_node_id()}"
-        LocalJudge.__init__(self, _ThinkingEngine(lambda request: [f"{name} Scores: \\boxed{{5, 6}}"]), config)
+        LocalJudge.__init__(self, _ThinkingEngine(lambda request: [f"{os.getpid()} Scores: \\boxed{{5, 6}}"]), config)

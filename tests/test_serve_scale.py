@@ -28,57 +28,46 @@ def config_of(model: str, judge: ReplicaConfig) -> ServeConfig:
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    """A head and three more nodes of one CPU each, all on this machine."""
+    """A head of two CPUs and two nodes of one CPU, all on this machine; the head's second CPU is the gateway's."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    memory = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, **memory})
     try:
-        for _ in range(3):
-            cluster.add_node(**node)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **memory)
         with session.start(session.ClusterResources(address=cluster.address)):
             yield
     finally:
         cluster.shutdown()
 
 
-def test_replicas_follow_the_requests_up_and_down(ray_cluster):
-    """None, then three on three nodes, then none again."""
+def test_replicas_follow_the_requests_up_and_down(ray_cluster, tmp_path):
+    """None, then three, for which there is one CPU on each of three nodes, then none again."""
     from ray import serve
 
     from spct_ray.serve import app
     from tests.scripted_judge import ScriptedReplica
 
-    def running():
-        return serve.status().applications["spct"].deployments["JudgeReplica"].replica_states.get("RUNNING", 0)
-
     def wait_for(num):
-        while running() != num:
+        while serve.status().applications["spct"].deployments["JudgeReplica"].replica_states != num:
             time.sleep(0.2)
 
-    stop = threading.Event()
-
-    def ask_on(i):
-        nodes = []
-        with JudgeClient(url, max_attempts=1) as client:
-            while not stop.is_set():
-                answer = client.judge([Message("user", f"Query {i} {len(nodes)}")], ["4", "7"], k=1)
-                nodes.append(answer.samples[0].text.split()[1])
-        return nodes
-
     judge = ReplicaConfig(
-        min_replicas=0, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=1, downscale_delay_s=1
+        min_replicas=0, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=2, downscale_delay_s=2
     )
+
+    def ask(i):
+        with JudgeClient(url, max_attempts=1) as client:
+            return client.judge([Message("user", f"Query {i}: wait for {tmp_path}/go")], ["4", "7"], k=1)
+
     with app.serving(config_of("unused", judge), ScriptedReplica) as url, ThreadPoolExecutor(9) as threads:
-        assert running() == 0
-        asked = [threads.submit(ask_on, i) for i in range(9)]
-        try:
-            wait_for(3)
-            time.sleep(1.0)
-        finally:
-            stop.set()
-        assert len({node for future in asked for node in future.result()}) == 3
-        wait_for(0)
+        wait_for({})
+        asked = [threads.submit(ask, i) for i in range(9)]
+        wait_for({"RUNNING": 3})
+        (tmp_path / "go").touch()
+        assert [future.result().num_samples for future in asked] == [1] * 9
+        wait_for({})
 
 
 @pytest.fixture(scope="module")
