@@ -36,7 +36,9 @@ def add_parsers(subparsers: Any) -> None:
 
     words = "give the running service new weights of the same model, replica by replica; no request is dropped"
     update = subparsers.add_parser("serve-update", help=words, description=words)
-    update.add_argument("target", metavar="RUN_OR_MODEL", help="a run's root (its newest judge) or a model directory")
+    update.add_argument(
+        "target", metavar="RUN_OR_WEIGHTS", help="a run's root (its newest judge) or a directory of *.safetensors"
+    )
     update.set_defaults(handler=update_command)
 
     judge = subparsers.add_parser("judge", help="judge one query on the command line, without a server")
@@ -87,7 +89,8 @@ def update_command(arguments: argparse.Namespace) -> None:
     from spct_ray.serve import app
     from spct_ray.serve.config import resolve
 
-    directory = resolve(arguments.target).judge_model
+    target = Path(arguments.target)
+    directory = str(target.resolve()) if any(target.glob("*.safetensors")) else resolve(arguments.target).judge_model
     if not os.environ.get("RAY_ADDRESS"):  # `spct serve` starts a local Ray without tokens
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     with session.start(session.ClusterResources(address="auto")):
