@@ -221,7 +221,7 @@ def test_principles_are_written_once_a_query_and_without_the_responses() -> None
     first, second = judged(config, answer, task(), task(sample=1), seen=seen)
     asked = [r for r in seen if "answer" not in r.messages[0].content]
     assert [(r.messages[0].content, r.params.temperature) for r in asked] == [
-        ("State principles.\nQuery: Name a prime.\n", 0.0)
+        ("Score 1-10.\nQuery: Name a prime.\n", 0.0)
     ]
     assert all("Principles: Primality (100%)\n" in r.messages[0].content for r in seen if r not in asked)
     assert first.scores == second.scores == (1, 1, 9)

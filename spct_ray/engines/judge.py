@@ -12,7 +12,15 @@ from spct_ray.engines.base import Engine, Request, SamplingParams
 from spct_ray.errors import ConfigError, RequestError
 from spct_ray.judge.judge import JudgeTask, joined, parts_of, to_trajectory
 from spct_ray.judge.parse import Failure
-from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages, mode_of, principles_messages, read_principles
+from spct_ray.judge.prompt import (
+    PRINCIPLES_GUIDE,
+    JudgeConfig,
+    guide,
+    judge_messages,
+    mode_of,
+    principles_messages,
+    read_principles,
+)
 from spct_ray.records import Completion, Message, Trajectory
 
 S = TypeVar("S")
@@ -48,12 +56,16 @@ class EngineJudge:
         """
         if not mode_of(len(task.order), self.config).writes_principles:
             return self._judge(task)
-        messages = principles_messages(task.item, self.config)
+        messages = task.item.messages
         written = self._written.get(messages)
         if written is None:
-            written = self.engine.submit(Request(messages, SamplingParams(self.config.budget, 0.0, seed=0)))
-            self._written[messages] = written
+            written = self._written[messages] = self.principles(messages)
         return _after([written], lambda done: self._judge_by(task, done[0][0]))
+
+    def principles(self, messages: Sequence[Message]) -> Future[Completions]:
+        """One text with principles for a query, from the conversation alone, greedily (`read_principles` reads it)."""
+        params = SamplingParams(self.config.budget, temperature=0.0, guide=PRINCIPLES_GUIDE if self.guided else "")
+        return self.engine.submit(Request(principles_messages(messages, self.config), params))
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
         """One trajectory a task, in order. A request that the engine refuses is the failure "aborted", with the reason

@@ -131,6 +131,17 @@ def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: 
     return (Message("user", text),)
 
 
+def principles_messages(messages: Sequence[Message], config: JudgeConfig) -> tuple[Message, ...]:
+    """One user turn that asks for principles from the conversation alone, before any response is seen.
+
+    The compact frame has no words for it: it ends where the responses would begin, and the judge starts with its
+    principles as always.
+    """
+    if config.template == "compact":
+        return (Message("user", f"Score 1-10.\nQuery: {_query(messages)}\n"),)
+    return (Message("user", _ASK_PRINCIPLES.format(conversation=conversation(messages))),)
+
+
 def _hint(item: Item, order: Sequence[int]) -> str:
     if len(order) == 1:
         return f"The correct score is: {int(item.rewards[0])}"
@@ -163,7 +174,7 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
 def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     scale, short = scale_of(len(shown), config), mode_of(len(shown), config).short
     ask = short.format(num=len(shown)) if short else f"Score {scale.low}-{scale.high}."
-    parts = [ask, f"Query: {_query(item)}"]
+    parts = [ask, f"Query: {_query(item.messages)}"]
     if item.principles:
         parts.append(f"Principles: {_inert_turn(item.principles)}")
     if item.reference:
@@ -171,21 +182,19 @@ def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     return "\n".join([*parts, _marked(shown)]) + "\n"
 
 
-def principles_messages(item: Item, config: JudgeConfig) -> tuple[Message, ...]:
-    """One user turn that asks for principles from the query alone: the responses are not shown."""
-    if config.template == "compact":
-        return (Message("user", f"State principles.\nQuery: {_query(item)}\n"),)
-    return (Message("user", _ASK_PRINCIPLES.format(conversation=conversation(item.messages))),)
-
-
 def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> str | Failure:
-    """The principles in a reply to `principles_messages`."""
+    """The principles in a reply to `principles_messages`: from "Specific Criteria:" to "Analysis:" or the end.
+
+    A last line that hit the token limit is left out.
+    """
     written = after_thinking(text, config.thinking_tokens > 0, stop_reason)
     if written is None:
         return Failure.TRUNCATED_THINKING
-    if stop_reason == "length":
-        return Failure.TRUNCATED
-    return written.strip().removeprefix("Specific Criteria:").strip() or Failure.NO_PRINCIPLES
+    criteria, has_end, _ = written.partition("Specific Criteria:")[2].partition("Analysis:")
+    is_cut = stop_reason == "length" and not has_end
+    if is_cut:
+        criteria = criteria.rpartition("\n")[0]
+    return criteria.strip() or (Failure.TRUNCATED if is_cut else Failure.NO_PRINCIPLES)
 
 
 def conversation(messages: Sequence[Message]) -> str:
@@ -193,8 +202,8 @@ def conversation(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{m.role.capitalize()}: {_inert_turn(m.content)}" for m in messages)
 
 
-def _query(item: Item) -> str:
-    return _inert_turn(item.messages[0].content) if len(item.messages) == 1 else conversation(item.messages)
+def _query(messages: Sequence[Message]) -> str:
+    return _inert_turn(messages[0].content) if len(messages) == 1 else conversation(messages)
 
 
 def _marked(shown: Sequence[str]) -> str:
@@ -224,6 +233,10 @@ def _inert_turn(text: str) -> str:
     return _LABEL.sub(r"\g<0>\\", _inert(text))
 
 
+_LINE = "[A-Za-z0-9 .,;:'()%\"!?-]"
+PRINCIPLES_GUIDE = f"Specific Criteria:( {_LINE}{{10,120}}\\n){{1,3}}"
+
+
 def guide(num_responses: int, config: JudgeConfig) -> str:
     """A regular expression for the three parts of a judgement, for engines with structured output.
 
@@ -232,17 +245,12 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
     low_high = scale_of(num_responses, config)
     score = "[01]" if low_high.high == 1 else "(10|[1-9])"
     box = ", ".join([score] * num_responses)
-    line = "[A-Za-z0-9 .,;:'()%\"!?-]"
-    return (
-        f"Specific Criteria:( {line}{{10,120}}\\n){{1,3}}"
-        f"Analysis:( {line}{{10,160}}\\n){{1,{num_responses + 2}}}"
-        f"Scores: \\\\boxed\\{{{box}\\}}"
-    )
+    return f"{PRINCIPLES_GUIDE}Analysis:( {_LINE}{{10,160}}\\n){{1,{num_responses + 2}}}Scores: \\\\boxed\\{{{box}\\}}"
 
 
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
     """What the meta RM reads: the query and the responses as the judge saw them, then the judgement, without a thought
     before it, as the answer."""
     shown = _marked([item.responses[i] for i in order])
-    ask = f"Please score the responses.\nQuery: {_query(item)}\n{shown}\n"
+    ask = f"Please score the responses.\nQuery: {_query(item.messages)}\n{shown}\n"
     return (Message("user", ask), Message("assistant", after_thinking(judgement) or ""))

@@ -8,23 +8,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from spct_ray.cluster import session
 from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask
-from spct_ray.records import Message, Trajectory
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
 from spct_ray.serve.config import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.routes import build_app
+from spct_ray.serve.routing import ItemRouter
+from spct_ray.serve.weights import OWN, Weights, check_fit
 
 APP_NAME = "spct"
+JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
 
@@ -49,7 +56,10 @@ class GatewayReplica:
         self._gateway = Gateway(config, _RemoteJudge(judge), _RemoteMeta(meta) if meta else None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._gateway, judge_is_ready)
+        return build_app(self._gateway, self._is_ready)
+
+    async def _is_ready(self) -> bool:
+        return self._gateway.config.resources.judge.min_replicas == 0 or await judge_is_ready()
 
 
 class _RemoteJudge:
@@ -57,11 +67,14 @@ class _RemoteJudge:
         self._handle = handle
 
     async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
-        """All tasks on one replica, where they share the cached prompt; those that are not done when it dies are sent
-        again, up to `MAX_ATTEMPTS` times in all."""
+        """All tasks, which are of one item, on one replica, where they share the cached prompt; those that are not done
+        when it dies are sent again, up to `MAX_ATTEMPTS` times in all."""
+        item = tasks[0].item
+        session = derive_seed(*(m.content for m in item.messages), *sorted(item.responses))
+        handle = self._handle.options(stream=True, session_id=str(session))
         missing = {task.sample: task for task in tasks}
         for attempt in range(MAX_ATTEMPTS):
-            response = self._handle.options(stream=True).judge.remote(list(missing.values()))
+            response = handle.judge.remote(list(missing.values()))
             try:
                 with _translated("judge"):
                     async for batch in response:
@@ -75,6 +88,17 @@ class _RemoteJudge:
             except (GeneratorExit, asyncio.CancelledError):  # nobody waits for the rest
                 response.cancel()
                 raise
+
+    async def principles(self, messages: Sequence[Message]) -> Completion:
+        """As `judge`, for one text."""
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                with _translated("judge"):
+                    return await self._handle.principles.remote(tuple(messages))  # type: ignore[no-any-return]
+            except _ReplicaDied:
+                if attempt + 1 == MAX_ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 class _RemoteMeta:
@@ -117,20 +141,47 @@ def _translated(name: str) -> Iterator[None]:
 async def judge_is_ready() -> bool:
     """Whether a judge replica runs, by Serve's own record, so that a long queue does not look like a death."""
     status = await asyncio.to_thread(serve.status)
-    replicas = status.applications[APP_NAME].deployments[JudgeReplica.__name__].replica_states
+    replicas = status.applications[APP_NAME].deployments[JUDGE].replica_states
     return bool(replicas.get("RUNNING", 0))
 
 
-def application(config: ServeConfig) -> Any:
-    """The Serve application, ready for `serve.run`."""
+def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica, weights: Weights = OWN) -> Any:
+    """The Serve application, ready for `serve.run`.
+
+    All that says what code runs is in the deployments' version. To run the same with other `weights` over a running one
+    lets Serve call `reconfigure` on the judge's replicas, one after the other (or a fifth of them at once, where they
+    are many), and on each that it starts later.
+    """
     resources = config.resources
-    judge = _deployment(JudgeReplica, resources.judge).bind(config)
-    meta = _deployment(MetaReplica, resources.meta).bind(config.meta_model) if config.meta_model else None
-    return _deployment(serve.ingress()(GatewayReplica), resources.gateway).bind(config, judge, meta)
+    version = str(derive_seed(repr(config), repr(judge_class)))
+    judge = _deployment(JUDGE, judge_class, resources.judge, version).options(
+        request_router_config=RequestRouterConfig(request_router_class=ItemRouter), user_config=asdict(weights)
+    )
+    meta = None
+    if config.meta_model:
+        meta = _deployment(META, MetaReplica, resources.meta, version).bind(config.meta_model)
+    gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway, version)
+    return gateway.bind(config, judge.bind(config), meta)
+
+
+def update_weights(directory: str) -> Weights:
+    """Give the running judge's replicas the weights in `directory` (HF safetensors, seen by all nodes), one after the
+    other; returns when all have them.
+
+    Raises ConfigError when nothing is served on the connected cluster or the weights do not fit, EngineError when a
+    replica did not take them.
+    """
+    if APP_NAME not in serve.status().applications:
+        raise ConfigError("nothing is served on this Ray cluster; start `spct serve` first, or set RAY_ADDRESS to it")
+    judge_class, config, old = serve.get_deployment_handle(JUDGE, APP_NAME).deployed.remote().result()
+    check_fit(directory, old.directory or config.judge_model)
+    new = Weights(directory, old.version + 1)
+    _run(config, judge_class, new)
+    return new
 
 
 @contextlib.contextmanager
-def serving(config: ServeConfig) -> Iterator[str]:
+def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -> Iterator[str]:
     """Serve `config` on the connected Ray cluster; yields the URL once all deployments are healthy.
 
     At the end the application goes, and Ray Serve itself where it was started here; one that ran before keeps its own
@@ -146,12 +197,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
             serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
         except RayTaskError as error:
             raise ConfigError(f"{error.cause} Choose another host or port.") from error
-        try:
-            serve.run(application(config), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:
-            failed = serve.status().applications[APP_NAME].deployments.items()
-            causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
-            raise EngineError("\n".join([f"Ray Serve could not start {config.judge_model}.", *causes])) from error
+        _run(config, judge_class, OWN)
         yield f"http://{resources.host}:{resources.port}"
     finally:
         if found.proxies:
@@ -160,11 +206,28 @@ def serving(config: ServeConfig) -> Iterator[str]:
             serve.shutdown()
 
 
-def _deployment(cls: type, replicas: ReplicaConfig) -> Any:
-    return serve.deployment(
+def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -> None:
+    try:
+        serve.run(application(config, judge_class, weights), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        failed = serve.status().applications[APP_NAME].deployments.items()
+        causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
+        model = weights.directory or config.judge_model
+        raise EngineError("\n".join([f"Ray Serve could not start {model}.", *causes])) from error
+
+
+def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> Any:
+    window_s = min(max(replicas.upscale_delay_s, 1.0), 30.0)
+    # Who deploys must not matter to Serve: it restarts replicas whose runtime environment changes.
+    environment = {"env_vars": dict(session.ENVIRONMENT)}
+    deployment = serve.deployment(
         cls,
-        name=cls.__name__,
-        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        name=name,
+        ray_actor_options={
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "runtime_env": environment,
+        },
         max_ongoing_requests=replicas.max_ongoing_requests,
         max_queued_requests=replicas.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -172,5 +235,10 @@ def _deployment(cls: type, replicas: ReplicaConfig) -> Any:
             "min_replicas": replicas.min_replicas,
             "max_replicas": replicas.max_replicas,
             "target_ongoing_requests": replicas.target_ongoing_requests,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
+            "look_back_period_s": window_s,
+            "metrics_interval_s": window_s / 3,
         },
     )
+    return deployment.options(version=version, _internal=True)  # else each `serve.run` counts as new code

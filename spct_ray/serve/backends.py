@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from spct_ray.engines.base import Engine
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.errors import EngineError
 from spct_ray.judge.judge import JudgeTask
-from spct_ray.records import Message, Trajectory
+from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.weights import OWN, Weights
 
 
 class JudgeBackend(Protocol):
@@ -26,6 +27,9 @@ class JudgeBackend(Protocol):
     """
 
     def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]: ...
+
+    async def principles(self, messages: Sequence[Message]) -> Completion:
+        """A text with principles for a query; raises as `judge`."""
 
 
 class MetaBackend(Protocol):
@@ -38,6 +42,8 @@ class LocalJudge:
     """A judge with its engine in this process."""
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self._config = config
+        self._weights = OWN
         self._judge = EngineJudge(engine, config.judge, config.name, guided=config.guided)
         self._death = ""
         self._num_under_way = 0
@@ -61,6 +67,28 @@ class LocalJudge:
             self._num_under_way -= num_left
             for future in pending:
                 future.cancel()
+
+    async def principles(self, messages: Sequence[Message]) -> Completion:
+        """As in `JudgeBackend`."""
+        try:
+            (completion,) = await asyncio.wrap_future(self._judge.principles(messages))
+        except EngineError as error:
+            self._death = str(error)
+            raise
+        return completion
+
+    async def reconfigure(self, weights: dict[str, Any]) -> None:
+        """Serve calls it (with the fields of `Weights`) when a replica starts and when new weights are rolled out.
+
+        Judgements under way are finished with the old weights, later ones wait for the new. Raises EngineError.
+        """
+        self._weights = Weights(**weights)
+        if self._weights.version != self._judge.engine.weight_version:
+            await asyncio.to_thread(self._judge.engine.reload, self._weights.directory, self._weights.version)
+
+    async def deployed(self) -> tuple[type[LocalJudge], ServeConfig, Weights]:
+        """What runs here, so that the same can be deployed with other weights."""
+        return type(self), self._config, self._weights
 
     async def num_under_way(self) -> int:
         """Judgements that the engine works on or holds in line."""

@@ -1,14 +1,16 @@
-"""`spct serve` and `spct judge`. Importing this loads neither torch, Ray nor vLLM."""
+"""`spct serve`, `spct serve-update` and `spct judge`. Importing this loads neither torch, Ray nor vLLM."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ _SHOWN = 300  # characters of a critique
 
 
 def add_parsers(subparsers: Any) -> None:
-    """Add `serve` and `judge` to the command line; each sets `handler(arguments)`."""
+    """Add `serve`, `serve-update` and `judge` to the command line; each sets `handler(arguments)`."""
     serve = subparsers.add_parser("serve", help="serve a judge and its meta RM over HTTP with Ray Serve")
     serve.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
     serve.add_argument("--host", help="address to listen on (default: the configuration's, 127.0.0.1)")
@@ -32,12 +34,19 @@ def add_parsers(subparsers: Any) -> None:
     serve.add_argument("--meta", metavar="DIR", help="model directory of the meta RM")
     serve.set_defaults(handler=serve_command)
 
+    words = "give the running service new weights of the same model, replica by replica; no request is dropped"
+    update = subparsers.add_parser("serve-update", help=words, description=words)
+    update.add_argument(
+        "target", metavar="RUN_OR_WEIGHTS", help="a run's root (its newest judge) or a directory of *.safetensors"
+    )
+    update.set_defaults(handler=update_command)
+
     judge = subparsers.add_parser("judge", help="judge one query on the command line, without a server")
     judge.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
     judge.add_argument("--query", help="the user's message")
     judge.add_argument("--response", action="append", default=[], help="one response; repeat it for each")
     judge.add_argument("--reference", default="", help="a reference answer to show to the judge")
-    judge.add_argument("--principles", default="", help="a rubric to judge by")
+    judge.add_argument("--principles", default="", help="a rubric to judge by; auto: the judge writes one")
     judge.add_argument("-k", default="8", help="number of judgements to sample, or auto (default: 8)")
     judge.add_argument("--k-meta", type=int, help="how many of them the meta RM keeps (default: half)")
     judge.add_argument("--seed", type=int, help="makes the orders and the sampling repeat")
@@ -56,6 +65,7 @@ def serve_command(arguments: argparse.Namespace) -> None:
         port=config.resources.port if arguments.port is None else arguments.port,
     )
     config = replace(config, resources=resources)
+    started = time.monotonic()
     print(f"starting judge {config.judge_model} and meta RM {config.meta_model or '(none: plain voting)'}", flush=True)
 
     from spct_ray.cluster import session
@@ -67,10 +77,25 @@ def serve_command(arguments: argparse.Namespace) -> None:
             signal.signal(number, lambda *_: stop.set())
         body = {"messages": [{"role": "user", "content": "Name a prime number."}], "responses": ["4", "7"], "k": 8}
         header = "'content-type: application/json'"
-        print(f"serving at {url}; Ctrl-C stops it. Try:", flush=True)
+        print(f"serving at {url} after {time.monotonic() - started:.0f} s; Ctrl-C stops it. Try:", flush=True)
         print(f"  curl {url}/v1/judge -H {header} -d {shlex.quote(json.dumps(body))}", flush=True)
         stop.wait()
         print("stopping", flush=True)
+
+
+def update_command(arguments: argparse.Namespace) -> None:
+    """Connect to the service's Ray cluster (RAY_ADDRESS, else the one on this machine) and roll out new weights."""
+    from spct_ray.cluster import session
+    from spct_ray.serve import app
+    from spct_ray.serve.config import resolve
+
+    target = Path(arguments.target)
+    directory = str(target.resolve()) if any(target.glob("*.safetensors")) else resolve(arguments.target).judge_model
+    if not os.environ.get("RAY_ADDRESS"):  # `spct serve` starts a local Ray without tokens
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    with session.start(session.ClusterResources(address="auto")):
+        weights = app.update_weights(directory)
+    print(f"all judge replicas serve {directory}, as weight version {weights.version}", flush=True)
 
 
 def judge_command(arguments: argparse.Namespace) -> None:
@@ -105,6 +130,8 @@ def format_answer(answer: JudgeAnswer, request: JudgeRequest) -> str:
         lines.append("  " + _brief(sample.text).replace("\n", "\n  "))
     lines.append("")
     failed = ", ".join(f"{count} {name}" for name, count in answer.failures.items()) or "none"
+    if answer.principles_source != "none":
+        lines.append(f"principles ({answer.principles_source}): {_brief(answer.principles)}")
     voting = "meta RM" if answer.voting == "meta" else f"plain ({answer.voting_reason})"
     lines.append(f"{len(answer.used)} of {answer.num_samples} samples counted; failures: {failed}; voting: {voting}")
     if answer.scores is None or answer.mean_scores is None:

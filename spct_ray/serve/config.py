@@ -20,9 +20,11 @@ from spct_ray.judge.prompt import JudgeConfig
 class ReplicaConfig:
     """One deployment: how many replicas, what each asks of Ray, how many requests it takes and holds in line."""
 
-    min_replicas: int = 1
+    min_replicas: int = 1  # 0: none while nobody asks; the first request then waits for one to start
     max_replicas: int = 1
     target_ongoing_requests: float = 8.0  # the autoscaler adds replicas above this mean
+    upscale_delay_s: float = 30.0  # for so long it must be above; the mean is over as long, but 1 to 30 s
+    downscale_delay_s: float = 600.0  # for so long it must be below
     max_ongoing_requests: int = 32  # a replica
     max_queued_requests: int = 64  # beyond this a request is answered 503
     num_cpus: float = 1.0
@@ -59,8 +61,10 @@ class ServeConfig:
     k_auto_max: int = 32  # most samples of an adaptive k
     k_auto_error: float = 0.01  # share of its decisions that may differ from those of the vote over `k_auto_max`
     max_cohort: int = 8  # responses in one prompt where many are scored (rerank, reward); more are judged in chunks
+    principles_cache: int = 1024  # queries whose generated principles are kept (`principles: auto`)
     max_body_bytes: int = 4 * 2**20
-    api_key_env: str = ""  # the environment variable with the API key; empty: none is asked for
+    api_key_env: str = ""  # the environment variable with the API keys, parted by spaces; empty: none is asked for
+    judgements_per_minute: int = 0  # of each API key (without keys: each client address), beyond: 429; 0: no limit
     resources: ServeResources = field(default_factory=ServeResources)
 
     def __post_init__(self) -> None:

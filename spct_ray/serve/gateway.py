@@ -27,6 +27,7 @@ from spct_ray.judge.vote import confidence, decide, vote
 from spct_ray.records import Item, Message, Trajectory
 from spct_ray.serve.backends import JudgeBackend, MetaBackend
 from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.principles import Principles, PrinciplesCache
 from spct_ray.serve.schema import MAX_SEED, Budget, JudgeAnswer, JudgeRequest, SampleOut, Tally
 
 MAX_CHARACTERS_PER_TOKEN = 32  # longer texts are refused unread: to encode them k times would keep the engine busy
@@ -42,6 +43,7 @@ class Plan:
     k_meta: int | None = None
     temperature: float | None = None
     seed: int | None = None
+    auto_principles: bool = False
     budget: Budget = field(default_factory=Budget)
 
 
@@ -67,6 +69,7 @@ class Gateway:
         self.config = config
         self.judge = judge
         self.meta = meta
+        self._principles = PrinciplesCache(judge, config.judge, config.principles_cache, config.judge_timeout_s)
         replicas = config.resources.judge
         # Parts of batches and cohorts wait here, so that a large one does not overrun the judge's queue.
         self._parts = asyncio.Semaphore(replicas.max_ongoing_requests * replicas.max_replicas)
@@ -76,14 +79,15 @@ class Gateway:
 
         Raises RequestError (TooLongError for the prompt), EngineError (judge not available), TimeoutError.
         """
+        is_auto = request.principles == "auto"
         item = Item(
             "request",
             tuple(Message(m.role, m.content) for m in request.messages),
             request.responses,
             reference=request.reference,
-            principles=request.principles,
+            principles="" if is_auto else request.principles,
         )
-        plan = Plan(request.k, request.k_meta, request.temperature, request.seed, request.budget)
+        plan = Plan(request.k, request.k_meta, request.temperature, request.seed, is_auto, request.budget)
         return await self.verdict(item, plan, on_sample)
 
     async def part(self, work: Callable[[], Awaitable[JudgeAnswer]]) -> JudgeAnswer:
@@ -121,15 +125,21 @@ class Gateway:
         k_max = config.k_auto_max if plan.k == "auto" else plan.k
         temperature = config.temperature if plan.temperature is None else plan.temperature
         orders = balanced_orders(num_responses, k_max, derive_seed(seed, "orders"))
-        tasks = [JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)]
         in_rounds = plan.k == "auto" or plan.budget.tokens is not None
         ends = looks(num_responses, k_max) if in_rounds else [k_max]
         limit_s = min(config.judge_timeout_s, (plan.budget.milliseconds or math.inf) / 1000)
         samples: list[Trajectory] = []
+        principles = Principles(item.principles, "given" if item.principles else "none")
         scorer = _Scorer(self.meta, item, config.meta_timeout_s)
         stopped: Literal["k", "settled", "budget"] = "k"
         try:
             async with asyncio.timeout(limit_s):
+                if plan.auto_principles:
+                    principles = await self._principles.of(item.messages)
+                    item = replace(item, principles=principles.text)
+                tasks = [
+                    JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)
+                ]
                 for start, end in pairwise([0, *ends]):
                     async with aclosing(self.judge.judge(tasks[start:end])) as batches:
                         async for batch in batches:
@@ -155,7 +165,8 @@ class Gateway:
             logits, plain_because = await scorer.logits(samples)
         finally:
             scorer.cancel()
-        return self._answer(num_responses, samples, logits, plan.k_meta, plain_because, stopped, seed, started)
+        self._principles.saw_version(max(t.weight_version for t in samples))
+        return self._answer(samples, logits, plan.k_meta, plain_because, principles, stopped, seed, started)
 
     async def _may_stop(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int) -> bool:
         """The rule of judge/adaptive.py."""
@@ -165,15 +176,16 @@ class Gateway:
 
     def _answer(
         self,
-        num_responses: int,
         samples: Sequence[Trajectory],
         logits: Sequence[float],
         k_meta: int | None,
         plain_because: str,
+        principles: Principles,
         stopped: Literal["k", "settled", "budget"],
         seed: int,
         started: float,
     ) -> JudgeAnswer:
+        num_responses = len(samples[0].order)
         verdict = vote("", num_responses, samples, logits, k_meta if logits else None)
         winners = list(verdict.winners) if num_responses > 1 else []
         winner = decide(verdict, derive_seed(seed, "tie")) if winners else None
@@ -194,6 +206,8 @@ class Gateway:
             failures=verdict.failures,
             voting="plain" if plain_because else "meta",
             voting_reason=plain_because,
+            principles=principles.text,
+            principles_source=principles.source,
             samples=[
                 sample_out(t, verdict.logits[k] if verdict.logits and not t.failure else None, k in verdict.used)
                 for k, t in enumerate(samples)
@@ -201,8 +215,8 @@ class Gateway:
             model=self.config.name,
             weight_version=max(t.weight_version for t in samples),
             seed=seed,
-            prompt_tokens=sum(t.prompt_tokens for t in samples),
-            completion_tokens=sum(t.completion_tokens for t in samples),
+            prompt_tokens=principles.prompt_tokens + sum(t.prompt_tokens for t in samples),
+            completion_tokens=principles.completion_tokens + sum(t.completion_tokens for t in samples),
             milliseconds=round(1000 * (time.perf_counter() - started), 1),
         )
 

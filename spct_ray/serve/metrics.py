@@ -37,6 +37,8 @@ class Metrics:
         self._tokens = Counter("spct_tokens", "Tokens read and written.", ["kind"], registry=self._registry)
         self._votes = Counter("spct_votes", "Verdicts by voting and why sampling stopped.", ["voting", "stopped"],
                               registry=self._registry)  # fmt: skip
+        self._principles = Counter("spct_principles", "Verdicts by where their principles came from.", ["source"],
+                                   registry=self._registry)  # fmt: skip
         info = Info("spct_gateway", "This gateway.", registry=self._registry)
         info.info({"model": model, "host": socket.gethostname(), "pid": str(os.getpid())})
 
@@ -55,6 +57,7 @@ class Metrics:
     def verdict(self, answer: JudgeAnswer) -> None:
         """Count a verdict with its samples and tokens."""
         self._votes.labels(answer.voting, answer.stopped).inc()
+        self._principles.labels(answer.principles_source).inc()
         for sample in answer.samples:
             self._samples.labels(sample.failure or "ok").inc()
         self._tokens.labels("prompt").inc(answer.prompt_tokens)

@@ -14,7 +14,7 @@ import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,8 +23,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from spct_ray.errors import ConfigError, EngineError, RequestError, TooLongError
+from spct_ray.judge.cohort import chunks
 from spct_ray.records import Item, Message
 from spct_ray.serve.gateway import Gateway, Plan
+from spct_ray.serve.limits import RateLimited, RateLimiter
 from spct_ray.serve.metrics import CONTENT_TYPE, Metrics
 from spct_ray.serve.schema import (
     BatchAnswer,
@@ -57,9 +59,19 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
     metrics = Metrics(config.name)
     is_allowed = _key_check(config.api_key_env)
+    limiter = RateLimiter(config.judgements_per_minute)
+
+    def charge(request: Request, *asked: tuple[int | Literal["auto"], int]) -> None:
+        """Raises RateLimited. `asked`: the k of each prompt or cohort, with its number of responses."""
+        address = request.client.host if request.client else ""
+        limiter.take(
+            request.headers["authorization"] if config.api_key_env else address,
+            sum((config.k_auto_max if k == "auto" else k) * len(chunks(n, config.max_cohort)) for k, n in asked),
+        )
 
     async def judge(request: Request, body: bytes) -> Response:
         asked = parse(JudgeRequest, body)
+        charge(request, (asked.k, 1))
         if asked.stream:
             return StreamingResponse(_events(gateway, metrics, asked), media_type="text/event-stream")
         answer = await gateway.answer(asked)
@@ -75,12 +87,15 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
             metrics.verdict(answer)
             return BatchResult(answer=answer)
 
-        results = await asyncio.gather(*map(one, parse(BatchRequest, body).requests))
+        batch = parse(BatchRequest, body).requests
+        charge(request, *((asked.k, 1) for asked in batch))
+        results = await asyncio.gather(*map(one, batch))
         return _json(BatchAnswer(results=results))
 
     async def rerank(request: Request, body: bytes) -> Response:
         asked = parse(RerankRequest, body)
         texts = asked.texts
+        charge(request, (asked.k, len(texts)))
         item = Item("rerank", (Message("user", asked.query),), tuple(texts))
         cohort = await gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
         ranked = sorted(
@@ -112,6 +127,7 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
         for i, prompt in enumerate(asked.prompts):
             label = asked.labels[i] if asked.labels else None
             groups.setdefault((prompt, label if isinstance(label, str) else ""), []).append(i)
+        charge(request, *((asked.k, len(members)) for members in groups.values()))
         rewards, scores = [math.nan] * len(asked.query), [math.nan] * len(asked.query)
 
         async def one(prompt: str, label: str, members: list[int]) -> None:
@@ -141,7 +157,7 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
                     response = await _while_connected(request, handler(request, body))
                 except Exception as error:
                     code, fault = _fault(error, gateway)
-                    response = _error(code, fault)
+                    response = _error(code, fault, error.retry_after_s if isinstance(error, RateLimited) else None)
                 status.append(response.status_code)
                 return response
 
@@ -242,6 +258,8 @@ def _fault(error: Exception, gateway: Gateway) -> tuple[int, Fault]:
         return 413, Fault(type="too_long", message=str(error))
     if isinstance(error, RequestError):
         return 422, Fault(type="refused", message=str(error), details=[{"path": "body", "message": str(error)}])
+    if isinstance(error, RateLimited):
+        return 429, Fault(type="rate_limited", message=str(error))
     if isinstance(error, EngineError):
         return 503, Fault(type="unavailable", message=str(error))
     if isinstance(error, TimeoutError):
@@ -284,16 +302,17 @@ def _response(query: str, prompt: str) -> str:
 
 
 def _key_check(variable: str) -> Callable[[Request], bool]:
-    """Whether a request carries the API key as `Authorization: Bearer KEY`; compared in constant time."""
+    """Whether a request carries one of the API keys as `Authorization: Bearer KEY`; compared in constant time."""
     if not variable:
         return lambda request: True
-    if not (key := os.environ.get(variable)):
+    if not (keys := os.environ.get(variable, "").split()):
         raise ConfigError(f"the environment variable {variable} (api_key_env) is not set")
-    expected = hashlib.sha256(f"Bearer {key}".encode()).digest()
+    expected = [hashlib.sha256(f"Bearer {key}".encode()).digest() for key in keys]
 
     def is_allowed(request: Request) -> bool:
         given = request.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
-        return hmac.compare_digest(hashlib.sha256(given).digest(), expected)
+        digest = hashlib.sha256(given).digest()
+        return any(hmac.compare_digest(digest, key) for key in expected)
 
     return is_allowed
 
@@ -309,6 +328,7 @@ def _json(model: BaseModel) -> Response:
     return Response(model.model_dump_json(), media_type="application/json")
 
 
-def _error(status: int, fault: Fault) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+def _error(status: int, fault: Fault, retry_after_s: int | None = None) -> Response:
+    wait_s = RETRY_AFTER_S if status == 503 else retry_after_s
+    headers = None if wait_s is None else {"Retry-After": str(wait_s)}
     return JSONResponse({"error": fault.model_dump()}, status_code=status, headers=headers)

@@ -21,6 +21,8 @@ MAX_BATCH = 256  # requests of a batch
 MAX_DETAILS = 20  # faults of a request that are told
 MAX_PATH = 200  # characters of a fault's path, which may be a key of the request's own
 
+PrinciplesSource = Literal["none", "given", "generated", "cached", "failed"]
+
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
@@ -68,8 +70,9 @@ class JudgeRequest(_Strict):
     """One query with the responses to be scored. A temperature or seed left out is the server's choice.
 
     `k` samples are drawn (Eq. 14), or with "auto" as many as settle the winner; with a meta RM the `k_meta` best of
-    them are summed (default: half, at least 1). `principles` is a rubric to judge by, `reference` an answer known to
-    be right. The same seed gives the same response orders and sampling seeds.
+    them are summed (default: half, at least 1). `principles` is a rubric to judge by, or "auto" for one that the judge
+    writes from the query alone, once for all samples; `reference` is an answer known to be right. The same seed gives
+    the same response orders and sampling seeds.
     """
 
     messages: tuple[MessageIn, ...]
@@ -130,6 +133,8 @@ class JudgeAnswer(BaseModel):
     used, then `failures` says why by name. `winner` is one of `winners`, drawn with the seed when they tie; a single
     response has no winner. `confidence` is the share of bootstrap resamples of the used samples that `winner` wins
     (null for fewer than two). `voting` is "plain" where no meta RM scored the samples; `voting_reason` says why.
+    `principles` are those that the judge was shown ("" for none): "given" by the request, "generated" for it, or
+    "cached" from an earlier one; "failed" means that the judge wrote none when asked to, and judged without.
     `stopped`: all `k` were sampled, an adaptive k was "settled", or the "budget" was spent. `weight_version` is the
     newest of the samples'. `milliseconds` counts from the gateway's having read the request.
     """
@@ -147,6 +152,8 @@ class JudgeAnswer(BaseModel):
     failures: dict[str, int]
     voting: Literal["meta", "plain"]
     voting_reason: str
+    principles: str
+    principles_source: PrinciplesSource
     samples: list[SampleOut]
     model: str
     weight_version: int

@@ -1,0 +1,38 @@
+"""A judge replica without a model, for tests of what stands around replicas: it thinks a moment, and says who it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from concurrent.futures import Future
+
+from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.serve.app import JudgeReplica
+from spct_ray.serve.backends import LocalJudge
+
+SECONDS = 0.2  # to think
+
+
+class _ThinkingEngine(ScriptedEngine):
+    """A query "wait for FILE" is thought about until there is that file."""
+
+    def submit(self, request):
+        future, awaited = Future(), re.search(r"wait for (\S+)", request.messages[0].content)
+
+        def answer():
+            while awaited and not os.path.exists(awaited[1]):
+                time.sleep(0.05)
+            if future.set_running_or_notify_cancel():
+                future.set_result(super(_ThinkingEngine, self).submit(request).result())
+
+        threading.Timer(SECONDS, answer).start()
+        return future
+
+
+class ScriptedReplica(JudgeReplica):
+    """Each judgement is a tie over the two orders, and names the process that wrote it."""
+
+    def __init__(self, config):
+        LocalJudge.__init__(self, _ThinkingEngine(lambda request: [f"{os.getpid()} Scores: \\boxed{{5, 6}}"]), config)
