@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 
 from spct_ray.config import load
-from spct_ray.engines.base import Request
+from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
-from spct_ray.errors import ConfigError, DataError, RequestError
+from spct_ray.errors import ConfigError, DataError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.parse import Failure, Scale, after_thinking, parse_scores, read_best, read_verdict
@@ -264,3 +265,39 @@ def test_who_refuses_what(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("root: x\njudge: {mode: bests}\n")
     with pytest.raises(ConfigError, match=r"judge\.mode"):
         load(Recipe, str(tmp_path / "c.yaml"))
+
+
+class PendingEngine(ScriptedEngine):
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda request: [""])
+        self.asked: list[Future[Any]] = []
+
+    def submit(self, request: Request) -> Future[Any]:
+        self.asked.append(Future())
+        return self.asked[-1]
+
+
+def test_cancelling_a_judgement_cancels_all_its_prompts() -> None:
+    engine = PendingEngine()
+    EngineJudge(engine, JudgeConfig(mode="single"), "m").submit(task()).cancel()
+    assert [f.cancelled() for f in engine.asked] == [True] * 3
+    engine = PendingEngine()
+    made = EngineJudge(engine, JudgeConfig(mode="query_principles"), "m").submit(task())
+    (written,) = (
+        ScriptedEngine(lambda request: ["Primality"]).submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
+    )
+    engine.asked[0].set_result((written,))
+    assert len(engine.asked) == 2  # the judgement is asked for once the principles are there
+    made.cancel()
+    assert engine.asked[1].cancelled()
+
+
+def test_a_dead_engine_ends_a_judgement_of_several_prompts_once() -> None:
+    engine = PendingEngine()
+    made = EngineJudge(engine, JudgeConfig(mode="pairwise"), "m").submit(task())
+    for future in engine.asked:
+        future.set_exception(EngineError("died"))
+    with pytest.raises(EngineError, match="died"):
+        made.result(timeout=0)
