@@ -1,7 +1,8 @@
-"""Our training beside the usual way to do it, in one run: `python jobs/bench.py train [--json FILE] [options]`.
+"""What we do beside the usual way to do it, in one run: `python jobs/bench.py train` or `serve`.
 
-Each side is a process of its own, so that its peak memory is its own; the two of a comparison take turns on the same
-threads, repeat by repeat. The first repeat is dropped, the rest give medians. Both sides must find the same loss.
+train: each side is a process of its own, so that its peak memory is its own; the two of a comparison take turns on the
+same threads, repeat by repeat. The first repeat is dropped, the rest give medians. Both sides must find the same loss.
+serve: see spct_ray/serve/speed.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from spct_ray.cli import guarded
 from spct_ray.errors import SpctError
+from spct_ray.serve import speed
 
 _FORK = multiprocessing.get_context("fork")  # nothing is computed before it, so that no thread is lost
 
@@ -144,9 +146,11 @@ def train(options: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the arguments and run one bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(required=True, metavar="BENCH").add_parser(
-        "train", help="GRPO and SFT updates against padded ones, log-probs against all logits"
-    )
+    commands = parser.add_subparsers(required=True, metavar="BENCH")
+    service = commands.add_parser("serve", help="the voting service against the same engine driven directly")
+    speed.add_arguments(service)
+    service.set_defaults(handler=speed.serve)
+    command = commands.add_parser("train", help="GRPO and SFT updates and log-probs against the usual way")
     command.add_argument("--model", metavar="DIR", help="a model directory (default: random, SmolLM2-135M's shape)")
     command.add_argument("--layers", type=int, default=30, help="of the random model")
     command.add_argument("--repeats", type=int, default=4)

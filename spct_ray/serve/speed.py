@@ -1,6 +1,6 @@
 """What the voting service costs: the same judgements through it, over HTTP, and by the same engine driven directly.
 
-`python jobs/bench_serve.py [--model DIR]`. Both engines live side by side and work in turns, so that a machine whose
+`python jobs/bench.py serve [--model DIR]`. Both engines live side by side and work in turns, so that a machine whose
 speed drifts favours neither; each request shows new texts, so that neither finds its prompt cached. Without a model it
 makes one of SmolLM2-135M's shape with random weights, which writes nonsense at the same speed: what it writes is no
 judgement, and only its tokens and seconds count. Prints a table and, as its last line, one JSON object.
@@ -46,9 +46,8 @@ class Took:
 Judge = Callable[[Sequence[Item], int], Took]  # k judgements of each item, all at once
 
 
-def main() -> None:
-    """Measure, print the table and the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--model", help="model directory of the judge (default: SmolLM2-135M's shape, random)")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of each engine")
     parser.add_argument("--items", type=int, default=6, help="items judged at once at saturation")
@@ -56,7 +55,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=800, help="about; exact for the random model")
     parser.add_argument("--max-tokens", type=int, default=40, help="of one judgement")
     parser.add_argument("--runs", type=int, default=3, help="rounds of all measurements; medians count")
-    arguments = parser.parse_args()
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Measure, print the table and the JSON."""
     with tempfile.TemporaryDirectory() as directory:
         model = os.path.abspath(arguments.model or _random_model(directory))
         config = _config(model, arguments)
@@ -238,7 +240,3 @@ def _random_model(directory: str) -> str:
     )
     LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(directory)
     return directory
-
-
-if __name__ == "__main__":
-    main()
