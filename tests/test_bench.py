@@ -53,7 +53,15 @@ def test_chunked_and_naive_log_probs_are_the_same_work(monkeypatch: pytest.Monke
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_bench_runs_and_both_sides_find_the_same_losses(tmp_path: Path) -> None:
-    options = {"layers": 1, "repeats": 2, "prompts": 2, "group-size": 3, "prompt-tokens": 24, "completion-tokens": 12}
+    options = {
+        "layers": 1,
+        "repeats": 2,
+        "prompts": 2,
+        "group-size": 3,
+        "prompt-tokens": 24,
+        "completion-tokens": 12,
+        "threads": 1,
+    }
     words = [f"--{name}={value}" for name, value in {**options, "micro-tokens": 90, "head-tokens": 8}.items()]
     command = [sys.executable, "jobs/bench.py", "train", f"--json={tmp_path / 'bench.json'}", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

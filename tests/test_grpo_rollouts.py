@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_tiny_tokenizer
 
+from jobs.replay import main as replay_job
 from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
@@ -397,3 +398,9 @@ def test_a_replay_without_a_dump_to_start_from_says_what_to_do(tmp_path: Path) -
     RolloutDump(context.out).write(3, [[make_rollout("correct")]], make_tiny_tokenizer())
     with pytest.raises(DataError, match=r"\(dumped steps: \[3\]\); run with resources.grpo.dump_rollouts=true"):
         next(replay(context, GrpoConfig(), GrpoResources()))
+
+
+def test_the_replay_job_looks_where_the_run_with_its_arguments_is(tmp_path: Path) -> None:
+    demo = str(Path(__file__).parent.parent / "conf" / "demo.yaml")
+    with pytest.raises(DataError, match=rf"{tmp_path}/steps/grpo-[0-9a-f]{{12}}: no checkpoint is followed by dumped"):
+        replay_job(demo, [f"root={tmp_path}"], "python jobs/replay.py")

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spct_ray.learn.batch import BatchSize
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
@@ -58,9 +60,6 @@ Side = Callable[[], Repeat]
 
 def write_model(directory: str, layers: int) -> None:
     """A random Llama of SmolLM2-135M's shape, and a tokenizer that satisfies the loader."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100000.0,
@@ -214,8 +213,6 @@ def _trainer(model_dir: str, sizes: Sizes) -> Trainer:
 
 
 def _plain(model_dir: str) -> tuple[Any, torch.optim.Optimizer, Callable[[], Any]]:
-    from transformers import AutoModelForCausalLM
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).train()
     options = {"lr": OPTIM.lr, "betas": OPTIM.betas, "weight_decay": OPTIM.weight_decay}
