@@ -59,8 +59,7 @@ def start(resources: ClusterResources) -> Iterator[None]:
             ) from error
     else:
         gib = resources.object_store_gib
-        ray.init(
-            address="local",
+        _start_local(
             num_cpus=resources.num_cpus,
             object_store_memory=None if gib is None else int(gib * 2**30),
             include_dashboard=False,
@@ -72,6 +71,20 @@ def start(resources: ClusterResources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()  # a cluster that was there before goes on
+
+
+def _start_local(**options: Any) -> None:
+    """A new Ray on this machine. Ray gives its own processes 30 s to start, too few on a busy machine: so try again."""
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises no class of its own here
+            if "timed out during startup" not in str(error) or not attempts_left:
+                raise
+            ray.shutdown()  # what is left of the attempt ends with this process at the latest
 
 
 def exit_with_raylet() -> None:
