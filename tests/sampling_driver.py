@@ -31,7 +31,7 @@ if __name__ == "__main__":
     from spct_ray.cluster.sampling import sample
 
     out = sys.argv[1]
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000)
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, object_store_memory=300_000_000)
     train, _ = generate(BuiltinConfig(size_train=40, size_heldout=1), 1)
     tasks = [task for item in train for task in tasks_of(item, SampleConfig(), 5)]
     sample(tasks, partial(NotingJudge, out), out, SamplingResources(block_size=10), lambda *a: None)

@@ -286,7 +286,7 @@ def test_cancelling_a_judgement_cancels_all_its_prompts() -> None:
     engine = PendingEngine()
     made = EngineJudge(engine, JudgeConfig(mode="query_principles"), "m").submit(task())
     (written,) = (
-        ScriptedEngine(lambda request: ["Primality"]).submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
+        ScriptedEngine(lambda request: ["Specific Criteria: Primality"]).submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
     )
     engine.asked[0].set_result((written,))
     assert len(engine.asked) == 2  # the judgement is asked for once the principles are there
