@@ -285,9 +285,8 @@ def test_cancelling_a_judgement_cancels_all_its_prompts() -> None:
     assert [f.cancelled() for f in engine.asked] == [True] * 3
     engine = PendingEngine()
     made = EngineJudge(engine, JudgeConfig(mode="query_principles"), "m").submit(task())
-    (written,) = (
-        ScriptedEngine(lambda request: ["Specific Criteria: Primality"]).submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
-    )
+    scripted = ScriptedEngine(lambda request: ["Specific Criteria: Primality"])
+    (written,) = scripted.submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
     engine.asked[0].set_result((written,))
     assert len(engine.asked) == 2  # the judgement is asked for once the principles are there
     made.cancel()

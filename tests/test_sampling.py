@@ -101,6 +101,7 @@ def ray_session():
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
+        address="local",
         num_cpus=3,
         include_dashboard=False,
         log_to_driver=False,
