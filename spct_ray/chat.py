@@ -28,7 +28,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     Raises ConfigError when the tokenizer has no usable chat template, RequestError when the template refuses these
     messages (some know no system role) or a text is not Unicode (half of a surrogate pair).
     """
-    _check_template(tokenizer, tokenizer.chat_template)
+    _check_template(tokenizer, _template(tokenizer))
     return _encode(tokenizer, messages, generate=True)
 
 
@@ -47,7 +47,7 @@ def encode_example(tokenizer: Any, messages: Sequence[Message], completion: str)
 
 def end_of_turn(tokenizer: Any) -> int:
     """Id of the token that ends an assistant's turn in the chat template (often, but not always, the EOS token)."""
-    return _end_of_turn(tokenizer, tokenizer.chat_template)
+    return _end_of_turn(tokenizer, _template(tokenizer))
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,7 +120,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
     """The special tokens, and those that are not called so but that the chat template writes (say, "<think>")."""
-    return _tokens_of_template(tokenizer, tokenizer.chat_template)
+    return _tokens_of_template(tokenizer, _template(tokenizer))
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,6 +142,12 @@ def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> str:
     except jinja2.TemplateError as error:
         roles = ", ".join(m.role for m in messages)
         raise RequestError(f"{_name(tokenizer)}: the chat template refuses turns ({roles}): {error}") from error
+
+
+def _template(tokenizer: Any) -> str:
+    """The chat template, "" for none; of several, the one that is rendered."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else str(tokenizer.get_chat_template())
 
 
 def _end_of_prompt(tokenizer: Any) -> tuple[str, str, str]:

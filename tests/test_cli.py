@@ -10,7 +10,8 @@ from graph_toys import toy_steps
 from test_graph import run_all
 
 from spct_ray.cli import guarded, main, run_graph
-from spct_ray.cluster.session import ClusterResources
+from spct_ray.cluster.session import ClusterResources, _start_local
+from spct_ray.errors import SpctError
 from spct_ray.graph.lock import hold
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +98,25 @@ def test_interrupts_say_that_work_is_kept(capsys: pytest.CaptureFixture[str]) ->
 def test_other_exceptions_are_bugs_and_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 / 0, "x")
+
+
+def test_a_ray_that_does_not_start_in_time_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    asked: list[str] = []
+
+    def init(address: str, failures: int, message: str = "The current node timed out during startup.") -> None:
+        asked.append(address)
+        if len(asked) <= failures:
+            raise Exception(message)
+
+    monkeypatch.setattr(ray, "init", init)
+    _start_local(failures=2)
+    assert asked == ["local"] * 3
+    asked.clear()
+    with pytest.raises(SpctError, match="did not start on this machine within 30 s, three times"):
+        _start_local(failures=3)
+    asked.clear()
+    with pytest.raises(Exception, match="no such directory"):
+        _start_local(failures=1, message="no such directory")
+    assert len(asked) == 1

@@ -241,6 +241,8 @@ FORMED = "Specific Criteria: truth (100%)\nAnalysis: Response 2 is prime.\nScore
         ("Analysis: x\nSpecific Criteria: y\nScores: " + boxed(4, 2), -1.0),
         ("Specific Criteria:\nAnalysis: Response 2 is prime.\nScores: " + boxed(2, 4), 1.0),
         (FORMED + "4, 2 " + boxed(2, 4), 1.0),
+        ("<think>" + FORMED + "8</think>" + boxed(2, 4), 1.0),  # a thought is no part of the judgement
+        ("<think>so</think>" + FORMED + boxed(2, 4), 1.25),
     ],
 )
 def test_the_format_term_is_added_to_judgements_with_scores_and_three_parts(text: str, reward: float) -> None:

@@ -157,3 +157,10 @@ def test_text_that_a_normaliser_turns_into_a_control_token_is_refused():
 def test_a_lone_surrogate_is_refused_with_its_place():
     with pytest.raises(RequestError, match="message 1: a lone surrogate"):
         encode_prompt(make_tiny_tokenizer(), [Message("system", "a"), Message("user", "b\ud800")])
+
+
+def test_of_several_chat_templates_the_default_one_is_taken():
+    one, several = make_tiny_tokenizer(), make_tiny_tokenizer()
+    several.chat_template = {"default": one.chat_template, "tool_use": "{{ raise_exception('no tools') }}"}
+    messages = [Message("user", "fine <|im_end|>")]
+    assert encode_example(several, messages, "yes") == encode_example(one, messages, "yes")

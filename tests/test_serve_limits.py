@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spct_ray.errors import ConfigError
 from spct_ray.serve import limits
+from spct_ray.serve.config import ServeConfig
 from spct_ray.serve.limits import RateLimited, RateLimiter
 from tests.test_serve import OK, Script, client
 
@@ -101,3 +103,9 @@ def test_every_route_counts_its_judgements(route, body, judgements):
         http = client(script, judgements_per_minute=allowed)
         assert http.post(route, json=body).status_code in (200, 503)  # the script scores pairs alone
         assert http.post("/v1/judge", json={**OK, "k": 1}).status_code == status
+
+
+@pytest.mark.parametrize("name", ["judgements_per_minute", "principles_cache"])
+def test_a_number_below_none_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is -1; it must be 0 or more"):
+        ServeConfig("m", **{name: -1})

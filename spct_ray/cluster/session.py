@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from spct_ray.errors import ConfigError
+from spct_ray.errors import ConfigError, SpctError
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -74,17 +74,24 @@ def start(resources: ClusterResources) -> Iterator[None]:
 
 
 def _start_local(**options: Any) -> None:
-    """A new Ray on this machine. Ray gives its own processes 30 s to start, too few on a busy machine: so try again."""
+    """A new Ray on this machine. Ray gives its own processes 30 s to start, too few on a busy machine: so try again.
+
+    Raises SpctError after the third time.
+    """
     import ray
 
-    for attempts_left in (2, 1, 0):
+    for _ in range(3):
         try:
             ray.init(address="local", **options)
             return
         except Exception as error:  # Ray raises no class of its own here
-            if "timed out during startup" not in str(error) or not attempts_left:
+            if "timed out during startup" not in str(error):
                 raise
+            last = error
             ray.shutdown()  # what is left of the attempt ends with this process at the latest
+    raise SpctError(
+        "Ray did not start on this machine within 30 s, three times; end other work or free memory, and try again"
+    ) from last
 
 
 def exit_with_raylet() -> None:

@@ -68,6 +68,9 @@ class ServeConfig:
     resources: ServeResources = field(default_factory=ServeResources)
 
     def __post_init__(self) -> None:
+        for name in ("judgements_per_minute", "principles_cache"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.judge.mode != "list":
             raise ConfigError(
                 f"judge.mode {self.judge.mode!r} cannot be served: the server judges in mode 'list', and a request may "

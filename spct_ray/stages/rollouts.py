@@ -17,7 +17,7 @@ from typing import Literal
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.orders import balanced_orders
-from spct_ray.judge.parse import Failure, has_three_parts
+from spct_ray.judge.parse import Failure, after_thinking, has_three_parts
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.rule import is_correct, is_ordered
 from spct_ray.judge.seeds import derive_seed
@@ -124,7 +124,7 @@ def to_rollout(
     """Parse and compare with the truth; an unparsable judgement has its failure as outcome."""
     trajectory = to_trajectory(task, judge, text=completion.text, stop_reason=completion.stop_reason, model="policy")
     outcome = outcome_of(trajectory, task.item, rule)
-    well_formed = not trajectory.failure and has_three_parts(completion.text)
+    well_formed = not trajectory.failure and has_three_parts(after_thinking(trajectory.text) or "")
     return Rollout(
         item_id=task.item.id,
         token_ids=completion.prompt_token_ids + completion.token_ids,
