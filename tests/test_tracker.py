@@ -143,10 +143,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_key_sets_the_tracker_of_every_step_that_trains_and_changes_no_id() -> None:
     demo = str(ROOT / "conf" / "demo.yaml")
-    graph = build_steps(load(Recipe, demo, ["resources.tracker=mlflow"]))
-    assert step_ids(graph, 1) == step_ids(build_steps(load(Recipe, demo)), 1)
+    graph = build_steps(load(Recipe, demo, ["bradley_terry={}", "resources.tracker=mlflow"]))
+    assert step_ids(graph, 1) == step_ids(build_steps(load(Recipe, demo, ["bradley_terry={}"])), 1)
     steps = {step.name: step for step in graph}
-    trains = [steps["rft"].resources, steps["grpo"].resources.train, steps["meta"].resources]
-    assert [resources.tracker for resources in trains] == ["mlflow"] * 3
+    trains = [steps["grpo"].resources.train, *(steps[name].resources for name in ("rft", "meta", "bradley_terry"))]
+    assert [resources.tracker for resources in trains] == ["mlflow"] * 4
     with pytest.raises(ConfigError, match=r"resources\.meta\.tracker: all steps share one, set resources\.tracker"):
         build_steps(load(Recipe, demo, ["resources.meta.tracker=wandb"]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -58,16 +58,29 @@ class Repeat:
 Side = Callable[[], Repeat]
 
 
-def write_model(directory: str, layers: int) -> None:
-    """A random Llama of SmolLM2-135M's shape, and a tokenizer that satisfies the loader."""
-    config = LlamaConfig(
+def write_model(directory: str, layers: int = 30) -> None:
+    """A Llama of SmolLM2-135M's shape with random weights; its tokens are bytes, and words that no text encodes to."""
+    control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*control, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"word{i}" for i in range(49152 - len(pieces))]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=control[0], eos_token=control[2], additional_special_tokens=[control[1]],
+        chat_template=template,
+    ).save_pretrained(directory)  # fmt: skip
+    torch.manual_seed(0)
+    shape = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100000.0,
+        pad_token_id=0, bos_token_id=None, eos_token_id=2,
     )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(directory)
+    LlamaForCausalLM(shape).save_pretrained(directory)
 
 
 def grpo_ours(model_dir: str, sizes: Sizes) -> Side:

@@ -6,9 +6,20 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 PROGRESS_SECONDS = 5.0  # least time between two progress lines of one phase
+
+
+class Replicas(Protocol):
+    """Resources of a step that runs in equal replicas."""
+
+    @property
+    def num_replicas(self) -> int: ...
+    @property
+    def cpus_per_replica(self) -> float: ...
+    @property
+    def gpus_per_replica(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,12 @@ class Demand:
 
     cpus: float
     gpus: float = 0.0
+
+    @classmethod
+    def of_replicas(cls, resources: Replicas) -> Demand:
+        """What all replicas take together."""
+        num = resources.num_replicas
+        return cls(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
 
 
 @dataclass

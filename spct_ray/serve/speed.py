@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def serve(arguments: argparse.Namespace) -> None:
     """Measure, print the table and the JSON."""
     with tempfile.TemporaryDirectory() as directory:
-        model = os.path.abspath(arguments.model or _random_model(directory))
+        if not arguments.model:
+            from spct_ray.benchmarks.training_speed import write_model
+
+            write_model(directory)
+        model = os.path.abspath(arguments.model or directory)
         config = _config(model, arguments)
         with _Direct(config) as direct:
             from spct_ray.cluster import session
@@ -199,44 +203,3 @@ def _config(model: str, arguments: argparse.Namespace) -> ServeConfig:
             cluster=ClusterResources(num_cpus=arguments.cores + 1, object_store_gib=0.1),
         ),
     )
-
-
-def _random_model(directory: str) -> str:
-    """SmolLM2-135M's shape with random weights; its tokens are bytes, and words that no text encodes to."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    pieces = [*control, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"word{i}" for i in range(49152 - len(pieces))]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=control[0],
-        eos_token=control[2],
-        additional_special_tokens=[control[1]],
-        chat_template=template,
-    ).save_pretrained(directory)
-    torch.manual_seed(SEED)
-    shape = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(shape).to(torch.bfloat16).save_pretrained(directory)
-    return directory

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.config import OptimConfig, TrainResources
-from spct_ray.stages.supervised import SupervisedConfig, summary_of_metrics, train
+from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
 
 VERSION = 1
 
@@ -33,12 +33,7 @@ def run(context: StepContext, config: BradleyTerryConfig, resources: TrainResour
 
     Raises DataError when no pair is short enough, SpctError when training diverges.
     """
-    from spct_ray.cluster.train import run_ranks
-
-    counts = write_training_file(context, config)
-    context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
-    run_ranks(train_loop, (context, config, resources), resources, context)
-    return {**counts, **summary_of_metrics(context.out)}
+    return run_on_ranks(context, config, resources, train_loop, write_training_file(context, config))
 
 
 def train_loop(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> None:

@@ -253,7 +253,15 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
                 raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
             scoring = where.meta_scores
             steps.append(
-                Step(name, scalar.run, scalar.VERSION, scalar.ScalarConfig(), scoring, _scorers(scoring), inputs)
+                Step(
+                    name,
+                    scalar.run,
+                    scalar.VERSION,
+                    scalar.ScalarConfig(),
+                    scoring,
+                    Demand.of_replicas(scoring),
+                    inputs,
+                )
             )
             read |= {name: name}
             continue
@@ -264,14 +272,12 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             steps.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
         else:
             engines = where.evaluate or judge.resources
-            demand = Demand(
-                engines.num_replicas * engines.cpus_per_replica, engines.num_replicas * engines.gpus_per_replica
-            )
+            demand = Demand.of_replicas(engines)
             steps.append(Step(name, evaluate.run_both_orders, evaluate.VERSION, config, engines, demand, inputs))
         read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
-            scorers, demand = where.meta_scores, _scorers(where.meta_scores)
+            scorers, demand = where.meta_scores, Demand.of_replicas(where.meta_scores)
             steps.append(_model_step(meta, judge.meta, one))
             inputs = {"items": "benchmarks", "meta": meta, name: name}
             unset = meta_scores.MetaScoresConfig()
@@ -288,11 +294,6 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
     shown = compare.CompareConfig(names, prompts, tuple(spec.name for spec in asked.benchmarks), labels, ks)
     steps.append(Step("report", compare.run, compare.VERSION, shown, compare.CompareResources(), one, read))
     return steps
-
-
-def _scorers(resources: meta_scores.MetaScoresResources) -> Demand:
-    num = resources.num_replicas
-    return Demand(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
 
 
 def _unique(judges: Sequence[Judge]) -> list[Judge]:

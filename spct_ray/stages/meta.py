@@ -21,7 +21,7 @@ from spct_ray.judge.rule import is_correct
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, summary_of_metrics, train
+from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
 
 VERSION = 2
 
@@ -52,11 +52,8 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
     Raises DataError when nothing is left to train on or to hold out, SpctError when training diverges.
     """
     from spct_ray.benchmarks.metrics import auc, ece
-    from spct_ray.cluster.train import run_ranks
 
-    counts = write_training_files(context, config)
-    context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
-    run_ranks(train_loop, (context, config, resources), resources, context)
+    trained = run_on_ranks(context, config, resources, train_loop, write_training_files(context, config))
     heldout = json.loads(Path(context.out, "heldout.json").read_text())
     logits, labels = heldout["logits"], heldout["labels"]
     measured: dict[str, Any] = {
@@ -67,7 +64,7 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
     }
     shown = {name: None if value is None else round(value, 3) for name, value in measured.items()}
     context.log(", ".join(f"{name} {value}" for name, value in shown.items()))
-    return {**counts, **summary_of_metrics(context.out), **measured}
+    return trained | measured
 
 
 def train_loop(context: StepContext, config: MetaConfig, resources: TrainResources) -> None:

@@ -6,14 +6,12 @@ cluster with another `resources:` block, and only the former makes a step's iden
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.data.sources import with_content
-from spct_ray.engines.base import EngineResources
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES
@@ -116,21 +114,21 @@ def build_steps(recipe: Recipe) -> list[Step]:
         end = "" if number == 1 else f"_{number}"
         config = recipe.sample if number == 1 else replace(recipe.sample, sampler=SamplerConfig("student"))
         inputs = {"items": "items"} | ({"judge": judge} if config.sampler.kind == "student" else {})
-        sampled = add(f"sample{end}", sample, config, where.sample, _sampling(where.sample), inputs)
+        sampled = add(f"sample{end}", sample, config, where.sample, Demand.of_replicas(where.sample), inputs)
         chosen = {"items": "items", "sample": sampled}
         selected = add(f"select{end}", select, select.SelectConfig(), select.SelectResources(), one, chosen)
         judge = add(
             f"rft{end}", rft, recipe.rft, where.rft, _training(where.rft), {"student": "student", "select": selected}
         )
-    rollout, training = where.grpo.rollout, _training(where.grpo.train)
-    both = Demand(training.cpus + _engines(rollout).cpus, training.gpus + _engines(rollout).gpus)
+    rollouts, training = Demand.of_replicas(where.grpo.rollout), _training(where.grpo.train)
+    both = Demand(training.cpus + rollouts.cpus, training.gpus + rollouts.gpus)
     add("grpo", grpo, recipe.grpo, where.grpo, both, {"items": "items", "rft": judge})
     add(
         "onpolicy",
         sample,
         recipe.onpolicy,
         where.onpolicy,
-        _sampling(where.onpolicy),
+        Demand.of_replicas(where.onpolicy),
         {"items": "items", "judge": "grpo"},
     )
     meta_inputs = {"items": "items", "select": selected, "onpolicy": "onpolicy", "init": _init(recipe.meta.init, judge)}
@@ -142,10 +140,12 @@ def build_steps(recipe: Recipe) -> list[Step]:
     evaluated: Inputs = {}
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         name, inputs = f"evaluate_{model}", {"items": "items", "judge": step}
-        evaluated[name] = add(name, evaluate, recipe.evaluate, where.evaluate, _sampling(where.evaluate), inputs)
+        evaluated[name] = add(
+            name, evaluate, recipe.evaluate, where.evaluate, Demand.of_replicas(where.evaluate), inputs
+        )
     scores = where.meta_scores
     score_inputs = {"items": "items", "meta": "meta", **evaluated}
-    add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, _engines(scores), score_inputs)
+    add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, Demand.of_replicas(scores), score_inputs)
     read = {name: name for name in ("items", "grpo", "meta", "meta_scores")}
     read |= {
         "student": "student",
@@ -179,15 +179,8 @@ def _with_tracker(where: Resources) -> Resources:
         return replace(resources, tracker=where.tracker)
 
     policy = replace(where.grpo, train=tracked("grpo.train", where.grpo.train))
-    return replace(where, rft=tracked("rft", where.rft), grpo=policy, meta=tracked("meta", where.meta))
-
-
-def _engines(resources: SamplingResources | EngineResources | meta_scores.MetaScoresResources) -> Demand:
-    num = resources.num_replicas
-    return Demand(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
-
-
-_sampling: Callable[[SamplingResources], Demand] = _engines
+    rft, meta = tracked("rft", where.rft), tracked("meta", where.meta)
+    return replace(where, grpo=policy, rft=rft, meta=meta, bradley_terry=tracked("bradley_terry", where.bradley_terry))
 
 
 def _training(resources: TrainResources) -> Demand:

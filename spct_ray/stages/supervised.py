@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from spct_ray.learn.model import Head
     from spct_ray.learn.trainer import Trainer
 
+TrainLoop = Callable[[StepContext, Any, TrainResources], None]  # runs on every rank
+Counts = dict[str, int]
+
 
 @dataclass(frozen=True)
 class SupervisedConfig:
@@ -39,6 +42,17 @@ class SupervisedConfig:
     max_steps: int = 0
     max_tokens: int = 4096
     checkpoint_every: int = 50
+
+
+def run_on_ranks(
+    context: StepContext, config: SupervisedConfig, resources: TrainResources, train_loop: TrainLoop, counts: Counts
+) -> dict[str, Any]:
+    """Log the counts of the training file that was written, train, and give the counts with `summary_of_metrics`."""
+    from spct_ray.cluster.train import run_ranks
+
+    context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
+    run_ranks(train_loop, (context, config, resources), resources, context)
+    return {**counts, **summary_of_metrics(context.out)}
 
 
 def train(
