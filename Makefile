@@ -19,7 +19,7 @@ $(VENV)/.ready-$(EXTRA): pyproject.toml constraints.txt
 	@echo "==> setting up $(VENV) ($(EXTRA))"
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv==0.13.9
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -c constraints.txt -e '.[$(EXTRA),dev]'
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python -c constraints.txt -e '.[$(EXTRA),dev]'
 	touch $@
 
 demo: setup
