@@ -28,6 +28,11 @@ class ClusterResources:
     object_store_gib: float | None = None
 
 
+def is_local(resources: ClusterResources) -> bool:
+    """Whether no existing cluster is named, so that Ray runs on this machine alone."""
+    return not (os.environ.get("RAY_ADDRESS") or resources.address)
+
+
 @contextlib.contextmanager
 def start(resources: ClusterResources) -> Iterator[None]:
     """Be connected to Ray inside the `with` block.
