@@ -24,7 +24,7 @@ from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
+from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
 from spct_ray.records import Item
 from spct_ray.stages.phases import Phases
 from spct_ray.stages.rollout_dump import RolloutDump
@@ -68,6 +68,7 @@ class GrpoConfig:
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     steps: int = 900
     prompts_per_step: int = 128
     group_size: int = 4
@@ -89,6 +90,11 @@ class GrpoConfig:
             raise ConfigError(
                 f"prompts_per_step is {self.prompts_per_step}; reward both_orders asks for each item in two orders, so "
                 "it must be even"
+            )
+        if self.lora.rank and self.lora.dropout:
+            raise ConfigError(
+                f"lora.dropout is {self.lora.dropout}; the engine samples without, so another policy than the "
+                "sampled one would be trained: set it to 0"
             )
         if self.dynamic_sampling < 0:
             raise ConfigError(
@@ -164,6 +170,7 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
         resources=resources.train,
         total_steps=config.steps,
         seed=context.seed,
+        lora=config.lora,
     )
     first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
     reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
