@@ -3,6 +3,7 @@
 train: each side is a process of its own, so that its peak memory is its own; the two of a comparison take turns on the
 same threads, repeat by repeat. The first repeat is dropped, the rest give medians. Both sides must find the same loss.
 trl: the same with TRL's own trainers, see spct_ray/stages/trl_speed.py. serve: see spct_ray/serve/speed.py.
+plan: nothing runs; what a configuration needs on paper, see spct_ray/stages/scaling.py.
 """
 
 from __future__ import annotations
@@ -163,6 +164,15 @@ def trl(options: argparse.Namespace) -> None:
     _finish({"bench": "trl", "threads": threads, "work": asdict(work), "results": results}, options)
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Memory of each GPU and time of a step on paper, see docs/scaling.md."""
+    from spct_ray.config import load
+    from spct_ray.stages.plan_check import tables
+    from spct_ray.stages.recipe import Recipe
+
+    print(tables(load(Recipe, options.config, options.overrides), options.gpus))
+
+
 @contextlib.contextmanager
 def _model(options: argparse.Namespace) -> Iterator[str]:
     """The given model directory, or a random one of SmolLM2-135M's shape."""
@@ -206,6 +216,11 @@ def main() -> None:
         for name, value in {**defaults, "group-size": 4, "micro-tokens": 4096}.items():
             command.add_argument(f"--{name}", type=int, default=value)
         command.set_defaults(handler=handler)
+    paper = commands.add_parser("plan", help="memory of each GPU and time of a GRPO step on paper (docs/scaling.md)")
+    paper.add_argument("config", metavar="CONFIG")
+    paper.add_argument("overrides", nargs="*", metavar="key=value")
+    paper.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="for so many GPUs, e.g. 8 16 64")
+    paper.set_defaults(handler=plan)
     names = ("grpo", "grpo-kl", "sft")
     peer.add_argument("--only", nargs="+", choices=names, default=names, help="these comparisons (default: all)")
     options = parser.parse_args()
