@@ -94,11 +94,14 @@ def load_graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list
 
 
 def _show_plan(parsed: argparse.Namespace) -> None:
+    from spct_ray.stages.plan_check import check
+
     recipe, steps, root = load_graph(parsed.config, parsed.overrides)
     _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed))}")
     lock = os.path.join(root, ".lock")
     if is_held(lock):
         _say(f"now running: {holder(lock)}")
+    check(recipe)
 
 
 def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -> None:
