@@ -42,6 +42,7 @@ COMPACT: list[tuple[ModeName, dict[str, str], str]] = [
     ("best", {}, "Name the best: 1-2.\n" + SHOWN.format("")),
     ("reference", {"reference": "7"}, "Score 1-10.\n" + SHOWN.format("Reference: 7\n")),
     ("principles", {"principles": "Truth"}, "Score 1-10.\n" + SHOWN.format("Principles: Truth\n")),
+    ("no_principles", {"principles": "Truth"}, "Score 1-10.\n" + SHOWN.format("")),
 ]
 
 
@@ -79,6 +80,8 @@ TEXTS: list[tuple[ModeName, dict[str, str], str, str, str]] = [
      "an overall score.", SCALE,
      "Specific Criteria: <those of the given principles that matter here, each with its weight>\n"
      "Analysis: <compare the responses by the general and the specific criteria>\nScores: \\boxed{x1, x2}\n"),
+    ("no_principles", {}, "By the general criteria below, give each of the 2 responses an overall score.", SCALE,
+     "#### Output format ####\nAnalysis: <compare the responses by the general criteria>\nScores: \\boxed{x1, x2}\n"),
 ]  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def test_full_prompts(mode: ModeName, given: dict[str, str], task: str, how: str
 
 def test_every_mode_rates_a_single_response_as_list_does() -> None:
     for mode in MODES:
-        if not MODES[mode].needs and not MODES[mode].writes_principles:
+        if not MODES[mode].needs and not MODES[mode].writes_principles and MODES[mode].criteria:
             assert prompt(mode, 1, "full") == prompt("list", 1, "full")
         assert scale_of(1, JudgeConfig(mode=mode, single="scale")) == TEN
 
@@ -254,13 +257,13 @@ def test_who_refuses_what(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be served"):
         ServeConfig("m", judge=JudgeConfig(mode="pairwise"))
     trained = {mode for mode in MODES if MODES[mode].is_trainable}
-    assert trained == {"list", "reference", "principles"}
+    assert trained == {"list", "reference", "principles", "no_principles"}
     for mode in MODES:
         recipe = Recipe(str(tmp_path), judge=JudgeConfig(mode=mode))
         if mode in trained:
             assert build_steps(recipe)
         else:
-            with pytest.raises(ConfigError, match="as in list, reference, principles"):
+            with pytest.raises(ConfigError, match="as in list, reference, principles, no_principles"):
                 build_steps(recipe)
     (tmp_path / "c.yaml").write_text("root: x\njudge: {mode: bests}\n")
     with pytest.raises(ConfigError, match=r"judge\.mode"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks import aggregate, curves, metrics, summary
+from spct_ray.benchmarks import aggregate, curves, metrics, orders, summary
 from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
 from spct_ray.benchmarks.compute import Rates, cost
 from spct_ray.benchmarks.curves import Floats, Ints, ScoreTable
@@ -136,10 +136,10 @@ def judge_block(
 
     guided, k_max = table.logits_IK is not None, counting.k_max
     # One greedy judgement decides, and the two orders are averaged; only where the score asks for both, both decide.
-    orders, together = judged.greedy.num_samples, task.benchmark.both_orders
-    take = np.ones((1, orders), dtype=bool) if together else np.eye(orders, dtype=bool)
+    num_greedy, together = judged.greedy.num_samples, task.benchmark.both_orders
+    take = np.ones((1, num_greedy), dtype=bool) if together else np.eye(num_greedy, dtype=bool)
     greedy_decisions = aggregate.decide("sum", judged.greedy, np.broadcast_to(take, (len(task.items), *take.shape)), 1)
-    k_greedy = orders if together else 1
+    k_greedy = num_greedy if together else 1
     greedy, outcomes["greedy"] = entry(
         task, greedy_decisions, weights_BI, k_greedy, cost(judged.rates, k_greedy, False)
     )
@@ -154,12 +154,29 @@ def judge_block(
         "by_subset": _by_subset(task, outcomes[f"sum@{k_max}"]),
         "score_histogram": _histogram(judged.trajectories),
         "margins": margins(task, table, k_max, counting.seed),
+        "orders": {
+            str(k): found
+            for k in counting.ks
+            if (found := orders.compare_orders(table, task.sheet, k, derive_seed(counting.seed, "orders")))
+        },
         "num_samples": table.num_samples,
     }
     if guided:
         block["meta_rm"] = summary.meta_block(table) | {"filters": {name: vote(name, k_max) for name in FILTERS}}
         block["meta_rm"]["gain_by_filter"] = gain_by_filter(block, k_max)
+        block["k_meta"] = _k_meta(task, judged, weights_BI, counting)
     return block, outcomes
+
+
+def _k_meta(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
+    """The meta vote over the largest k, for each of `counting.ks` as the number of samples that it keeps."""
+    k_max, seed = counting.k_max, derive_seed(counting.seed, "draws")
+    take = aggregate.draw(judged.samples, k_max, counting.num_draws, seed)
+    spent = cost(judged.rates, k_max, True)
+    return {
+        str(keep): entry(task, aggregate.decide("meta_top", judged.samples, take, keep), weights_BI, k_max, spent)[0]
+        for keep in counting.ks
+    }
 
 
 def _scalar_block(
@@ -169,7 +186,7 @@ def _scalar_block(
     scores_IO = np.where(judged.samples.option_IO, judged.samples.scores_IKO[:, 0], 0.0)
     decision = Decision(scores_IO, scores_IO, scores_IO)
     made, outcome = entry(task, [decision], weights_BI, 1, cost(judged.rates, 1, False))
-    empty: dict[str, Any] = {key: {} for key in ("vote", "meta_vote", "aggregators", "adaptive", "failures")}
+    empty: dict[str, Any] = {key: {} for key in ("vote", "meta_vote", "aggregators", "adaptive", "failures", "orders")}
     block = empty | {
         "greedy": made,
         "rates": curves.rates(judged.samples) | {"greedy_parse_rate": 1.0},

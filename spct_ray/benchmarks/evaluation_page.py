@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from spct_ray.benchmarks import evaluation_plots as plots
-from spct_ray.benchmarks.evaluation_text import NAMES
+from spct_ray.benchmarks.evaluation_text import NAMES, ORDER_HEAD, order_rows
 from spct_ray.benchmarks.style import SCRIPT, STYLE
 
 Cells = Sequence[Sequence[str]]
@@ -111,6 +111,25 @@ def _aggregators(block: Mapping[str, Any], names: Sequence[str], top: str) -> st
         if m["aggregators"]
     ]
     return _table(["judge", *(NAMES[w] for w in ways)], rows, f"The same {top} samples, put together in other ways.")
+
+
+def _k_meta(block: Mapping[str, Any], names: Sequence[str], ks: Sequence[int]) -> str:
+    rows = [
+        [_judge(n, names), *(_score(m["k_meta"][str(k)]) for k in ks)]
+        for n, m in block["models"].items()
+        if "k_meta" in m
+    ]
+    note = f"Meta vote@{max(ks)}: how many of the samples it keeps."
+    return _table(["judge", *(f"k_meta = {k}" for k in ks)], rows, note) if rows else ""
+
+
+def _orders(block: Mapping[str, Any], names: Sequence[str]) -> str:
+    note = (
+        "Pairs at equal k: half of the samples in each order (balanced), or each order by a throw of a coin "
+        "(independent). Variance: of an item's outcome over draws of k samples."
+    )
+    rows = [[escape(row[0]), *row[1:]] for row in order_rows(block)]
+    return _table(ORDER_HEAD, rows, note) if rows else ""
 
 
 def _adaptive(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
@@ -271,6 +290,8 @@ def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         tables = [
             ("Scores", _scores(block, names, summary["ks"])), ("Parts", _parts(block, names, top)),
             ("Aggregators", _aggregators(block, names, top)), ("Adaptive voting", _adaptive(block, names, top)),
+            ("How many samples the meta vote keeps", _k_meta(block, names, summary["ks"])),
+            ("Balanced orders", _orders(block, names)),
             ("Is the difference real?", _paired(block)), ("Behaviour", _behaviour(block, names, top)),
         ]  # fmt: skip
         if meta := _meta(block, names):

@@ -22,6 +22,7 @@ from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.errors import ConfigError, DataError, ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
@@ -97,6 +98,10 @@ class GrpoConfig:
         if not 0 <= self.format_weight < 2:
             raise ConfigError(
                 f"format_weight is {self.format_weight}; it must be at least 0 and below 2, the reward of being right"
+            )
+        if self.format_weight and not MODES[self.judge.mode].criteria:
+            raise ConfigError(
+                f"format_weight rewards three parts, but a judgement in mode {self.judge.mode!r} has two; set it to 0"
             )
 
     @property
