@@ -21,6 +21,7 @@ from spct_ray.benchmarks.curves import Floats, Ints, ScoreTable
 from spct_ray.benchmarks.official import Decision, Sheet, decided
 from spct_ray.benchmarks.registry import Benchmark
 from spct_ray.judge.adaptive import num_needed
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Trajectory
@@ -151,6 +152,7 @@ def judge_block(
         "adaptive": _adaptive(task, judged, judged.prompt, weights_BI, counting),
         "rates": curves.rates(table) | {"greedy_parse_rate": float(judged.greedy.used_IK.mean())},
         "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
+        "num_in_chunks": _num_in_chunks(judged.trajectories, judged.prompt),
         "by_subset": _by_subset(task, outcomes[f"sum@{k_max}"]),
         "score_histogram": _histogram(judged.trajectories),
         "margins": margins(task, table, k_max, counting.seed),
@@ -192,6 +194,7 @@ def _scalar_block(
         "rates": curves.rates(judged.samples) | {"greedy_parse_rate": 1.0},
         "by_subset": _by_subset(task, outcome),
         "score_histogram": {},
+        "num_in_chunks": 0,
         "margins": margins(task, judged.samples, 1, counting.seed),
         "num_samples": 1,
     }
@@ -259,6 +262,13 @@ def _by_subset(task: Task, outcome: Outcome) -> dict[str, Any]:
             "ci": [low, high],
         }
     return rows
+
+
+def _num_in_chunks(trajectories: Sequence[Trajectory], prompt: JudgeConfig) -> int:
+    """Items whose responses did not fit one prompt and were judged in several."""
+    if not MODES[prompt.mode].rates_together:
+        return 0
+    return len({t.item_id for t in trajectories if t.num_prompts > 1})
 
 
 def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, int]:

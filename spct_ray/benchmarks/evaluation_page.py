@@ -154,7 +154,10 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
         failures = ", ".join(f"{c:,} {f.replace('_', ' ')}" for f, c in m["failures"].items()) or "none"
         flips = m["rates"]["position_consistency"]
         shown = [_percent(m["rates"][k]) for k in keys[:3]] + [_percent(None if flips is None else 1 - flips)]
-        rows.append([_judge(n, names), *shown, _percent(vote["tie_rate"]), _percent(vote["undecided_rate"]), failures])
+        chunks = f"{m['num_in_chunks']:,}"
+        rows.append(
+            [_judge(n, names), *shown, _percent(vote["tie_rate"]), _percent(vote["undecided_rate"]), failures, chunks]
+        )
     head = [
         "judge",
         "parsed",
@@ -164,6 +167,7 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
         f"ties of vote@{top}",
         "undecided",
         "failures",
+        "items in chunks",
     ]
     return _table(head, rows, "Shares of single samples, then of votes. A failed judgement is left out, never scored.")
 

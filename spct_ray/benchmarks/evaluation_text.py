@@ -65,6 +65,15 @@ def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> s
         *_table(rows),
         f"chance {block['chance']:.3f}" if block["chance"] is not None else "chance: not defined",
     ]
+    for name, model in block["models"].items():
+        if model["failures"]:
+            failed = ", ".join(f"{number:,} {why.replace('_', ' ')}" for why, number in model["failures"].items())
+            lines.append(f"{name}: failed judgements: {failed}.")
+        if model["num_in_chunks"]:
+            lines.append(f"{name}: {model['num_in_chunks']:,} items did not fit one prompt and were judged in chunks.")
+    why = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in block["dropped"]["counts"].items())
+    if why:
+        lines.append(f"Dropped: {why}.")
     if block["contaminated"]:
         lines.append(f"{len(block['contaminated'])} items share an n-gram with the training queries.")
     shown = [name for name in NAMES if any(m["aggregators"].get(name) for m in block["models"].values())]

@@ -57,9 +57,14 @@ class Mode:
         return self.read is not read_scores
 
     @property
+    def rates_together(self) -> bool:
+        """Whether all responses stand in one prompt and each gets a score: too many of them may be judged in chunks."""
+        return self.parts is _together and not self.compares
+
+    @property
     def is_trainable(self) -> bool:
         """Whether a judgement is one prompt and one reply that holds scores, as RFT and GRPO have it."""
-        return self.parts is _together and not self.compares and not self.writes_principles
+        return self.rates_together and not self.writes_principles
 
 
 _BY_GIVEN = "by the principles that are given for the query"

@@ -247,7 +247,7 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             read |= {name: name}
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
-        config = replace(judge.config, k_max=max(asked.ks), temperature=temperature)
+        config = replace(judge.config, k_max=max(asked.ks), temperature=temperature, in_chunks=True)
         if isinstance(judge.resources, evaluate.EndpointResources):
             ask = judge.resources
             steps.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
