@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
