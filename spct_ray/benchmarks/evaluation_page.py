@@ -84,11 +84,12 @@ def _scores(block: Mapping[str, Any], names: Sequence[str], ks: Sequence[int]) -
     ]  # fmt: skip
     layout = ", ".join(f"{number:,} of {n}" for n, number in block["layout"].items())
     dropped = ", ".join(f"{c} {name.replace('_', ' ')}" for name, c in block["dropped"]["counts"].items()) or "none"
-    leak = block["contaminated"]
+    leak, absent = block["contaminated"], ", ".join(block["absent_subsets"])
     known = "not checked" if leak is None else f"{len(leak)} items share 13 words with a training query"
     note = (
         f"{block['num_questions']:,} rows; prompts: {layout}; dropped: {dropped}; contamination: {known}; chance "
         f"{_percent(block['chance'])}. An item without any parsed judgement counts as wrong."
+        + (f" Without a row, so not in the score: {absent}." if absent else "")
     )
     head = ["judge", "greedy", *(f"vote@{k}" for k in top), *(f"meta vote@{k}" for k in top if int(k) > 1)]
     return _table(head, rows, escape(note).replace("&amp;thinsp;", "&thinsp;"))

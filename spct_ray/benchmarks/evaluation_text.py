@@ -71,6 +71,8 @@ def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> s
             lines.append(f"{name}: failed judgements: {failed}.")
         if model["num_in_chunks"]:
             lines.append(f"{name}: {model['num_in_chunks']:,} items did not fit one prompt and were judged in chunks.")
+    if block["absent_subsets"]:
+        lines.append(f"Without a row, so not in the score: {', '.join(block['absent_subsets'])}.")
     why = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in block["dropped"]["counts"].items())
     if why:
         lines.append(f"Dropped: {why}.")

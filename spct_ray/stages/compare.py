@@ -69,7 +69,8 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
         blocks[label] = report.get(label) or _read_in_run(task)
-        blocks[label] |= {"in_distribution": task.benchmark is BENCHMARKS["heldout"]}
+        absent = [name for name in task.benchmark.subsets if name not in task.sheet.names]
+        blocks[label] |= {"in_distribution": task.benchmark is BENCHMARKS["heldout"], "absent_subsets": absent}
         blocks[label] |= _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
     points = [
         {"benchmark": label, "judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
