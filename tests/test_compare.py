@@ -74,6 +74,9 @@ def test_runs_stand_side_by_side_from_what_they_stored(tmp_path: Path, capsys: p
     model = block["models"]["weak_grpo"]
     assert model["meta_rm"]["auc"] == 1.0  # its own logits, not those of the other judge with the same keys
     assert model["k_meta"]["1"]["score"] > model["k_meta"]["8"]["score"] == model["vote"]["8"]["score"]
+    one = model["vote"]["1"]
+    assert 0 < one["undecided_rate"] < 0.2
+    assert one["score"] == pytest.approx(one["right_of_decided"] * (1 - one["undecided_rate"]))
     assert set(model["orders"]) == {"2", "4"}  # 8 samples show each order four times
     assert model["orders"]["2"]["num_items"] == NUM
     for words in ("Meta vote@8 by k_meta", "Orders of pairs at equal k", "weak_grpo, 4"):

@@ -102,6 +102,7 @@ def entry(
         "parts": parts,
         "tie_rate": float(np.mean([_tied(task.sheet, d.scores_IO) for d in decisions])),
         "undecided_rate": float(1 - decided_I.mean()),
+        "right_of_decided": float(credit_I.sum() / decided_I.sum()) if decided_I.any() else None,
         "k": k,
         "cost": dict(spent),
     }

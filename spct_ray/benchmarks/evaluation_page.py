@@ -157,7 +157,15 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
         shown = [_percent(m["rates"][k]) for k in keys[:3]] + [_percent(None if flips is None else 1 - flips)]
         chunks = f"{m['num_in_chunks']:,}"
         rows.append(
-            [_judge(n, names), *shown, _percent(vote["tie_rate"]), _percent(vote["undecided_rate"]), failures, chunks]
+            [
+                _judge(n, names),
+                *shown,
+                _percent(vote["tie_rate"]),
+                _percent(vote["undecided_rate"]),
+                _percent(vote["right_of_decided"]),
+                failures,
+                chunks,
+            ]
         )
     head = [
         "judge",
@@ -167,6 +175,7 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
         "position flips",
         f"ties of vote@{top}",
         "undecided",
+        "right of the decided",
         "failures",
         "items in chunks",
     ]

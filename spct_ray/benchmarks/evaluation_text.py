@@ -69,6 +69,12 @@ def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> s
         if model["failures"]:
             failed = ", ".join(f"{number:,} {why.replace('_', ' ')}" for why, number in model["failures"].items())
             lines.append(f"{name}: failed judgements: {failed}.")
+        last = model["vote"].get(top) or model["greedy"]
+        if last["undecided_rate"]:
+            right = (
+                "" if last["right_of_decided"] is None else f"; of the others {last['right_of_decided']:.3f} are right"
+            )
+            lines.append(f"{name}: {last['undecided_rate']:.1%} of the items have no parsed judgement{right}.")
         if model["num_in_chunks"]:
             lines.append(f"{name}: {model['num_in_chunks']:,} items did not fit one prompt and were judged in chunks.")
     if block["absent_subsets"]:
