@@ -263,6 +263,8 @@ def test_equal_rewards_with_a_format_term_are_exactly_equal() -> None:
     assert not any(map(has_signal, groups))
     with pytest.raises(ConfigError, match="format_weight is 2; it must be at least 0 and below 2"):
         GrpoConfig(format_weight=2)
+    with pytest.raises(ConfigError, match="a judgement in mode 'no_principles' has two"):
+        GrpoConfig(judge=JudgeConfig(mode="no_principles"), format_weight=0.2)
 
 
 def make_rollout(outcome: str, num_tokens: int = 2, stop_reason: str = "stop", version: int = 8) -> Rollout:

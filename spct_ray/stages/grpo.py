@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
 from spct_ray.stages.phases import Phases
@@ -93,6 +94,10 @@ class GrpoConfig:
         if not 0 <= self.format_weight < 2:
             raise ConfigError(
                 f"format_weight is {self.format_weight}; it must be at least 0 and below 2, the reward of being right"
+            )
+        if self.format_weight and not MODES[self.judge.mode].criteria:
+            raise ConfigError(
+                f"format_weight rewards three parts, but a judgement in mode {self.judge.mode!r} has two; set it to 0"
             )
 
     @property
