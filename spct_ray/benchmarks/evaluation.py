@@ -22,6 +22,7 @@ from spct_ray.benchmarks.official import Decision, Sheet, decided
 from spct_ray.benchmarks.registry import Benchmark
 from spct_ray.judge.adaptive import num_needed
 from spct_ray.judge.modes import MODES
+from spct_ray.judge.parse import Scale
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Trajectory
@@ -71,6 +72,18 @@ class Outcome:
     credit_I: Floats
     decided_I: Floats
     resampled: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedEarly:
+    """Adaptive k on samples that are there: how many each item needed [I], the decision over these and over all, the
+    chance that the two differ when each breaks its ties at random [I], and the share of the tokens that it needed."""
+
+    needed_I: Ints
+    decision: Decision
+    last: Decision
+    differ_I: Floats
+    share_of_tokens: float
 
 
 def weights(task: Task, counting: Counting) -> Floats:
@@ -205,34 +218,52 @@ def _scalar_block(
 def _adaptive(
     task: Task, judged: Judged, prompt: JudgeConfig, weights_BI: Floats, counting: Counting
 ) -> dict[str, Any]:
-    """The served rule (`spct_ray.judge.adaptive`) on each item's samples in the order in which they were drawn, plain
-    and guided: beside the entry, the share of decisions that differ from those of all k_max samples, and of tokens."""
-    table, k_max = judged.samples, counting.k_max
+    """`stop_early`, plain and guided: beside the entry, the share of decisions that differ, and of tokens."""
     drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):
         drawn[t.item_id].append(t)
     scales = [scale_of(len(item.responses), prompt) for item in task.items]
-    all_I = np.full(len(task.items), k_max)
+    samples = [made[: counting.k_max] for made in drawn.values()]
     found = {}
-    for guided in (False, True) if table.logits_IK is not None else (False,):
-        logits = table.logits_IK.tolist() if guided and table.logits_IK is not None else [[]] * len(scales)
-        last = _first(table, all_I, guided).scores_IO
+    for guided in (False, True) if judged.samples.logits_IK is not None else (False,):
         for error in ADAPTIVE_ERRORS:
-            needed_I = np.array(
-                [
-                    num_needed(samples[:k_max], logits_K[:k_max], scale, error)
-                    for samples, logits_K, scale in zip(drawn.values(), logits, scales, strict=True)
-                ]
-            )
-            decision, mean_k = _first(table, needed_I, guided), float(needed_I.mean())
-            made, _ = entry(task, [decision], weights_BI, mean_k, cost(judged.rates, mean_k, guided))
-            taken_IK = np.arange(table.num_samples) < needed_I[:, None]
-            differ_I = np.where(needed_I < k_max, _differ(task.sheet, decision.scores_IO, last), 0.0)
+            early = stop_early(task.sheet, judged.samples, samples, scales, guided, error)
+            mean_k = float(early.needed_I.mean())
+            made, _ = entry(task, [early.decision], weights_BI, mean_k, cost(judged.rates, mean_k, guided))
             found[f"{'meta, ' if guided else ''}error {error:g}"] = made | {
-                "differ_from_k_max": float(differ_I.mean()),
-                "share_of_tokens": float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
+                "differ_from_k_max": float(early.differ_I.mean()),
+                "share_of_tokens": early.share_of_tokens,
             }
     return found
+
+
+def stop_early(
+    sheet: Sheet,
+    table: ScoreTable,
+    samples: Sequence[Sequence[Trajectory]],
+    scales: Sequence[Scale],
+    guided: bool,
+    error: float,
+) -> StoppedEarly:
+    """The served rule (`spct_ray.judge.adaptive`) on the k_max `samples` of each item, in the order in which they were
+    drawn. `table` holds the same items' samples, or more; `guided` needs its meta-RM logits."""
+    k_max = len(samples[0])
+    logits = table.logits_IK.tolist() if guided and table.logits_IK is not None else [[]] * len(scales)
+    needed_I = np.array(
+        [
+            num_needed(drawn, logits_K[:k_max], scale, error)
+            for drawn, logits_K, scale in zip(samples, logits, scales, strict=True)
+        ]
+    )
+    decision, last = _first(table, needed_I, guided), _first(table, np.full(len(scales), k_max), guided)
+    taken_IK = np.arange(table.num_samples) < needed_I[:, None]
+    return StoppedEarly(
+        needed_I,
+        decision,
+        last,
+        np.where(needed_I < k_max, _differ(sheet, decision.scores_IO, last.scores_IO), 0.0),
+        float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
+    )
 
 
 def _first(table: ScoreTable, k_I: Ints, guided: bool) -> Decision:
