@@ -32,7 +32,7 @@ test: setup  # most of it waits for processes to start, so two at a time, a file
 	$(VENV)/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: setup
-	$(VENV)/bin/python -m pytest tests -m "not slow and not gpu"
+	$(VENV)/bin/python -m pytest tests -n 2 --dist loadfile -m "not slow and not gpu"
 
 check: setup
 	$(VENV)/bin/ruff check .
