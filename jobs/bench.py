@@ -1,13 +1,15 @@
-"""What we do beside the usual way to do it, in one run: `python jobs/bench.py train` or `serve`.
+"""What we do beside the usual way to do it, in one run: `python jobs/bench.py train`, `trl`, `serve` or `plan`.
 
 train: each side is a process of its own, so that its peak memory is its own; the two of a comparison take turns on the
 same threads, repeat by repeat. The first repeat is dropped, the rest give medians. Both sides must find the same loss.
-serve: see spct_ray/serve/speed.py.
+trl: the same with TRL's own trainers, see spct_ray/stages/trl_speed.py. serve: see spct_ray/serve/speed.py.
+plan: nothing runs; what a configuration needs on paper, see spct_ray/stages/scaling.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -122,12 +124,7 @@ def train(options: argparse.Namespace) -> None:
     print(f"{threads} threads, {options.repeats - 1} repeats after one that is dropped; {asdict(sizes)}", flush=True)
     print(f"{'':14}{'ours s':>9}{'theirs s':>10}{'faster':>8}{'tokens':>16}{'peak GiB':>16}", flush=True)
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        if not options.model:
-            writer = _FORK.Process(target=sides.write_model, args=(scratch, options.layers))
-            writer.start()
-            writer.join()
-        model = options.model or scratch
+    with _model(options) as model:
         for name, ours, theirs in (
             ("grpo update", sides.grpo_ours, sides.grpo_padded),
             ("log-probs 256k", sides.head_ours, sides.head_naive),
@@ -138,6 +135,60 @@ def train(options: argparse.Namespace) -> None:
             tokens, peaks = f"{r.tokens_ours} / {r.tokens_theirs}", f"{r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}"
             print(f"{name:14}{r.ours:9.3f}{r.theirs:10.3f}{r.ratio:7.2f}x{tokens:>16}{peaks:>16}", flush=True)
     content = {"bench": "train", "threads": threads, "sizes": asdict(sizes), "results": [asdict(r) for r in results]}
+    _finish(content, options)
+
+
+def trl(options: argparse.Namespace) -> None:
+    """Whole updates beside TRL's, in tokens a second: completion tokens for GRPO, real ones for SFT."""
+    from spct_ray.stages.trl_speed import SIDES, Work, require_trl
+
+    require_trl()
+    if options.repeats < 2:
+        raise SpctError(f"--repeats {options.repeats}: the first is dropped, so at least 2 are needed")
+    threads = options.threads or len(os.sched_getaffinity(0))
+    names = ("prompts", "group_size", "prompt_tokens", "completion_tokens", "examples", "micro_tokens")
+    work = Work(**{n: getattr(options, n) for n in names})
+    print(f"{threads} threads, {options.repeats - 1} repeats after one that is dropped; {asdict(work)}", flush=True)
+    results = []
+    with _model(options) as model:
+        for name in options.only:
+            ours, theirs, beta = SIDES[name]
+            r = compare(name, ours, theirs, options.repeats, threads, model, work, beta)
+            rates = r.tokens_ours / r.ours, r.tokens_theirs / r.theirs
+            results.append({**asdict(r), "tokens_per_second": rates, "ratio": rates[0] / rates[1]})
+            print(
+                f"{name:8} ours {rates[0]:.1f} tokens/s, TRL {rates[1]:.1f}: {rates[0] / rates[1]:.2f}x; seconds "
+                f"{r.ours:.1f} / {r.theirs:.1f}; peak GiB {r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}",
+                flush=True,
+            )
+    _finish({"bench": "trl", "threads": threads, "work": asdict(work), "results": results}, options)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Memory of each GPU and time of a step on paper, see docs/scaling.md."""
+    from spct_ray.config import load
+    from spct_ray.stages.plan_check import tables
+    from spct_ray.stages.recipe import Recipe
+
+    print(tables(load(Recipe, options.config, options.overrides), options.gpus))
+
+
+@contextlib.contextmanager
+def _model(options: argparse.Namespace) -> Iterator[str]:
+    """The given model directory, or a random one of SmolLM2-135M's shape."""
+    from spct_ray.benchmarks import training_speed as sides
+
+    if options.model:
+        yield options.model
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        writer = _FORK.Process(target=sides.write_model, args=(scratch, options.layers))
+        writer.start()
+        writer.join()
+        yield scratch
+
+
+def _finish(content: dict[str, Any], options: argparse.Namespace) -> None:
     if options.json:
         Path(options.json).write_text(json.dumps(content, indent=1))
     print(json.dumps(content))
@@ -150,19 +201,28 @@ def main() -> None:
     service = commands.add_parser("serve", help="the voting service against the same engine driven directly")
     speed.add_arguments(service)
     service.set_defaults(handler=speed.serve)
-    command = commands.add_parser("train", help="GRPO and SFT updates and log-probs against the usual way")
-    command.add_argument("--model", metavar="DIR", help="a model directory (default: random, SmolLM2-135M's shape)")
-    command.add_argument("--layers", type=int, default=30, help="of the random model")
-    command.add_argument("--repeats", type=int, default=4)
-    command.add_argument("--threads", type=int, default=0, help="default: all cores")
-    command.add_argument("--prompts", type=int, default=1)
-    command.add_argument("--group-size", type=int, default=4)
-    command.add_argument("--prompt-tokens", type=int, default=256)
-    command.add_argument("--completion-tokens", type=int, default=64)
-    command.add_argument("--micro-tokens", type=int, default=4096)
-    command.add_argument("--head-tokens", type=int, default=512)
-    command.add_argument("--json", metavar="FILE", help="write the results here, too")
-    command.set_defaults(handler=train)
+    ours = commands.add_parser("train", help="GRPO and SFT updates and log-probs against the usual way")
+    peer = commands.add_parser(
+        "trl", help="GRPO end to end and SFT against TRL's own trainers (pip install spct-ray[bench])"
+    )
+    for command, handler, defaults in (
+        (ours, train, {"repeats": 4, "prompts": 1, "prompt-tokens": 256, "completion-tokens": 64, "head-tokens": 512}),
+        (peer, trl, {"repeats": 3, "prompts": 8, "prompt-tokens": 400, "completion-tokens": 100, "examples": 16}),
+    ):
+        command.add_argument("--model", metavar="DIR", help="a model directory (default: random, SmolLM2-135M's shape)")
+        command.add_argument("--layers", type=int, default=30, help="of the random model")
+        command.add_argument("--threads", type=int, default=0, help="default: all cores")
+        command.add_argument("--json", metavar="FILE", help="write the results here, too")
+        for name, value in {**defaults, "group-size": 4, "micro-tokens": 4096}.items():
+            command.add_argument(f"--{name}", type=int, default=value)
+        command.set_defaults(handler=handler)
+    paper = commands.add_parser("plan", help="memory of each GPU and time of a GRPO step on paper (docs/scaling.md)")
+    paper.add_argument("config", metavar="CONFIG")
+    paper.add_argument("overrides", nargs="*", metavar="key=value")
+    paper.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="for so many GPUs, e.g. 8 16 64")
+    paper.set_defaults(handler=plan)
+    names = ("grpo", "grpo-kl", "sft")
+    peer.add_argument("--only", nargs="+", choices=names, default=names, help="these comparisons (default: all)")
     options = parser.parse_args()
     sys.exit(guarded(lambda: options.handler(options), " ".join(sys.argv)))
 

@@ -1,4 +1,4 @@
-"""The command `spct`: run a job graph, say what a run would do, evaluate judges, judge one query, serve a run.
+"""The command `spct`: run a job graph, say what a run would do, evaluate and compare judges, serve a run.
 
 Importing this file, `spct --help` and `spct plan` load neither torch, Ray nor vLLM.
 """
@@ -17,7 +17,7 @@ from spct_ray.cluster import session
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import load
 from spct_ray.errors import ConfigError, SpctError
-from spct_ray.graph.explain import format_plan, plan
+from spct_ray.graph.explain import format_plan, link_reused, plan
 from spct_ray.graph.lock import hold, holder, is_held
 from spct_ray.graph.record import local_root, read_record, write_atomically
 from spct_ray.graph.step import Step
@@ -64,14 +64,18 @@ def guarded(command_function: Any, command: str) -> int:
 def run(config_path: str, overrides: Sequence[str], command: str) -> None:
     """Run the graph of a configuration file to its end, and publish its report. Shared with jobs/pipeline.py."""
     recipe, steps, root = load_graph(config_path, overrides)
-    run_graph(steps, root, recipe.seed, recipe.resources.cluster, command)
+    run_graph(steps, root, recipe.seed, recipe.resources.cluster, command, recipe.reuse)
 
 
-def run_graph(steps: Sequence[Step], root: str, seed: int, cluster: ClusterResources, command: str) -> None:
-    """Alone on the root: print the plan, run what is not done (Ray is not started for nothing), print the results."""
+def run_graph(
+    steps: Sequence[Step], root: str, seed: int, cluster: ClusterResources, command: str, reuse: str = ""
+) -> None:
+    """Alone on the root: print the plan, run what is done neither here nor under the root `reuse` (Ray is not started
+    for nothing), print the results."""
     with hold(os.path.join(root, ".lock"), command, _say):
-        planned = plan(steps, root, seed)
+        planned = plan(steps, root, seed, reuse)
         _say(f"{root}\n{format_plan(planned)}")
+        link_reused(planned, root)
         if any(step.state != "done" for step in planned):
             from spct_ray.graph.runner import run_steps  # imports Ray
 
@@ -85,20 +89,25 @@ def load_graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list
     from spct_ray.stages.recipe import Recipe, build_steps
 
     recipe = load(Recipe, config_path, overrides)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not os.path.isabs(recipe.root):
-        raise ConfigError(
-            f"root: {recipe.root!r} is relative, but a submitted job runs in a temporary copy of its directory; "
-            "give a path on a disk that all nodes share, e.g. root=/shared/runs/demo"
-        )
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    for name, path in (("root", recipe.root), ("reuse", recipe.reuse)):
+        if in_job and path and not os.path.isabs(path):
+            raise ConfigError(
+                f"{name}: {path!r} is relative, but a submitted job runs in a temporary copy of its directory; "
+                f"give a path on a disk that all nodes share, e.g. {name}=/shared/runs/demo"
+            )
     return recipe, build_steps(recipe), local_root(recipe.root)
 
 
 def _show_plan(parsed: argparse.Namespace) -> None:
+    from spct_ray.stages.plan_check import check
+
     recipe, steps, root = load_graph(parsed.config, parsed.overrides)
-    _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed))}")
+    _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed, recipe.reuse))}")
     lock = os.path.join(root, ".lock")
     if is_held(lock):
         _say(f"now running: {holder(lock)}")
+    check(recipe)
 
 
 def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -> None:
@@ -161,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--root", help="where steps and report go (default: <run>/evaluation, or runs/evaluation)")
     command.add_argument("--config", metavar="FILE", help="a YAML file: judge (prompt of a model directory), resources")
     command.set_defaults(handler=_evaluate)
+    words = "put judges of finished runs side by side, from what their own evaluations stored; generates nothing"
+    command = subparsers.add_parser("compare", help=words, description=words)
+    command.add_argument("targets", nargs="+", metavar="RUN", help="a run's root (its last judge), RUN:base, RUN:rft")
+    command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--out", default="runs/comparison", help="where the report goes (default: runs/comparison)")
+    command.set_defaults(handler=_compare)
     from spct_ray.serve.commands import add_parsers
 
     add_parsers(subparsers)
@@ -170,13 +186,9 @@ def _parser() -> argparse.ArgumentParser:
 def _evaluate(parsed: argparse.Namespace) -> None:
     from spct_ray.stages import evaluation
 
-    try:
-        ks = tuple(sorted({int(k) for k in parsed.k.split(",")}))
-    except ValueError as error:
-        raise ConfigError(f"--k {parsed.k!r}: write whole numbers, e.g. --k 1,2,4,8") from error
     config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
     benchmarks = evaluation.specs(parsed.benchmarks, parsed.targets)
-    asked = evaluation.Evaluation(benchmarks, ks, parsed.suite, parsed.limit, parsed.temperature, config)
+    asked = evaluation.Evaluation(benchmarks, _ks(parsed.k), parsed.suite, parsed.limit, parsed.temperature, config)
     first = parsed.targets[0].partition("@")[0].partition(":")[0]
     inside = os.path.isdir(os.path.join(first, "steps"))
     root = local_root(parsed.root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))
@@ -186,6 +198,22 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, "")]
     command = shlex.join(["spct", "evaluate", *parsed.targets, *words])
     run_graph(steps, root, parsed.seed, config.cluster, command)
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from spct_ray.stages.stored import compare_stored
+
+    words = [f"--k={parsed.k}", f"--seed={parsed.seed}", f"--out={parsed.out}"]
+    command = shlex.join(["spct", "compare", *parsed.targets, *words])
+    _say(compare_stored(parsed.targets, _ks(parsed.k), parsed.seed, parsed.out, command))
+    _say(os.path.join(parsed.out, "index.html"))
+
+
+def _ks(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(k) for k in text.split(",")}))
+    except ValueError as error:
+        raise ConfigError(f"--k {text!r}: write whole numbers, e.g. --k 1,2,4,8") from error
 
 
 def _run(parsed: argparse.Namespace) -> None:

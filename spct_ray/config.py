@@ -2,7 +2,8 @@
 
 OmegaConf reads YAML, merges `key=value` overrides and resolves `${...}`. The types are checked here rather than by
 its structured configs, which neither type a `tuple[SomeDataclass, ...]` nor name the key of a bad list element.
-There is no logic in YAML and there are no `_target_` strings.
+There is no logic in YAML and there are no `_target_` strings; a file may name another as its `base` and say only what
+differs from it.
 """
 
 from __future__ import annotations
@@ -25,24 +26,23 @@ from spct_ray.errors import ConfigError
 
 T = TypeVar("T")
 
+# Metadata of a dataclass field that came after runs had been made: with its default it is no part of the plain form, so
+# that the ids of their steps stay what they were.
+ADDED: Mapping[str, bool] = {"added": True}
+
 
 def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     """Read the YAML file at `path`, apply `key=value` overrides (dotted keys), and build `schema`, a dataclass.
 
-    Relative paths in the file stay as they are, relative to the current directory. Raises ConfigError that names the
-    file or override, the full key, the value and what is allowed.
+    With `base: FILE` (relative to the file itself) it is merged over that file: mappings key by key, all else replaced.
+    Other relative paths stay as they are, relative to the current directory. Raises ConfigError that names the file or
+    override, the full key, the value and what is allowed.
     """
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such configuration file (current directory: {os.getcwd()})")
     try:
-        tree = OmegaConf.load(path)
-        if not isinstance(tree, DictConfig):
-            raise ConfigError(f"{path}: expected `key: value` lines at the top, found {type(tree).__name__}")
+        tree = _read(path)
         for override in overrides:
             _apply(tree, override)
         values = OmegaConf.to_container(tree, resolve=True)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
@@ -52,10 +52,33 @@ def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
         raise ConfigError(f"{_source(error.key, path, overrides)}: {error}") from error
 
 
+def _read(path: str, above: tuple[str, ...] = ()) -> DictConfig:
+    """The file's tree, over that of its base. Raises ConfigError."""
+    if not os.path.isfile(path):
+        named = f"the base of {above[-1]}" if above else f"current directory: {os.getcwd()}"
+        raise ConfigError(f"{path}: no such configuration file ({named})")
+    if any(os.path.samefile(path, other) for other in above):
+        raise ConfigError(f"{path}: is a base of itself: {' <- '.join((*above, path))}")
+    try:
+        tree = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the path of a configuration file, found {base!r}")
+    below = os.path.normpath(os.path.join(os.path.dirname(path), base))
+    return typing.cast(DictConfig, OmegaConf.merge(_read(below, (*above, path)), tree))
+
+
 def to_plain(value: Any) -> Any:
     """A config as JSON values: dataclasses and mappings become dicts, tuples lists, whole floats integers.
 
-    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError.
+    Two configs are equal exactly when their plain forms are. Fields marked ADDED are left out while they have their
+    default. NaN and other types raise ConfigError.
     """
     if isinstance(value, enum.Enum):
         return to_plain(value.value)
@@ -66,12 +89,17 @@ def to_plain(value: Any) -> Any:
             raise ConfigError("a configuration value is NaN, which equals nothing, not even itself")
         return int(value) if value.is_integer() else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        shown = [f for f in dataclasses.fields(value) if not _is_unset(f, getattr(value, f.name))]
+        return {f.name: to_plain(getattr(value, f.name)) for f in shown}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     raise ConfigError(f"a configuration holds {value!r} of type {type(value).__name__}, which is not a plain value")
+
+
+def _is_unset(field: dataclasses.Field[Any], value: Any) -> bool:
+    return "added" in field.metadata and bool(value == field.default)
 
 
 class _BadValueError(Exception):

@@ -118,6 +118,7 @@ class Trajectory(Record):
     prompt_tokens: int
     completion_tokens: int
     stop_reason: StopReason
+    num_prompts: int = 1  # that it was made of; its tokens are their sums
 
     @property
     def key(self) -> str:

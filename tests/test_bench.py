@@ -12,8 +12,9 @@ import pytest
 
 from jobs.bench import compare
 from spct_ray.benchmarks.training_speed import Repeat, Side, Sizes, head_naive, head_ours
-from spct_ray.errors import SpctError
+from spct_ray.errors import ConfigError, SpctError
 from spct_ray.learn import model
+from spct_ray.stages.trl_speed import Driven, require_trl
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,3 +75,54 @@ def test_the_bench_runs_and_both_sides_find_the_same_losses(tmp_path: Path) -> N
     assert grpo["tokens_ours"] < 0.75 * grpo["tokens_theirs"]
     assert sft["tokens_ours"] < sft["tokens_theirs"]
     assert all(result["peak_gib_ours"] > 0 and result["ratio"] > 0 for result in content["results"])
+
+
+class LoopingTrainer:
+    """Calls its callback as transformers' Trainer does."""
+
+    def __init__(self, callback: Driven, losses: list[float]) -> None:
+        self.callback, self.losses, self.updates = callback, losses, 0
+
+    def train(self) -> None:
+        for loss in self.losses:
+            self.callback.on_step_begin(None, None, None)
+            self.updates += 1
+            self.callback.on_log(None, None, None, logs={"loss": loss})
+        raise ValueError("out of data")
+
+
+def test_a_peer_trainer_makes_one_update_a_call() -> None:
+    driven = Driven()
+    trainer = LoopingTrainer(driven, [3.0, 2.0])
+    driven.attach(trainer)
+    assert (driven.update(), trainer.updates) == (3.0, 1)
+    assert (driven.update(), trainer.updates) == (2.0, 2)
+    with pytest.raises(SpctError, match="TRL's trainer stopped: out of data"):
+        driven.update()
+
+
+def test_a_bench_without_trl_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ConfigError, match=r"needs TRL, .* pip install 'spct-ray\[bench\]'"):
+        require_trl()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_bench_against_trl_runs_and_both_sides_do_the_same_work(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    options = {"layers": 1, "repeats": 2, "prompts": 2, "group-size": 2, "prompt-tokens": 48, "completion-tokens": 12}
+    options |= {"examples": 4, "threads": 1, "micro-tokens": 2048}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "jobs/bench.py", "trl", *words, "--only", "grpo-kl", "sft"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    grpo, sft = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert grpo["tokens_ours"] == pytest.approx(2 * 2 * 12, abs=12)  # a random model seldom ends of itself
+    assert sft["tokens_ours"] == sft["tokens_theirs"]
+    for result in (grpo, sft):
+        ours, theirs = result["tokens_per_second"]
+        assert result["ratio"] == pytest.approx(ours / theirs)
+        assert min(result["peak_gib_ours"], result["peak_gib_theirs"]) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -172,6 +173,20 @@ def test_same_seed_same_items_and_another_seed_others() -> None:
 def test_ten_thousand_items_use_a_small_vocabulary(items: tuple[list[Item], list[Item]]) -> None:
     texts = [text for item in items[0] for text in (item.messages[0].content, *item.responses)]
     assert len({w.lower() for text in texts for w in words_of(text) if w.isalpha()}) < 600
+
+
+def test_graded_items_rank_every_response_by_what_it_meets() -> None:
+    config = BuiltinConfig(60, 20, (1, 2, 4), (0.2, 0.4, 0.4), (3,), (1.0,), graded=True)
+    for item in itertools.chain(*generate(config, 3)):
+        constraints = constraints_of(item)
+        met = [sum(c.check(text) for c in constraints) for text in item.responses]
+        if len(item.responses) == 1:
+            assert item.rewards[0] == (met[0] == len(constraints))
+        else:
+            assert item.rewards == pytest.approx([m / len(constraints) for m in met])
+            assert sorted(met, reverse=True) == [len(constraints) - i for i in range(len(met))]
+    with pytest.raises(ConfigError, match="4 responses need 3 constraints, but num_constraints is 2"):
+        generate(replace(config, num_constraints=(2,)), 3)
 
 
 def test_kinds_can_be_chosen_and_unknown_ones_are_refused() -> None:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spct_ray.config import load, to_plain
+from spct_ray.config import ADDED, load, to_plain
 from spct_ray.errors import ConfigError
 
 
@@ -158,3 +158,32 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_own_default(tmp_path: Pat
     assert load(Run, str(path)) == Run(Stage(Optim(lr=2.0, warmup=3)))
     path.write_text("stage: {}")
     assert load(Run, str(path)) == Run()
+
+
+def test_a_file_says_what_differs_from_its_base(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "middle.yaml").write_text("base: recipe.yaml\ngrpo: {ks: [4], optim: {lr: 2e-6}}\nsources: []\n")
+    top = tmp_path / "deep" / "top.yaml"
+    top.write_text("base: ../middle.yaml\nroot: runs/top\ngrpo: {optim: {fused: true}}\n")
+    optim = Optim(lr=2e-6, fused=True)
+    assert load(Recipe, str(top), ["grpo.beta=1"]) == Recipe("runs/top", Grpo(1.0, optim, (4,)))
+    for text, message in (
+        ("base: none.yaml", r"none\.yaml: no such configuration file \(the base of .*top\.yaml\)"),
+        ("base: [a, b]", "base: expected the path of a configuration file"),
+        ("base: ../loop.yaml", "is a base of itself"),
+        ("base: ../recipe.yaml\ngrpo: {betta: 1}", r"top\.yaml: grpo\.betta: unknown key"),
+    ):
+        (tmp_path / "loop.yaml").write_text("base: deep/top.yaml")
+        top.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load(Recipe, str(top))
+
+
+@dataclass(frozen=True)
+class Wider(Optim):
+    nesterov: bool = field(default=False, metadata=ADDED)
+
+
+def test_a_field_that_was_added_is_plain_only_where_it_is_set() -> None:
+    assert to_plain(Wider()) == to_plain(Optim())
+    assert to_plain(Wider(nesterov=True)) == to_plain(Optim()) | {"nesterov": True}

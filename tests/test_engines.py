@@ -13,8 +13,8 @@ from spct_ray.engines.base import EngineConfig, Request, SamplingParams
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError
-from spct_ray.judge.judge import JudgeTask
-from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.judge import JudgeTask, parts_of
+from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.records import Item, Message
 from tests.tiny import CONTROL, make_tiny_model, make_tiny_tokenizer
 
@@ -200,6 +200,36 @@ class TestVllm:
         begun = started.cancel()
         engine.generate([ask("another", max_tokens=1)])
         assert not begun or aborted
+
+    @pytest.mark.parametrize("mode", ["single", "pairwise"])
+    def test_a_judgement_of_several_prompts_reads_what_each_of_them_does(self, engine, mode):
+        config = JudgeConfig(template="compact", max_tokens=12, mode=mode)
+        task = JudgeTask(Item("i", (Message("user", "q"),), ("a", "bb", "ccc")), (2, 0, 1), 0, 0.0, 1)
+        (made,) = EngineJudge(engine, config, "m").judge([task])
+        messages = [judge_messages(part.item, part.order, config) for part in parts_of(task, config)]
+        alone = engine.generate([Request(one, SamplingParams(12, temperature=0.0)) for one in messages])
+        assert made.num_prompts == len(alone) == 3
+        assert made.prompt_tokens == sum(one.prompt_tokens for (one,) in alone)
+        assert made.completion_tokens <= 36
+        assert made.failure in ("truncated", "no_box")  # a random model
+        assert made.text.count("(response ") == 3
+
+    def test_principles_from_the_query_are_asked_for_first(self, engine):
+        config = JudgeConfig(template="compact", max_tokens=12, mode="query_principles")
+        tasks = [JudgeTask(Item("i", (Message("user", "q"),), ("a", "b")), (0, 1), k, 1.0, k) for k in range(3)]
+        made = EngineJudge(engine, config, "m").judge(tasks)
+        assert {one.failure for one in made} <= {"no_principles", "truncated"}  # a random model
+        assert len({one.text for one in made}) == 1  # written once, for all samples
+
+    def test_responses_that_do_not_fit_are_judged_in_chunks(self, engine):
+        config = JudgeConfig(template="compact", max_tokens=12)
+        task = JudgeTask(Item("i", (Message("user", "q"),), tuple("abcdefgh")), tuple(range(8)), 0, 0.0, 1)
+        (whole,) = EngineJudge(engine, config, "m").judge([task])
+        (parts,) = EngineJudge(engine, config, "m", in_chunks=True).judge([task])
+        assert (whole.failure, whole.num_prompts) == ("too_long", 1)
+        assert "max_model_len of 128" in whole.text
+        assert parts.failure in ("truncated", "no_box")  # of the random model
+        assert parts.num_prompts > 1
 
     def test_many_threads_share_one_batch(self, engine):
         requests = [ask(f"word {i}", temperature=0.0) for i in range(40)]

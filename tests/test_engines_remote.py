@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine, _share
-from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.errors import ConfigError, EngineError, RequestError, TooLongError
 from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.records import Message
 
@@ -146,6 +146,7 @@ def test_busy_answers_are_tried_again(endpoint, first_answers):
     [
         ((429, {"retry-after": "0"}, {"error": "slow down"}), EngineError, "after 3 attempts.*429.*slow down", 3),
         ((400, {}, {"error": "prompt has 9000 tokens"}), RequestError, "refuses.*400.*9000 tokens", 1),
+        ((400, {}, {"error": "maximum context length is 99"}), TooLongError, "refuses.*context length is 99", 1),
         ((401, {}, {"error": "who are you"}), EngineError, "401.*api_key_env", 1),
         ((401, {}, {"error": f"bad key {KEY}"}), EngineError, r"bad key \*\*\*", 1),
         ((200, {}, f"your {KEY}?".encode()), EngineError, r"not JSON: your \*\*\*", 1),

@@ -61,12 +61,14 @@ def make_benchmarks(tmp_path: Path, num: int = 30) -> tuple[BenchmarkSpec, ...]:
     return evaluation.specs(f"rewardbench={tmp_path}/rb.jsonl,realmistake={tmp_path}/rm.jsonl")
 
 
-def judgements(directory: Path, items_dir: str, skill: float, k: int, fails: float, name: str) -> None:
+def judgements(
+    directory: Path, items_dir: str, skill: float, k: int, fails: float, name: str, num_greedy: int = 2
+) -> None:
     """The files of a finished evaluate step whose judge is right with probability `skill`."""
     rng, made = random.Random(name), []
     for file in judged_files(items_dir).values():
         for item in read_items(str(file)):
-            for task in tasks_of(item, EvaluateConfig(PROMPT, "scale", k), 1, num_greedy=2):
+            for task in tasks_of(item, EvaluateConfig(PROMPT, "scale", k), 1, num_greedy):
                 made.append(judgement(task, rng.random() < skill, rng.random() < fails, name, rng))
     (directory / "trajectories").mkdir(parents=True)
     rows = [{"key": t.key, **t.to_row()} for t in made]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,10 +19,10 @@ from hypothesis import strategies as st
 
 from spct_ray.config import to_plain
 from spct_ray.errors import ConfigError, StepError
-from spct_ray.graph.explain import plan
+from spct_ray.graph.explain import link_reused, plan
 from spct_ray.graph.fingerprint import fingerprint, step_ids, topological
 from spct_ray.graph.lock import hold, holder, is_held
-from spct_ray.graph.record import describe, local_root, read_record, step_directory, write_record
+from spct_ray.graph.record import describe, finished_records, local_root, read_record, step_directory, write_record
 from spct_ray.graph.step import Demand, Step, StepContext, format_seconds
 from spct_ray.graph.worker import execute
 
@@ -151,6 +152,25 @@ def test_plan_names_new_fields_and_unfinished_directories(tmp_path: Path) -> Non
     assert reasons(tmp_path, wider)["left"] == ("run", "because left.start was added (0)")
     os.makedirs(step_directory(str(tmp_path), "left", step_ids(wider, 7)["left"]))
     assert reasons(tmp_path, wider)["left"][0] == "resume"
+
+
+def test_steps_that_another_root_has_finished_are_linked_and_not_run_again(tmp_path: Path) -> None:
+    there, root, steps = tmp_path / "there", tmp_path / "root", toy_steps()
+    run_all(there, steps)
+    changed = toy_steps(config=PartsConfig(num_parts=6))
+    planned = {step.name: step for step in plan(changed, str(root), 7, str(there))}
+    assert {name: step.state for name, step in planned.items()} == {"left": "run", "right": "done", "total": "run"}
+    assert planned["right"].reason == f"in {there}"
+    assert planned["left"].reason == "because left.num_parts changed from 5 to 6"
+    assert not root.exists()  # a plan changes nothing
+    link_reused(list(planned.values()), str(root))
+    assert reasons(root, changed)["right"] == ("done", "")
+    assert [record.name for record in finished_records(str(root))] == ["right"]
+    shutil.rmtree(planned["right"].directory)
+    assert reasons(root, changed)["right"] == ("run", "never ran")
+    link_reused(plan(changed, str(root), 7, str(there)), str(root))  # takes the dead link away
+    run_all(root, changed)
+    assert reasons(root, changed)["total"] == ("done", "")
 
 
 def test_a_killed_step_finds_its_parts_and_a_finished_one_is_left_alone(tmp_path: Path) -> None:

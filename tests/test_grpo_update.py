@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
-from spct_ray.learn.batch import BatchSize
-from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.batch import BatchSize, make_batch
+from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.grpo_update import Sample, add_reference, rank_micro_batches, update_policy
 from spct_ray.learn.reference import Reference
 from spct_ray.learn.trainer import Trainer
@@ -23,6 +25,7 @@ OPTIM = OptimConfig(lr=1e-2, schedule="constant", betas=(0.0, 0.9), grad_clip=0.
 BETA, CAP, NUM_SEQUENCES = 0.3, 1.1, 8
 LOSS, SIZE = PolicyLoss(beta=BETA, tis_cap=CAP), BatchSize(NUM_SEQUENCES, 99)
 NUM_SAMPLES = (7, 1)  # of each update; of one sample, the second of two ranks has nothing to train on
+LORA = LoraConfig(rank=4)
 
 
 def make_samples(num: int) -> list[Sample]:
@@ -39,10 +42,12 @@ def make_samples(num: int) -> list[Sample]:
     return samples
 
 
-def train(model_dir: str, out: str, micro_tokens: int, zero_stage: int) -> list[dict[str, float]]:
+def train(
+    model_dir: str, out: str, micro_tokens: int, zero_stage: int, lora: LoraConfig | None = None
+) -> list[dict[str, float]]:
     """The updates on one rank of whatever process group there is; exports the policy."""
     resources = TrainResources(zero_stage=zero_stage, micro_tokens=micro_tokens, threads=1)  # type: ignore[arg-type]
-    trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=2, seed=0)
+    trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=2, seed=0, lora=lora)
     reference = Reference(model_dir, trainer, resources)
     numbers = []
     for num_samples in NUM_SAMPLES:
@@ -55,13 +60,19 @@ def train(model_dir: str, out: str, micro_tokens: int, zero_stage: int) -> list[
     return numbers
 
 
-def train_in_plain_torch(model_dir: str) -> dict[str, torch.Tensor]:
+def train_in_plain_torch(model_dir: str, lora: bool = False) -> dict[str, torch.Tensor]:
     """The same two updates sequence by sequence, with transformers' own logits and torch's own optimiser."""
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=0.0)
+    if lora:
+        torch.manual_seed(derive_seed(0, "adapters"))
+        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        policy = peft.get_peft_model(policy, config)
+    optimiser = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad], lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=0.0
+    )
     for num_samples in NUM_SAMPLES:
         optimiser.zero_grad()
         for sample in make_samples(num_samples):
@@ -80,13 +91,17 @@ def train_in_plain_torch(model_dir: str) -> dict[str, torch.Tensor]:
             (-sum(terms) / len(terms) / NUM_SEQUENCES).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIM.grad_clip)
         optimiser.step()
-    return {name: weight.detach() for name, weight in policy.named_parameters()}
+    whole = policy.merge_and_unload() if lora else policy
+    return {name: weight.detach() for name, weight in whole.named_parameters()}
 
 
 def assert_moved_alike(model_dir: str, policy: Path, expected: dict[str, torch.Tensor]) -> None:
     """In norm: Adam moves a weight by lr however small its gradient, so rounding shows in a few single weights."""
     start = load_file(Path(model_dir, "model.safetensors"))
     for name, weight in load_file(policy / "model.safetensors").items():
+        if torch.equal(expected[name], start[name].float()):  # frozen beside adapters
+            assert torch.equal(weight, expected[name])
+            continue
         moved = (expected[name] - start[name].float()).norm()
         assert moved > 1e-3 * weight.norm()
         assert (weight - expected[name]).norm() < 1e-3 * moved, name
@@ -112,6 +127,29 @@ def test_updates_equal_plain_torch_for_any_micro_batches(model_dir: str, tmp_pat
         assert numbers[0]["tokens_naive"] == sum(len(s.token_ids) for s in make_samples(7))
         assert numbers[0]["tokens_trained"] < numbers[0]["tokens_naive"]
         assert numbers[1]["tokens_trained"] == numbers[1]["tokens_naive"]  # a sample alone shares nothing
+
+
+@pytest.mark.slow
+def test_updates_of_adapters_equal_plain_peft_and_the_reference_is_the_policy_without_them(
+    model_dir: str, tmp_path: Path
+) -> None:
+    numbers = train(model_dir, str(tmp_path / "policy"), 50, zero_stage=1, lora=LORA)
+    assert_moved_alike(model_dir, tmp_path / "policy", train_in_plain_torch(model_dir, lora=True))
+    assert numbers[0]["kl"] == 0.0
+    assert numbers[1]["kl"] > 0.0
+
+
+@pytest.mark.slow
+def test_dropout_acts_only_where_a_gradient_is_asked_for(model_dir: str) -> None:
+    resources = TrainResources(threads=1)
+    lora = LoraConfig(rank=4, dropout=0.5)
+    trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=2, seed=0, lora=lora)
+    batch = make_batch([list(range(3, 40))], [1])
+    trainer.step([batch], lambda b: -trainer.logprobs(b).mean())  # B is 0 before
+    with torch.no_grad():
+        first, second = trainer.logprobs(batch), trainer.logprobs(batch)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, trainer.logprobs(batch))
 
 
 @pytest.mark.slow
@@ -158,10 +196,12 @@ def test_two_ranks_of_zero_3_equal_plain_torch(model_dir: str, tmp_path: Path) -
     outputs = [process.communicate(timeout=800)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     assert_moved_alike(model_dir, tmp_path / "policy", train_in_plain_torch(model_dir))
+    assert_moved_alike(model_dir, tmp_path / "policy-lora", train_in_plain_torch(model_dir, lora=True))
 
 
 if __name__ == "__main__":
     model, out, store, rank = sys.argv[1:]
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
     train(model, out, micro_tokens=60, zero_stage=3)
+    train(model, f"{out}-lora", micro_tokens=60, zero_stage=3, lora=LORA)
     torch.distributed.destroy_process_group()

@@ -223,6 +223,8 @@ def test_selection_rejects_wrong_and_too_easy():
     assert easy.accepted == ()
     assert easy.counts == {"unhinted_too_easy": 3, "hinted_too_easy": 1}
     assert len(easy.labelled) == 3
+    kept = select(item(), [trajectory(good, sample=k) for k in range(3)], reject_easy=False)
+    assert (len(kept.accepted), kept.counts) == (3, {"unhinted_accepted": 3})
     hinted_wrong = select(item(), [trajectory(bad), trajectory((5, 5), hinted=True)])
     assert hinted_wrong.counts == {"unhinted_incorrect": 1, "hinted_incorrect": 1}
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from tiny import make_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import Batch, make_batch, plan_rows
 
@@ -35,7 +37,7 @@ def data_of_step(step: int) -> tuple[list[list[int]], list[int]]:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    from spct_ray.learn.trainer import OptimConfig, Trainer, TrainResources
+    from spct_ray.learn.trainer import LoraConfig, OptimConfig, Trainer, TrainResources
 
     learn_model._MAX_LOGITS = job.get("max_logits", 1 << 26)
     head = job.get("head", "lm")
@@ -48,6 +50,7 @@ def run_job(job: dict[str, Any]) -> None:
         ),
         total_steps=4,
         seed=0,
+        lora=LoraConfig(rank=4) if job.get("lora") else None,
     )
     state = trainer.resume(job["resume"]) if "resume" in job else None
     if "initial_export" in job:
@@ -116,6 +119,8 @@ def results(
         job("tied_micro", tied, 2, micro_tokens=40),
         job("untied", untied, 1, export=str(root / "untied_export")),
         job("scalar", untied, 1, head="scalar"),
+        job("lora", tied, 1, lora=True),
+        job("lora_scalar", untied, 1, lora=True, head="scalar"),
         job("bf16", tied, 1, dtype="bfloat16"),
         job("bf16_half", tied, 1, dtype="bfloat16", until=2, save=str(root / "half"), save_at=2),
     ])  # fmt: skip
@@ -127,6 +132,10 @@ def results(
         job("scalar_two", untied, 3, head="scalar"),
         job("stage1_two", tied, 1),
         job("stage2_two", tied, 2, micro_tokens=40),
+        job("lora_two", tied, 3, lora=True, micro_tokens=40, recompute=True, save=str(root / "lora_half"), save_at=2,
+            export=str(root / "lora_export")),
+        job("lora_stage2_two", tied, 2, lora=True, micro_tokens=40),
+        job("lora_scalar_two", untied, 3, lora=True, head="scalar"),
         job("bf16_two", tied, 3, dtype="bfloat16", micro_tokens=40),
         job("bf16_stage3_half", tied, 3, dtype="bfloat16", until=2, save=str(root / "half3"), save_at=2),
         job("bf16_stage3", tied, 3, dtype="bfloat16"),
@@ -135,6 +144,7 @@ def results(
     launch(root, 1, [
         job("bf16_resumed", tied, 1, dtype="bfloat16", resume=str(root / "half")),
         job("two_resumed_by_one", tied, 1, resume=str(root / "two")),
+        job("lora_resumed_by_one", tied, 1, lora=True, resume=str(root / "lora_half")),
     ])  # fmt: skip
 
     def read(name: str) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
@@ -170,6 +180,21 @@ def test_two_ranks_learn_the_same_scalar_head(results: Results) -> None:
     assert_same(results, "scalar_two", "scalar", 5e-5)
 
 
+@pytest.mark.parametrize(("name", "other"), [
+    ("lora_two", "lora"), ("lora_stage2_two", "lora"), ("lora_resumed_by_one", "lora"),
+    ("lora_scalar_two", "lora_scalar"),
+])  # fmt: skip
+def test_ranks_stages_and_restarts_do_not_change_what_adapters_learn(results: Results, name: str, other: str) -> None:
+    assert_same(results, name, other, 5e-5)
+
+
+def test_checkpoints_hold_the_adapters_alone(results: Results) -> None:
+    directory = results("lora_two")[2] / "lora_half" / "step-00000002"
+    files = sorted(directory.glob("*.safetensors"))
+    assert len(files) == 2
+    assert all(".lora_A." in name or ".lora_B." in name for file in files for name in load_file(file))
+
+
 def test_bf16_ranks_agree_up_to_rounding(results: Results) -> None:
     log, expected = results("bf16_two")[1]["log"], results("bf16")[1]["log"]
     assert [s["loss"] for s in log] == pytest.approx([s["loss"] for s in expected], rel=0.03)
@@ -181,11 +206,18 @@ def test_resumed_run_is_bit_equal_to_an_undisturbed_one(results: Results, name: 
     assert_same(results, name, other, 0.0)
 
 
-def test_first_steps_equal_plain_torch(results: Results) -> None:
+@pytest.mark.parametrize("name", ["tied", "lora"])
+def test_first_steps_equal_plain_torch(results: Results, name: str) -> None:
     """The same four updates by torch.optim.AdamW on transformers' own logits and loss."""
-    weights, report, root = results("tied")
+    weights, report, root = results(name)
     model = AutoModelForCausalLM.from_pretrained(root / "tied", dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    if name == "lora":
+        torch.manual_seed(derive_seed(0, "adapters"))
+        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1
+    )
     for step in range(4):
         sequences, prompts = data_of_step(step)
         total, count = torch.zeros(()), 0
@@ -200,12 +232,15 @@ def test_first_steps_equal_plain_torch(results: Results) -> None:
         optimizer.zero_grad()
         assert report["log"][step]["loss"] == pytest.approx(float(total.detach() / count), rel=1e-4)
         assert report["log"][step]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-    for name, value in model.named_parameters():
-        torch.testing.assert_close(weights[name], value.detach(), atol=5e-5, rtol=0)
+    if name == "lora":
+        model = model.merge_and_unload()
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(weights[key], value.detach(), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("job", "directory"), [
     ("tied_two", "tied_export"), ("untied", "untied_export"), ("untied_two", "untied_two_export"),
+    ("lora_two", "lora_export"),
 ])  # fmt: skip
 def test_export_reloads_with_equal_weights_tokenizer_and_template(results: Results, job: str, directory: str) -> None:
     weights, _, root = results(job)

@@ -75,6 +75,8 @@ def test_labels_follow_eq_10_and_unparsable_judgements_are_counted_out(root: Pat
     labelled = list(meta.labelled_judgements(make_context(root, "labels"), counts))
     assert counts == {"cold_start": 24, "on_policy": 48, "unparsable": 1}
     assert all(("second" in j.messages[-1].content) == bool(j.label) for j in labelled)
+    for data, num in (("off_policy", 24), ("on_policy", 48)):
+        assert len(list(meta.labelled_judgements(make_context(root, "labels"), Counter(), data))) == num  # type: ignore[arg-type]
 
 
 def test_heldout_items_share_no_item_with_training(root: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from spct_ray.config import load
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
-from spct_ray.errors import ConfigError, DataError, EngineError, RequestError
+from spct_ray.errors import ConfigError, DataError, EngineError, RequestError, TooLongError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.parse import Failure, Scale, after_thinking, parse_scores, read_best, read_verdict
@@ -42,6 +44,7 @@ COMPACT: list[tuple[ModeName, dict[str, str], str]] = [
     ("best", {}, "Name the best: 1-2.\n" + SHOWN.format("")),
     ("reference", {"reference": "7"}, "Score 1-10.\n" + SHOWN.format("Reference: 7\n")),
     ("principles", {"principles": "Truth"}, "Score 1-10.\n" + SHOWN.format("Principles: Truth\n")),
+    ("no_principles", {"principles": "Truth"}, "Score 1-10.\n" + SHOWN.format("")),
 ]
 
 
@@ -79,6 +82,8 @@ TEXTS: list[tuple[ModeName, dict[str, str], str, str, str]] = [
      "an overall score.", SCALE,
      "Specific Criteria: <those of the given principles that matter here, each with its weight>\n"
      "Analysis: <compare the responses by the general and the specific criteria>\nScores: \\boxed{x1, x2}\n"),
+    ("no_principles", {}, "By the general criteria below, give each of the 2 responses an overall score.", SCALE,
+     "#### Output format ####\nAnalysis: <compare the responses by the general criteria>\nScores: \\boxed{x1, x2}\n"),
 ]  # fmt: skip
 
 
@@ -92,7 +97,7 @@ def test_full_prompts(mode: ModeName, given: dict[str, str], task: str, how: str
 
 def test_every_mode_rates_a_single_response_as_list_does() -> None:
     for mode in MODES:
-        if not MODES[mode].needs and not MODES[mode].writes_principles:
+        if not MODES[mode].needs and not MODES[mode].writes_principles and MODES[mode].criteria:
             assert prompt(mode, 1, "full") == prompt("list", 1, "full")
         assert scale_of(1, JudgeConfig(mode=mode, single="scale")) == TEN
 
@@ -213,6 +218,36 @@ def test_a_refused_part_is_an_aborted_judgement() -> None:
     assert "9000" in made[0].text
 
 
+def test_responses_that_do_not_fit_one_prompt_are_judged_in_chunks_on_one_scale() -> None:
+    quality, seen = [8, 3, 6, 5, 2, 7], []
+
+    def answer(request: Request, fits: int) -> list[str]:
+        shown = [int(found) for found in re.findall(r"answer (\d)", request.messages[0].content)]
+        if len(shown) > fits:
+            raise TooLongError(f"{len(shown)} responses")
+        seen.append(len(shown))
+        mood = len(seen) % 2  # a prompt's scores depend on the company
+        return [f"Scores: \\boxed{{{', '.join(str(quality[i] + mood) for i in shown)}}}"]
+
+    def made(fits: int, in_chunks: bool = True, **config: Any) -> list[Trajectory]:
+        engine = ScriptedEngine(partial(answer, fits=fits))
+        judge = EngineJudge(engine, JudgeConfig(single="scale", **config), "m", in_chunks=in_chunks)
+        return judge.judge([task(6, (2, 0, 5, 1, 4, 3)), task(2, (1, 0)), task(6, (0, 1, 2, 3, 4, 5), 1)])
+
+    for fits, num_prompts in ((5, 2), (4, 2), (3, 4), (2, 5)):  # two anchors, in pairs one
+        for one in made(fits)[::2]:
+            assert [score - one.scores[0] for score in one.scores] == [q - quality[0] for q in quality]
+            assert (one.num_prompts, one.failure) == (num_prompts, "")
+            assert one.text.count("Scores:") == num_prompts
+    assert {one.num_prompts for one in made(6)} == {1}
+    assert [one.failure for one in made(1)] == ["too_long"] * 3
+    assert [one.failure for one in made(5, in_chunks=False)] == ["too_long", "", "too_long"]
+    assert [one.failure for one in made(5, mode="best")] == ["too_long", "wrong_count", "too_long"]
+    (first,) = (one for one in made(4)[:1])
+    assert Trajectory.from_row(first.to_row()) == first
+    assert Trajectory.from_row({k: v for k, v in first.to_row().items() if k != "num_prompts"}).num_prompts == 1
+
+
 def test_principles_are_written_once_a_query_and_without_the_responses() -> None:
     def answer(text: str) -> str:
         return "\\boxed{9, 1, 1}" if "answer" in text else "Specific Criteria: Primality (100%)"
@@ -254,13 +289,13 @@ def test_who_refuses_what(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be served"):
         ServeConfig("m", judge=JudgeConfig(mode="pairwise"))
     trained = {mode for mode in MODES if MODES[mode].is_trainable}
-    assert trained == {"list", "reference", "principles"}
+    assert trained == {"list", "reference", "principles", "no_principles"}
     for mode in MODES:
         recipe = Recipe(str(tmp_path), judge=JudgeConfig(mode=mode))
         if mode in trained:
             assert build_steps(recipe)
         else:
-            with pytest.raises(ConfigError, match="as in list, reference, principles"):
+            with pytest.raises(ConfigError, match="as in list, reference, principles, no_principles"):
                 build_steps(recipe)
     (tmp_path / "c.yaml").write_text("root: x\njudge: {mode: bests}\n")
     with pytest.raises(ConfigError, match=r"judge\.mode"):

@@ -23,7 +23,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 UNSAFE = re.compile(r"torch\.load\(|\bpickle\.loads?\(|trust_remote_code\s*=\s*True|(?<![\w.])(eval|exec)\(")
 HOMES = {"ray": ("spct_ray/graph/runner.py", "spct_ray/cluster/", "spct_ray/stages/", "spct_ray/serve/"),
          "vllm": ("spct_ray/engines/vllm.py",)}  # fmt: skip
-RECIPES = sorted(path.name for path in ROOT.glob("conf/*.yaml") if path.name != "serve.yaml")
+RECIPES = sorted(str(p.relative_to(ROOT / "conf")) for p in ROOT.glob("conf/**/*.yaml") if p.name != "serve.yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,6 +61,38 @@ def test_every_recipe_stands_for_a_graph(name: str) -> None:
     recipe = load(Recipe, str(ROOT / "conf" / name))
     ids = step_ids(build_steps(recipe), recipe.seed)
     assert {"items", "rft", "grpo", "meta", "report"} <= ids.keys()
+
+
+FROM_GRPO = {"grpo", "onpolicy", "evaluate_grpo", "meta", "meta_scores", "report"}
+FROM_META = {"meta", "meta_scores", "report"}
+CHANGES = {  # what an experiment runs beside the run whose finished steps it takes over; of the others, all but these
+    "beta_0": FROM_GRPO, "beta_high": FROM_GRPO, "both_orders": FROM_GRPO, "format_reward": FROM_GRPO,
+    "reward_order": FROM_GRPO, "meta_off_policy": FROM_META, "meta_on_policy": FROM_META,
+}  # fmt: skip
+KEEPS = {
+    "no_hinted": {"items", "student", "evaluate_base"},
+    "no_easy_rejection": {"items", "student", "sample", "evaluate_base"},
+    "no_principles": {"items"},  # the nano student is made for the prompt
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("conf/experiments/*.yaml")))
+def test_an_experiment_runs_only_what_it_changes(name: str) -> None:
+    from spct_ray.stages.recipe import Recipe, build_steps
+
+    def of(path: str) -> tuple[Recipe, dict[str, str]]:
+        recipe = load(Recipe, str(ROOT / "conf" / path))
+        return recipe, step_ids(build_steps(recipe), recipe.seed)
+
+    recipe, ids = of(f"experiments/{name}.yaml")
+    assert recipe.root == f"runs/{name}"  # its report, and what is served from it, are its own
+    if name == "graded":
+        assert not recipe.reuse
+        return
+    beside, others = of("experiments/graded.yaml" if name == "reward_order" else "demo.yaml")
+    assert recipe.reuse == beside.root
+    changed = {step for step in ids if ids[step] != others[step]}
+    assert changed == (CHANGES[name] if name in CHANGES else ids.keys() - KEEPS[name])
 
 
 def test_the_serving_example_loads() -> None:

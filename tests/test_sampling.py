@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -86,6 +87,11 @@ def test_program_judge_without_errors_is_right(tmp_path):
     tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
     for task, t in zip(tasks, ProgramJudge(ProgramConfig(0, 0, 1), JUDGE).judge(tasks), strict=True):
         assert is_correct(t.scores, task.item.rewards), t.text
+    bare = ProgramJudge(ProgramConfig(0, 0, 1), replace(JUDGE, mode="no_principles")).judge(tasks)
+    assert all(
+        t.text.startswith("Analysis:") and is_correct(t.scores, i.item.rewards)
+        for i, t in zip(tasks, bare, strict=True)
+    )
 
 
 def test_sampler_needs_its_field():

@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from test_rft import RESOURCES, ray_session  # noqa: F401
 from tiny import make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
@@ -16,11 +18,13 @@ from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.batch import BatchSize
+from spct_ray.learn.config import OptimConfig
 from spct_ray.learn.examples import ExampleFile
 from spct_ray.learn.model import LastTokenScore, load_model
 from spct_ray.learn.scalar import RewardModel, bradley_terry_loss, encode_pair, pair_rows
 from spct_ray.records import Item, Message
-from spct_ray.stages import bradley_terry
+from spct_ray.stages import bradley_terry, scalar
+from spct_ray.stages.meta_scores import MetaScoresResources
 from spct_ray.stages.recipe import Recipe, build_steps
 
 ASKED = (Message("user", "Name a prime number."),)
@@ -113,3 +117,32 @@ def test_one_line_of_a_recipe_adds_the_baseline() -> None:
         for config in (None, bradley_terry.BradleyTerryConfig())
     )
     assert more - plain == {"bradley_terry"}
+
+
+@pytest.mark.slow
+def test_a_baseline_is_trained_on_ranks_and_scores_items(tmp_path: Path, ray_session: None) -> None:  # noqa: F811
+    make_tiny_model(str(tmp_path / "student" / "model"), hidden=32, layers=1)
+    words = ("short", "right")
+    items = [
+        Item(f"i{i}", ASKED, tuple(f"{i} {w}" for w in words[:: (-1) ** i]), (i % 2, 1 - i % 2)) for i in range(24)
+    ]
+    for name, part in (("train", items[:16]), ("heldout", items[16:])):
+        (tmp_path / "items").mkdir(exist_ok=True)
+        write_items(str(tmp_path / "items" / f"{name}.parquet"), part)
+    inputs = {"items": str(tmp_path / "items"), "init": str(tmp_path / "student")}
+    for name in ("bradley_terry", "scalar"):
+        (tmp_path / name).mkdir()
+    config = bradley_terry.BradleyTerryConfig(OptimConfig(lr=1e-2), batch_size=8, max_steps=12, max_tokens=200)
+    here = StepContext("bradley_terry", 1, str(tmp_path / "bradley_terry"), inputs, "spct run x", str(tmp_path / "log"))
+    assert bradley_terry.run(here, config, RESOURCES)["pairs"] == 16
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "bradley_terry/metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.2)
+    assert losses[-1] < 0.2
+    inputs = {"items": str(tmp_path / "items"), "judge": str(tmp_path / "bradley_terry")}
+    there = StepContext("scalar", 1, str(tmp_path / "scalar"), inputs, "spct evaluate x", str(tmp_path / "log"))
+    assert scalar.run(there, scalar.ScalarConfig(), MetaScoresResources(num_replicas=2)) == {
+        "items": 8,
+        "responses": 16,
+    }
+    scores = {row["item_id"]: row["scores"] for row in pq.read_table(tmp_path / "scalar/scores.parquet").to_pylist()}
+    assert all(scores[item.id][item.best] > min(scores[item.id]) for item in items[16:])

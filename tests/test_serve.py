@@ -15,7 +15,7 @@ from spct_ray.errors import ConfigError, EngineError, TooLongError
 from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ServeConfig, resolve
+from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources, resolve
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.routes import build_app
 
@@ -327,3 +327,12 @@ def test_a_model_directory_or_a_configuration_can_be_served(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match="no run"):
         resolve(str(tmp_path))
+
+
+def test_the_defaults_fit_two_cores_and_what_does_not_fit_is_told_by_name():
+    ServeResources().check_room({"CPU": 2.0}, meta=True)
+    wide = ServeResources(judge=ReplicaConfig(min_replicas=2, num_cpus=4), meta=ReplicaConfig(num_gpus=1))
+    with pytest.raises(ConfigError, match=r"8\.1 CPUs \(gateway 0\.1, judge 8\), this machine has 2"):
+        wide.check_room({"CPU": 2.0}, meta=False)
+    with pytest.raises(ConfigError, match=r"1 GPUs \(meta 1\), this machine has 0"):
+        wide.check_room({"CPU": 16.0}, meta=True)

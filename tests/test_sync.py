@@ -14,6 +14,10 @@ from spct_ray.cluster.sync import check_parity, push_weights
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ParityError
+from spct_ray.learn.batch import make_batch
+from spct_ray.learn.config import LoraConfig
+from spct_ray.learn.lora import add_adapters, whole_weights
+from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.records import Message
 from tests.tiny import make_tiny_model
 
@@ -144,3 +148,31 @@ def test_engine_holds_the_pushed_weights_and_a_stale_head_is_caught(engine, tmp_
     engine.reload(engine._model_dir, 2)
     with pytest.raises(ParityError, match=r"max .dlogp. between trainer and engine"):
         check_parity(logprobs(old, SEQUENCES), engine.prompt_logprobs(SEQUENCES), TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_engine_holds_adapters_after_an_update(engine, tmp_path):
+    """LoRA: the policy computes with base and adapters apart, the engine with their sum."""
+    policy = TokenLogprobs(load_model(engine._model_dir, "lm", torch.bfloat16))
+    add_adapters(policy.model, LoraConfig(rank=4))
+    batch = make_batch(SEQUENCES, [1] * len(SEQUENCES))
+
+    class Adapted(Source):
+        def named_weights(self):
+            return [(whole.name, whole.value()) for whole in whole_weights(self.model)]
+
+    def parity():
+        with torch.no_grad():
+            logps = [values.tolist() for values in batch.split(policy(batch))]
+        return check_parity(logps, engine.prompt_logprobs(SEQUENCES), TOLERANCE)
+
+    push_weights(Adapted(policy.model), engine, str(tmp_path / "weights"), 3)
+    parity()
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-2)
+    (-policy(batch).mean()).backward()
+    optimiser.step()
+    with pytest.raises(ParityError):
+        parity()
+    push_weights(Adapted(policy.model), engine, str(tmp_path / "weights"), 4)
+    parity()

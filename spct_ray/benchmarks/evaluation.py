@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks import aggregate, curves, metrics, summary
+from spct_ray.benchmarks import aggregate, curves, metrics, orders, summary
 from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
 from spct_ray.benchmarks.compute import Rates, cost
 from spct_ray.benchmarks.curves import Floats, Ints, ScoreTable
 from spct_ray.benchmarks.official import Decision, Sheet, decided
 from spct_ray.benchmarks.registry import Benchmark
 from spct_ray.judge.adaptive import num_needed
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.parse import Scale
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
@@ -114,6 +115,7 @@ def entry(
         "parts": parts,
         "tie_rate": float(np.mean([_tied(task.sheet, d.scores_IO) for d in decisions])),
         "undecided_rate": float(1 - decided_I.mean()),
+        "right_of_decided": float(credit_I.sum() / decided_I.sum()) if decided_I.any() else None,
         "k": k,
         "cost": dict(spent),
     }
@@ -149,10 +151,10 @@ def judge_block(
 
     guided, k_max = table.logits_IK is not None, counting.k_max
     # One greedy judgement decides, and the two orders are averaged; only where the score asks for both, both decide.
-    orders, together = judged.greedy.num_samples, task.benchmark.both_orders
-    take = np.ones((1, orders), dtype=bool) if together else np.eye(orders, dtype=bool)
+    num_greedy, together = judged.greedy.num_samples, task.benchmark.both_orders
+    take = np.ones((1, num_greedy), dtype=bool) if together else np.eye(num_greedy, dtype=bool)
     greedy_decisions = aggregate.decide("sum", judged.greedy, np.broadcast_to(take, (len(task.items), *take.shape)), 1)
-    k_greedy = orders if together else 1
+    k_greedy = num_greedy if together else 1
     greedy, outcomes["greedy"] = entry(
         task, greedy_decisions, weights_BI, k_greedy, cost(judged.rates, k_greedy, False)
     )
@@ -164,15 +166,33 @@ def judge_block(
         "adaptive": _adaptive(task, judged, judged.prompt, weights_BI, counting),
         "rates": curves.rates(table) | {"greedy_parse_rate": float(judged.greedy.used_IK.mean())},
         "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
+        "num_in_chunks": _num_in_chunks(judged.trajectories, judged.prompt),
         "by_subset": _by_subset(task, outcomes[f"sum@{k_max}"]),
         "score_histogram": _histogram(judged.trajectories),
         "margins": margins(task, table, k_max, counting.seed),
+        "orders": {
+            str(k): found
+            for k in counting.ks
+            if (found := orders.compare_orders(table, task.sheet, k, derive_seed(counting.seed, "orders")))
+        },
         "num_samples": table.num_samples,
     }
     if guided:
         block["meta_rm"] = summary.meta_block(table) | {"filters": {name: vote(name, k_max) for name in FILTERS}}
         block["meta_rm"]["gain_by_filter"] = gain_by_filter(block, k_max)
+        block["k_meta"] = _k_meta(task, judged, weights_BI, counting)
     return block, outcomes
+
+
+def _k_meta(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
+    """The meta vote over the largest k, for each of `counting.ks` as the number of samples that it keeps."""
+    k_max, seed = counting.k_max, derive_seed(counting.seed, "draws")
+    take = aggregate.draw(judged.samples, k_max, counting.num_draws, seed)
+    spent = cost(judged.rates, k_max, True)
+    return {
+        str(keep): entry(task, aggregate.decide("meta_top", judged.samples, take, keep), weights_BI, k_max, spent)[0]
+        for keep in counting.ks
+    }
 
 
 def _scalar_block(
@@ -182,12 +202,13 @@ def _scalar_block(
     scores_IO = np.where(judged.samples.option_IO, judged.samples.scores_IKO[:, 0], 0.0)
     decision = Decision(scores_IO, scores_IO, scores_IO)
     made, outcome = entry(task, [decision], weights_BI, 1, cost(judged.rates, 1, False))
-    empty: dict[str, Any] = {key: {} for key in ("vote", "meta_vote", "aggregators", "adaptive", "failures")}
+    empty: dict[str, Any] = {key: {} for key in ("vote", "meta_vote", "aggregators", "adaptive", "failures", "orders")}
     block = empty | {
         "greedy": made,
         "rates": curves.rates(judged.samples) | {"greedy_parse_rate": 1.0},
         "by_subset": _by_subset(task, outcome),
         "score_histogram": {},
+        "num_in_chunks": 0,
         "margins": margins(task, judged.samples, 1, counting.seed),
         "num_samples": 1,
     }
@@ -273,6 +294,13 @@ def _by_subset(task: Task, outcome: Outcome) -> dict[str, Any]:
             "ci": [low, high],
         }
     return rows
+
+
+def _num_in_chunks(trajectories: Sequence[Trajectory], prompt: JudgeConfig) -> int:
+    """Items whose responses did not fit one prompt and were judged in several."""
+    if not MODES[prompt.mode].rates_together:
+        return 0
+    return len({t.item_id for t in trajectories if t.num_prompts > 1})
 
 
 def _histogram(trajectories: Sequence[Trajectory]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from spct_ray.benchmarks import evaluation_plots as plots
-from spct_ray.benchmarks.evaluation_text import NAMES
+from spct_ray.benchmarks.evaluation_text import NAMES, ORDER_HEAD, order_rows
 from spct_ray.benchmarks.style import SCRIPT, STYLE
 
 Cells = Sequence[Sequence[str]]
@@ -84,11 +84,12 @@ def _scores(block: Mapping[str, Any], names: Sequence[str], ks: Sequence[int]) -
     ]  # fmt: skip
     layout = ", ".join(f"{number:,} of {n}" for n, number in block["layout"].items())
     dropped = ", ".join(f"{c} {name.replace('_', ' ')}" for name, c in block["dropped"]["counts"].items()) or "none"
-    leak = block["contaminated"]
+    leak, absent = block["contaminated"], ", ".join(block["absent_subsets"])
     known = "not checked" if leak is None else f"{len(leak)} items share 13 words with a training query"
     note = (
         f"{block['num_questions']:,} rows; prompts: {layout}; dropped: {dropped}; contamination: {known}; chance "
         f"{_percent(block['chance'])}. An item without any parsed judgement counts as wrong."
+        + (f" Without a row, so not in the score: {absent}." if absent else "")
     )
     head = ["judge", "greedy", *(f"vote@{k}" for k in top), *(f"meta vote@{k}" for k in top if int(k) > 1)]
     return _table(head, rows, escape(note).replace("&amp;thinsp;", "&thinsp;"))
@@ -113,6 +114,25 @@ def _aggregators(block: Mapping[str, Any], names: Sequence[str], top: str) -> st
     return _table(["judge", *(NAMES[w] for w in ways)], rows, f"The same {top} samples, put together in other ways.")
 
 
+def _k_meta(block: Mapping[str, Any], names: Sequence[str], ks: Sequence[int]) -> str:
+    rows = [
+        [_judge(n, names), *(_score(m["k_meta"][str(k)]) for k in ks)]
+        for n, m in block["models"].items()
+        if "k_meta" in m
+    ]
+    note = f"Meta vote@{max(ks)}: how many of the samples it keeps."
+    return _table(["judge", *(f"k_meta = {k}" for k in ks)], rows, note) if rows else ""
+
+
+def _orders(block: Mapping[str, Any], names: Sequence[str]) -> str:
+    note = (
+        "Pairs at equal k: half of the samples in each order (balanced), or each order by a throw of a coin "
+        "(independent). Variance: of an item's outcome over draws of k samples."
+    )
+    rows = [[escape(row[0]), *row[1:]] for row in order_rows(block)]
+    return _table(ORDER_HEAD, rows, note) if rows else ""
+
+
 def _adaptive(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
     rows = [
         [_judge(n, names), escape(way), _score(made), f"{made['k']:.1f}", _percent(made["share_of_tokens"]),
@@ -135,7 +155,18 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
         failures = ", ".join(f"{c:,} {f.replace('_', ' ')}" for f, c in m["failures"].items()) or "none"
         flips = m["rates"]["position_consistency"]
         shown = [_percent(m["rates"][k]) for k in keys[:3]] + [_percent(None if flips is None else 1 - flips)]
-        rows.append([_judge(n, names), *shown, _percent(vote["tie_rate"]), _percent(vote["undecided_rate"]), failures])
+        chunks = f"{m['num_in_chunks']:,}"
+        rows.append(
+            [
+                _judge(n, names),
+                *shown,
+                _percent(vote["tie_rate"]),
+                _percent(vote["undecided_rate"]),
+                _percent(vote["right_of_decided"]),
+                failures,
+                chunks,
+            ]
+        )
     head = [
         "judge",
         "parsed",
@@ -144,7 +175,9 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
         "position flips",
         f"ties of vote@{top}",
         "undecided",
+        "right of the decided",
         "failures",
+        "items in chunks",
     ]
     return _table(head, rows, "Shares of single samples, then of votes. A failed judgement is left out, never scored.")
 
@@ -271,6 +304,8 @@ def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         tables = [
             ("Scores", _scores(block, names, summary["ks"])), ("Parts", _parts(block, names, top)),
             ("Aggregators", _aggregators(block, names, top)), ("Adaptive voting", _adaptive(block, names, top)),
+            ("How many samples the meta vote keeps", _k_meta(block, names, summary["ks"])),
+            ("Balanced orders", _orders(block, names)),
             ("Is the difference real?", _paired(block)), ("Behaviour", _behaviour(block, names, top)),
         ]  # fmt: skip
         if meta := _meta(block, names):

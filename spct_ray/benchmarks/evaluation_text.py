@@ -30,6 +30,26 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
+ORDER_HEAD = ("judge, k", "pairs", "accuracy", "independent", "points", "95 % interval", "variance over draws",
+              "independent", "95 % interval of the difference")  # fmt: skip
+
+
+def order_rows(block: Mapping[str, Any]) -> list[list[str]]:
+    """A row a judge and k under ORDER_HEAD; see `spct_ray.benchmarks.orders`."""
+    rows = []
+    for name, model in block["models"].items():
+        for k, found in model["orders"].items():
+            balanced, independent, change = found["balanced"], found["independent"], found["difference"]
+            (low, high), (least, most) = change["accuracy"]["ci"], change["variance"]["ci"]
+            rows.append(
+                [f"{name}, {k}", str(found["num_items"]), f"{balanced['accuracy']:.3f}",
+                 f"{independent['accuracy']:.3f}", f"{100 * change['accuracy']['difference']:+.2f}",
+                 f"[{100 * low:+.2f}, {100 * high:+.2f}]", f"{balanced['variance']:.4f}",
+                 f"{independent['variance']:.4f}", f"[{least:+.4f}, {most:+.4f}]"]
+            )  # fmt: skip
+    return rows
+
+
 def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> str:
     """One benchmark: headline, every aggregator at the largest k, differences between judges."""
     top = str(max(ks))
@@ -45,6 +65,23 @@ def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> s
         *_table(rows),
         f"chance {block['chance']:.3f}" if block["chance"] is not None else "chance: not defined",
     ]
+    for name, model in block["models"].items():
+        if model["failures"]:
+            failed = ", ".join(f"{number:,} {why.replace('_', ' ')}" for why, number in model["failures"].items())
+            lines.append(f"{name}: failed judgements: {failed}.")
+        last = model["vote"].get(top) or model["greedy"]
+        if last["undecided_rate"]:
+            right = (
+                "" if last["right_of_decided"] is None else f"; of the others {last['right_of_decided']:.3f} are right"
+            )
+            lines.append(f"{name}: {last['undecided_rate']:.1%} of the items have no parsed judgement{right}.")
+        if model["num_in_chunks"]:
+            lines.append(f"{name}: {model['num_in_chunks']:,} items did not fit one prompt and were judged in chunks.")
+    if block["absent_subsets"]:
+        lines.append(f"Without a row, so not in the score: {', '.join(block['absent_subsets'])}.")
+    why = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in block["dropped"]["counts"].items())
+    if why:
+        lines.append(f"Dropped: {why}.")
     if block["contaminated"]:
         lines.append(f"{len(block['contaminated'])} items share an n-gram with the training queries.")
     shown = [name for name in NAMES if any(m["aggregators"].get(name) for m in block["models"].values())]
@@ -52,6 +89,16 @@ def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> s
     for name, model in block["models"].items():
         table.append([name, *(cell(model["aggregators"].get(way)) for way in shown)])
     lines += ["", f"Aggregators of the same {top} samples", *_table(table)]
+    kept = [k for k in map(str, ks) if any("k_meta" in m for m in block["models"].values())]
+    if kept:
+        rows = [
+            [name, *(cell(model["k_meta"][k]) for k in kept)]
+            for name, model in block["models"].items()
+            if "k_meta" in model
+        ]
+        lines += ["", f"Meta vote@{top} by k_meta, how many of them it keeps", *_table([["judge", *kept], *rows])]
+    if compared := order_rows(block):
+        lines += ["", "Orders of pairs at equal k: balanced against independent", *_table([ORDER_HEAD, *compared])]
     differences = [
         [f"{pair}, {way.replace('sum@', 'vote@').replace('meta_top@', 'meta vote@')}", f"{100 * d['difference']:+.1f}",
          f"[{100 * d['ci'][0]:+.1f}, {100 * d['ci'][1]:+.1f}]", f"{d['p_value']:.3f}",

@@ -9,6 +9,7 @@ and 0 for wrong responses, the right ones first; balanced orders are the judge's
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def facts_of(item: Item) -> dict[str, Any]:
     """The facts that a reader noted, and "question", the row that the item came from."""
     found = json.loads(item.facts) if item.facts else {}
     return {"question": item.id, **(found if isinstance(found, dict) else {})}
+
+
+def layout(items: Sequence[Item]) -> dict[str, int]:
+    """How many items have n responses, e.g. {"n = 2": 500}."""
+    return dict(sorted(Counter(f"n = {len(item.responses)}" for item in items).items()))
 
 
 def reward_bench(cells: Cells, item_id: str, limits: Limits) -> list[Item]:

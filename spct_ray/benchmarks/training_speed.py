@@ -85,7 +85,7 @@ def write_model(directory: str, layers: int = 30) -> None:
 
 def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
     """Packed rows, each prompt once, on the trainer."""
-    trainer = _trainer(model_dir, sizes)
+    trainer = make_trainer(model_dir, sizes.micro_tokens)
     samples = _samples(sizes)
     size = BatchSize(len(samples), sum(len(s.engine_logprobs) for s in samples))
 
@@ -133,12 +133,15 @@ def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
 
 def sft_ours(model_dir: str, sizes: Sizes) -> Side:
     """Packed rows on the trainer."""
-    trainer = _trainer(model_dir, sizes)
-    examples = _examples(sizes)
+    return sft_packed(make_trainer(model_dir, sizes.micro_tokens), _examples(sizes), sizes.micro_tokens)
+
+
+def sft_packed(trainer: Trainer, examples: Sequence[Example], micro_tokens: int) -> Side:
+    """An update from all examples."""
     size = BatchSize(len(examples), sum(len(e.ids) - e.prompt_length for e in examples))
 
     def repeat() -> Repeat:
-        rows = rank_rows(examples, 0, 1, sizes.micro_tokens)
+        rows = rank_rows(examples, 0, 1, micro_tokens)
         numbers = trainer.step(rows, lambda row: sft_loss(trainer, row, size))
         return Repeat(numbers["loss"], sum(row.num_tokens for row in rows))
 
@@ -218,9 +221,10 @@ def _dtype() -> torch.dtype:
     return dtype
 
 
-def _trainer(model_dir: str, sizes: Sizes) -> Trainer:
+def make_trainer(model_dir: str, micro_tokens: int) -> Trainer:
+    """Ours, in the precision that the machine is fast in."""
     resources = TrainResources(
-        gpus_per_worker=int(torch.cuda.is_available()), micro_tokens=sizes.micro_tokens, threads=torch.get_num_threads()
+        gpus_per_worker=int(torch.cuda.is_available()), micro_tokens=micro_tokens, threads=torch.get_num_threads()
     )
     return Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=1000, seed=0)
 

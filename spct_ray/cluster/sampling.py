@@ -44,6 +44,7 @@ TRAJECTORY_SCHEMA = pa.schema(
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
         ("stop_reason", pa.string()),
+        ("num_prompts", pa.int32()),
     ]
 )
 

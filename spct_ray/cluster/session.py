@@ -21,11 +21,20 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class ClusterResources:
-    """Where Ray is. The last two count only for a local Ray; null means all CPUs and Ray's own default."""
+    """Where Ray is, and the memory of each of its GPUs, by which `spct plan` tells whether a plan fits.
+
+    `num_cpus` and `object_store_gib` count only for a local Ray; null means all CPUs and Ray's own default.
+    """
 
     address: str | None = None  # of an existing cluster, e.g. "auto"; RAY_ADDRESS wins, as in a submitted job
     num_cpus: int | None = None
     object_store_gib: float | None = None
+    gpu_gib: float = 79.0  # of an "80 GB" card
+
+
+def is_local(resources: ClusterResources) -> bool:
+    """Whether no existing cluster is named, so that Ray runs on this machine alone."""
+    return not (os.environ.get("RAY_ADDRESS") or resources.address)
 
 
 @contextlib.contextmanager

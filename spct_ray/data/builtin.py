@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
+from spct_ray.config import ADDED
 from spct_ray.data.constraints import KINDS, Constraint, fits
 from spct_ray.data.drafts import render, satisfy, vary, violate, write
 from spct_ray.data.words import TOPICS_OF, Split
@@ -31,7 +32,11 @@ QUERIES = (
 
 @dataclass(frozen=True)
 class BuiltinConfig:
-    """Sizes and mix. `kinds` empty means all kinds of `constraints.KINDS`. Weights need not sum to 1."""
+    """Sizes and mix. `kinds` empty means all kinds of `constraints.KINDS`. Weights need not sum to 1.
+
+    `graded`: the wrong responses of an item break 1, 2, ... of its constraints, and the reward of each response is the
+    share that it meets, so that all n are ranked. That takes items of at least n - 1 constraints.
+    """
 
     size_train: int = 8000
     size_heldout: int = 400
@@ -40,6 +45,7 @@ class BuiltinConfig:
     num_constraints: tuple[int, ...] = (1, 2, 3)
     num_constraints_weights: tuple[float, ...] = (0.4, 0.4, 0.2)
     kinds: tuple[str, ...] = ()
+    graded: bool = field(default=False, metadata=ADDED)
 
 
 def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:
@@ -80,35 +86,54 @@ def _generate(split: Split, size: int, config: BuiltinConfig, seed: int) -> list
         num_constraints = rng.choices(config.num_constraints, config.num_constraints_weights)[0]
         kind = kinds[deal((n,), len(kinds))]
         place = deal((n, kind), max(n, 2))
-        items.append(_item(f"{SOURCE}-{split}-{number:06d}", split, n, num_constraints, kind, place, kinds, rng))
+        item_id = f"{SOURCE}-{split}-{number:06d}"
+        items.append(_item(item_id, split, n, num_constraints, kind, place, kinds, rng, config.graded and n > 1))
     return items
 
 
 def _item(
-    item_id: str, split: Split, n: int, num_constraints: int, kind: str, place: int, kinds: tuple[str, ...], rng: Random
+    item_id: str,
+    split: Split,
+    n: int,
+    num_constraints: int,
+    kind: str,
+    place: int,
+    kinds: tuple[str, ...],
+    rng: Random,
+    graded: bool,
 ) -> Item:
     """One item whose first wrong response breaks `kind`. For n >= 2 `place` is the index of the right response; for
     n = 1 it is 0 for a right response and 1 for a wrong one."""
-    constraints = _draw_constraints(split, kind, num_constraints, kinds, rng)
+    for _ in range(MAX_TRIES):
+        constraints = _draw_constraints(split, kind, num_constraints, kinds, rng)
+        if not graded or len(constraints) >= n - 1:
+            break
+    else:
+        raise ConfigError(
+            f"builtin.graded: {n} responses need {n - 1} constraints, but num_constraints is {num_constraints}, or no "
+            f"{n - 1} of the kinds {', '.join(kinds)} fit together beside {kind}"
+        )
     primary = next(c for c in constraints if c.kind == kind)
     topic = rng.choice(TOPICS_OF[split])
     taken = frozenset[str]().union(*(KINDS[c.kind].slots for c in constraints))
     base = write(topic, taken, rng)
 
-    broken: list[Constraint | None] = [primary, *(rng.choice(constraints) for _ in range(n - 2))]
+    broken: list[tuple[Constraint, ...]] = [(primary,), *((rng.choice(constraints),) for _ in range(n - 2))]
+    if graded:
+        broken = [broken[0], *(tuple(rng.sample(constraints, num)) for num in range(2, n))]
     rng.shuffle(broken)
     if n == 1:
-        broken = [None] if place == 0 else [primary]
+        broken = [()] if place == 0 else [(primary,)]
     else:
-        broken.insert(place, None)
+        broken.insert(place, ())
     responses: list[str] = []
     for wrong in broken:
         for _ in range(MAX_TRIES):
             draft = vary(base, taken, rng)
             for constraint in sorted(constraints, key=lambda c: list(KINDS).index(c.kind)):
-                (violate if constraint is wrong else satisfy)(draft, constraint, rng)
+                (violate if constraint in wrong else satisfy)(draft, constraint, rng)
             text = render(draft, topic)
-            if text not in responses and all(c.check(text) != (c is wrong) for c in constraints):
+            if text not in responses and all(c.check(text) != (c in wrong) for c in constraints):
                 responses.append(text)
                 break
         else:
@@ -118,7 +143,7 @@ def _item(
         id=item_id,
         messages=(Message("user", " ".join(query)),),
         responses=tuple(responses),
-        rewards=tuple(float(wrong is None) for wrong in broken),
+        rewards=tuple(1 - len(wrong) / len(constraints) if graded else float(not wrong) for wrong in broken),
         source=SOURCE,
         subset=kind,
         facts=json.dumps([{"kind": c.kind, "value": c.value} for c in constraints]),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from spct_ray.data.builtin import constraints_of
 from spct_ray.data.constraints import Constraint
 from spct_ray.judge.judge import JudgeTask, to_trajectory
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Trajectory
@@ -56,6 +57,8 @@ class ProgramJudge:
         scale = scale_of(len(shown), self.judge_config)
         shortcut = task.hinted and rng.random() < self.config.hint_shortcut
         text = judgement(constraints, shown, met, 1 if scale.high == 1 else 9, scale.low, shortcut)
+        if not MODES[self.judge_config.mode].criteria:
+            text = text[text.index("Analysis:") :]
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
 

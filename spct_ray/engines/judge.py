@@ -9,7 +9,8 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from spct_ray.engines.base import Engine, Request, SamplingParams
-from spct_ray.errors import ConfigError, RequestError
+from spct_ray.errors import ConfigError, RequestError, TooLongError
+from spct_ray.judge.cohort import smaller
 from spct_ray.judge.judge import JudgeTask, joined, parts_of, to_trajectory
 from spct_ray.judge.parse import Failure
 from spct_ray.judge.prompt import (
@@ -30,7 +31,8 @@ Completions = tuple[Completion, ...]
 
 @dataclass(frozen=True, slots=True)
 class EngineJudge:
-    """Judges with `engine`. `guided` holds the text to the format by structured output and marks the trajectories.
+    """Judges with `engine`. `guided` holds the text to the format by structured output and marks the trajectories. With
+    `in_chunks`, responses that do not fit one prompt together are judged in chunks, as few as fit.
 
     Principles that the judge writes from the query are written once a query, greedily; a trajectory's text begins with
     them, and the first sample of each kind counts their tokens.
@@ -40,6 +42,7 @@ class EngineJudge:
     config: JudgeConfig
     model: str
     guided: bool = False
+    in_chunks: bool = False
     _written: dict[tuple[Message, ...], Future[Completions]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -49,18 +52,19 @@ class EngineJudge:
                 f"{self.config.thinking_tokens}; leave guided out"
             )
 
-    def submit(self, task: JudgeTask) -> Future[Trajectory]:
-        """One judgement; the future fails with RequestError (too long) or EngineError (engine dead).
+    def submit(self, task: JudgeTask, size: int = 0) -> Future[Trajectory]:
+        """One judgement, with `size` in chunks of at most so many responses; the future fails with RequestError (too
+        long) or EngineError (engine dead).
 
         Cancelling it cancels the engine's work.
         """
         if not mode_of(len(task.order), self.config).writes_principles:
-            return self._judge(task)
+            return self._judge(task, size)
         messages = task.item.messages
         written = self._written.get(messages)
         if written is None:
             written = self._written[messages] = self.principles(messages)
-        return _after([written], lambda done: self._judge_by(task, done[0][0]))
+        return _after([written], lambda done: self._judge_by(task, done[0][0], size))
 
     def principles(self, messages: Sequence[Message]) -> Future[Completions]:
         """One text with principles for a query, from the conversation alone, greedily (`read_principles` reads it)."""
@@ -68,20 +72,32 @@ class EngineJudge:
         return self.engine.submit(Request(principles_messages(messages, self.config), params))
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
-        """One trajectory a task, in order. A request that the engine refuses is the failure "aborted", with the reason
-        as its text; so one item that is too long does not stop the others. Raises EngineError."""
-        futures = [self.submit(task) for task in tasks]
-        return [self._outcome(task, future) for task, future in zip(tasks, futures, strict=True)]
+        """One trajectory a task, in order. A request that the engine refuses is the failure "too_long" or "aborted",
+        with the reason as its text; so one item that is too long does not stop the others. Raises EngineError."""
+        made: dict[int, Trajectory] = {}
+        sizes = dict.fromkeys(range(len(tasks)), 0)  # of the chunks of those to be judged in this round; 0: no chunks
+        while sizes:
+            futures = {place: self.submit(tasks[place], size) for place, size in sizes.items()}
+            made |= {place: self._outcome(tasks[place], future) for place, future in futures.items()}
+            next_sizes = {place: smaller(size or len(tasks[place].order)) for place, size in sizes.items()}
+            sizes = {
+                place: size
+                for place, size in next_sizes.items()
+                if size >= 2 and self.in_chunks and made[place].failure == Failure.TOO_LONG
+                and mode_of(len(tasks[place].order), self.config).rates_together
+            }  # fmt: skip
+        return [made[place] for place in range(len(tasks))]
 
     def _outcome(self, task: JudgeTask, future: Future[Trajectory]) -> Trajectory:
         try:
             return future.result()
         except RequestError as error:
-            return to_trajectory(
+            refused = to_trajectory(
                 task, self.config, text=str(error), stop_reason="abort", model=self.model, guided=self.guided
             )
+            return replace(refused, failure=str(Failure.TOO_LONG)) if isinstance(error, TooLongError) else refused
 
-    def _judge_by(self, task: JudgeTask, completion: Completion) -> Future[Trajectory]:
+    def _judge_by(self, task: JudgeTask, completion: Completion, size: int) -> Future[Trajectory]:
         """The judgement by principles that were written, or the failure to write them."""
         principles = read_principles(completion.text, completion.stop_reason, self.config)
         written = self._trajectory(task, completion)
@@ -100,14 +116,14 @@ class EngineJudge:
                 )
             )
 
-        return _after([self._judge(replace(task, item=replace(task.item, principles=principles)))], add)
+        return _after([self._judge(replace(task, item=replace(task.item, principles=principles)), size)], add)
 
-    def _judge(self, task: JudgeTask) -> Future[Trajectory]:
-        parts = parts_of(task, self.config)
+    def _judge(self, task: JudgeTask, size: int) -> Future[Trajectory]:
+        parts = parts_of(task, self.config, size)
 
         def finish(done: Sequence[Completions]) -> Future[Trajectory]:
             made = [self._trajectory(part, one) for part, (one,) in zip(parts, done, strict=True)]
-            return _done(joined(task, self.config, made))
+            return _done(joined(task, self.config, made, size))
 
         return _after([self.engine.submit(self._request(part)) for part in parts], finish)
 

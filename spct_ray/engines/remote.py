@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import httpx
 
 from spct_ray.engines.base import Request
-from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.errors import ConfigError, EngineError, RequestError, TooLongError
 from spct_ray.records import Completion, StopReason
 
 _WORTH_ANOTHER_TRY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -131,7 +132,9 @@ class RemoteEngine:
                 if response.status_code in (401, 403, 404):
                     raise EngineError(f"{self._url}, model {config.model}: {last}; check base_url, model, api_key_env")
                 if response.status_code not in _WORTH_ANOTHER_TRY:
-                    raise RequestError(f"{self._url} refuses the request: {last}")
+                    too_long = re.search(r"context[ _](length|window)", response.text, re.IGNORECASE)
+                    kind = TooLongError if too_long else RequestError  # there is no code for it that all agree on
+                    raise kind(f"{self._url} refuses the request: {last}")
                 wait_s = _retry_after(response, wait_s)
             if attempt + 1 < config.max_attempts:
                 self._closed.wait(wait_s)

@@ -22,19 +22,24 @@ class PlannedStep:
     directory: str
 
 
-def plan(steps: Sequence[Step], root: str, seed: int) -> list[PlannedStep]:
+def plan(steps: Sequence[Step], root: str, seed: int, reuse: str = "") -> list[PlannedStep]:
     """What a run would do now, in the order of the graph.
 
-    The reason compares a step with the most recently finished one of the same name under this root. Raises StepError
-    for a record that cannot be read, ConfigError for a graph that is none.
+    Steps that are finished under the root `reuse` alone are done, too, in their directory there. The reason compares a
+    step with the most recently finished one of the same name under this root, else under that. Raises StepError for a
+    record that cannot be read, ConfigError for a graph that is none.
     """
     root, ids = local_root(root), step_ids(steps, seed)
-    last = {record.name: record for record in finished_records(root)}
+    last = {r.name: r for place in (reuse, root) if place for r in finished_records(local_root(place))}
     planned = []
     for step in topological(steps):
         directory = step_directory(root, step.name, ids[step.name])
         if read_record(directory) is not None:
             planned.append(PlannedStep(step.name, "done", "", directory))
+            continue
+        there = step_directory(local_root(reuse), step.name, ids[step.name]) if reuse else ""
+        if there and not os.path.isdir(directory) and read_record(there) is not None:
+            planned.append(PlannedStep(step.name, "done", f"in {reuse}", there))
             continue
         before = last.get(step.name)
         reason = "never ran" if before is None else _changes(before, describe(step, ids, seed))
@@ -43,6 +48,18 @@ def plan(steps: Sequence[Step], root: str, seed: int) -> list[PlannedStep]:
         else:
             planned.append(PlannedStep(step.name, "run", reason, directory))
     return planned
+
+
+def link_reused(planned: Sequence[PlannedStep], root: str) -> None:
+    """Make the finished steps of another root part of this one, by links: what reads a root finds its whole graph."""
+    steps = os.path.join(local_root(root), "steps")
+    os.makedirs(steps, exist_ok=True)
+    for step in planned:
+        own = os.path.join(steps, os.path.basename(step.directory))
+        if os.path.islink(own) and not os.path.exists(own):  # what it led to was deleted
+            os.remove(own)
+        if step.directory != own:
+            os.symlink(step.directory, own)
 
 
 def format_plan(planned: Sequence[PlannedStep]) -> str:

@@ -14,17 +14,24 @@ NUM_ANCHORS = 2
 
 
 def chunks(num_responses: int, max_chunk: int) -> list[tuple[int, ...]]:
-    """Indices of the responses of each chunk, at most `max_chunk` (> NUM_ANCHORS) each; the anchors come first in all.
+    """Indices of the responses of each chunk, at most `max_chunk` (>= 2) each; the anchors come first in all.
 
-    One chunk without need of anchors where all responses fit. Chunks differ in size by at most one.
+    Chunks of two share one anchor, larger ones NUM_ANCHORS; where all responses fit, there is one chunk without need of
+    any. Chunks differ in size by at most one.
     """
-    if max_chunk <= NUM_ANCHORS:
-        raise ValueError(f"a chunk of {max_chunk} has no room beside {NUM_ANCHORS} anchors")
+    if max_chunk < 2:
+        raise ValueError(f"a chunk of {max_chunk} has no room beside an anchor")
     if num_responses <= max_chunk:
         return [tuple(range(num_responses))]
-    rest = range(NUM_ANCHORS, num_responses)
-    num_chunks = math.ceil(len(rest) / (max_chunk - NUM_ANCHORS))
-    return [(*range(NUM_ANCHORS), *rest[c::num_chunks]) for c in range(num_chunks)]
+    num_anchors = min(NUM_ANCHORS, max_chunk - 1)
+    rest = range(num_anchors, num_responses)
+    num_chunks = math.ceil(len(rest) / (max_chunk - num_anchors))
+    return [(*range(num_anchors), *rest[c::num_chunks]) for c in range(num_chunks)]
+
+
+def smaller(size: int) -> int:
+    """The size of chunk to try after `size` responses did not fit one prompt: about twice as many chunks."""
+    return size - 1 if size <= 4 else math.ceil(size / 2) + 1
 
 
 def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | None]) -> list[float]:
@@ -36,14 +43,14 @@ def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | No
     judged = [(part, mean) for part, mean in zip(parts, means, strict=True) if mean is not None]
     if not judged:
         return scores
-    if len(parts) > 1:
-        for anchor in range(NUM_ANCHORS):
-            scores[anchor] = sum(mean[anchor] for _, mean in judged) / len(judged)
-    common = sum(scores[:NUM_ANCHORS]) if len(parts) > 1 else 0.0
+    num_anchors = sum(len(set(same)) == 1 for same in zip(*parts, strict=False)) if len(parts) > 1 else 0
+    for anchor in range(num_anchors):
+        scores[anchor] = sum(mean[anchor] for _, mean in judged) / len(judged)
+    common = sum(scores[:num_anchors])
     for part, mean in judged:
-        shift = (common - sum(mean[:NUM_ANCHORS])) / NUM_ANCHORS if len(parts) > 1 else 0.0
+        shift = (common - sum(mean[:num_anchors])) / max(1, num_anchors)
         for place, i in enumerate(part):
-            if len(parts) == 1 or i >= NUM_ANCHORS:
+            if place >= num_anchors:
                 scores[i] = mean[place] + shift
     return scores
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from spct_ray.judge.cohort import chunks, merge
 from spct_ray.judge.orders import to_item_order
 from spct_ray.judge.parse import Failure, parse_scores
 from spct_ray.judge.prompt import JudgeConfig, mode_of, scale_of
@@ -69,9 +71,12 @@ def to_trajectory(
     )
 
 
-def parts_of(task: JudgeTask, config: JudgeConfig) -> list[JudgeTask]:
-    """The prompts of one judgement, as tasks: itself, or each response or pair of responses as an item of its own."""
-    parts = mode_of(len(task.order), config).parts(task.order)
+def parts_of(task: JudgeTask, config: JudgeConfig, size: int = 0) -> list[JudgeTask]:
+    """The prompts of one judgement, as tasks: itself, or each response or pair of responses as an item of its own.
+
+    With `size`, a judgement of all responses in one prompt is made of chunks of at most so many, see `judge.cohort`.
+    """
+    parts = _parts(task.order, config, size)
     if parts == [task.order]:
         return [task]
     item = task.item
@@ -90,17 +95,23 @@ def parts_of(task: JudgeTask, config: JudgeConfig) -> list[JudgeTask]:
     ]
 
 
-def joined(task: JudgeTask, config: JudgeConfig, made: Sequence[Trajectory]) -> Trajectory:
-    """One trajectory of the judgements of `parts_of`: a response's score is the sum of what they gave it. It fails as
-    the first of them that did."""
-    parts = mode_of(len(task.order), config).parts(task.order)
+def joined(task: JudgeTask, config: JudgeConfig, made: Sequence[Trajectory], size: int = 0) -> Trajectory:
+    """One trajectory of the judgements of `parts_of`: a response's score is the sum of what they gave it or, of chunks,
+    what they gave it on one scale, as a whole score. It fails as the first of them that did."""
+    parts = _parts(task.order, config, size)
     if parts == [task.order]:
         return made[0]
-    scores = [0] * len(task.order)
-    for part, one in zip(parts, made, strict=True):
-        for i, score in zip(part, one.scores, strict=False):  # a failed one has none
-            scores[i] += score
     failed = next((one for one in made if one.failure), None)
+    scores = [0] * len(task.order)
+    if size and not failed:
+        scale = scale_of(len(task.order), config)
+        merged = merge(chunks(len(task.order), size), [one.scores for one in made])
+        for i, score in zip(task.order, merged, strict=True):
+            scores[i] = min(max(math.floor(score + 0.5), scale.low), scale.high)
+    elif not failed:
+        for part, one in zip(parts, made, strict=True):
+            for i, score in zip(part, one.scores, strict=True):
+                scores[i] += score
     shown = ("; ".join(f"response {i + 1}" for i in part) for part in parts)
     return replace(
         made[0],
@@ -112,4 +123,11 @@ def joined(task: JudgeTask, config: JudgeConfig, made: Sequence[Trajectory]) -> 
         stop_reason=(failed or made[0]).stop_reason,
         prompt_tokens=sum(one.prompt_tokens for one in made),
         completion_tokens=sum(one.completion_tokens for one in made),
+        num_prompts=len(parts),
     )
+
+
+def _parts(order: Sequence[int], config: JudgeConfig, size: int) -> list[tuple[int, ...]]:
+    if not size:
+        return mode_of(len(order), config).parts(order)
+    return [tuple(order[place] for place in chunk) for chunk in chunks(len(order), size)]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from spct_ray.judge.parse import Reader, read_best, read_scores, read_verdict
 
-ModeName = Literal["list", "single", "pairwise", "best", "reference", "principles", "query_principles"]
+ModeName = Literal["list", "single", "pairwise", "best", "reference", "principles", "query_principles", "no_principles"]
 Parts = Callable[[Sequence[int]], list[tuple[int, ...]]]
 
 
@@ -35,8 +35,9 @@ class Mode:
 
     `parts` splits the order in which responses are shown into prompts; a response's score is the sum of what its
     prompts gave it. `needs` is the field of an item that must not be empty. With `writes_principles` the judge first
-    writes them from the query alone. `task`, `how` and `answer` are the words of the full prompt that differ (None: as
-    in "list"), `short` the first line of the compact one.
+    writes them from the query alone; with empty `criteria` it neither states nor is shown any. `task`, `how` and
+    `answer` are the words of the full prompt that differ (None: as in "list"), `short` the first line of the compact
+    one.
     """
 
     parts: Parts = _together
@@ -56,9 +57,14 @@ class Mode:
         return self.read is not read_scores
 
     @property
+    def rates_together(self) -> bool:
+        """Whether all responses stand in one prompt and each gets a score: too many of them may be judged in chunks."""
+        return self.parts is _together and not self.compares
+
+    @property
     def is_trainable(self) -> bool:
         """Whether a judgement is one prompt and one reply that holds scores, as RFT and GRPO have it."""
-        return self.parts is _together and not self.compares and not self.writes_principles
+        return self.rates_together and not self.writes_principles
 
 
 _BY_GIVEN = "by the principles that are given for the query"
@@ -89,4 +95,5 @@ MODES: dict[ModeName, Mode] = {
     ),
     "principles": Mode(needs="principles", by=_BY_GIVEN, criteria=_GIVEN),
     "query_principles": Mode(writes_principles=True, by=_BY_GIVEN, criteria=_GIVEN),
+    "no_principles": Mode(by="", criteria=""),
 }

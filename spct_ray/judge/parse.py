@@ -18,7 +18,8 @@ class Failure(StrEnum):
 
     NO_BOX = "no_box"  # ended without a complete \boxed{...}
     TRUNCATED = "truncated"  # hit the token limit before the box was complete
-    ABORTED = "aborted"  # the engine refused the request (prompt too long) or gave it up
+    TOO_LONG = "too_long"  # the prompt has no room in the engine's context
+    ABORTED = "aborted"  # the engine refused the request or gave it up
     NOT_INTEGER = "not_integer"
     WRONG_COUNT = "wrong_count"
     OUT_OF_RANGE = "out_of_range"

@@ -56,11 +56,10 @@ _FULL = """You are a skilled expert at scoring responses. {task}
 {responses}
 
 #### Output format ####
-Specific Criteria: <{specific}>
-Analysis: <{compare} by the general and the specific criteria>
+{specific}Analysis: <{compare} by the {which}>
 {answer}
 """
-_TASK = "By the general criteria below, and {by}, {task}"
+_TASK = "By the general criteria below{by}, {task}"
 _HOW = """Scoring is on a scale of {low} to {high}. {anchors}
 Before scoring, analyse step by step, and score as strictly as you can."""
 _ASK_PRINCIPLES = """You are a skilled expert at scoring responses. State the principles by which responses to the \
@@ -156,13 +155,14 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     anchors = _BINARY_ANCHORS if binary else _ANCHORS
     box = "x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1))
     return _FULL.format(
-        task=_TASK.format(by=mode.by, task=task),
+        task=_TASK.format(by=mode.by and f", and {mode.by}", task=task),
         how=mode.how or _HOW.format(low=scale.low, high=scale.high, anchors=anchors),
-        specific=mode.criteria,
+        specific=mode.criteria and f"Specific Criteria: <{mode.criteria}>\n",
+        which="general and the specific criteria" if mode.criteria else "general criteria",
         answer=mode.answer or f"Scores: \\boxed{{{box}}}",
         criteria=_SINGLE_CRITERIA if binary else _BANDS,
         conversation=conversation(item.messages),
-        principles=_PRINCIPLES.format(_inert(item.principles)) if item.principles else "",
+        principles=_PRINCIPLES.format(_inert(item.principles)) if item.principles and mode.criteria else "",
         reference=f"\n#### Reference answer ####\n{_inert(item.reference)}\n" if item.reference else "",
         responses="\n".join(
             f"[The Begin of Response {p}]\n{_inert(text)}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
@@ -172,10 +172,10 @@ def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
 
 
 def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
-    scale, short = scale_of(len(shown), config), mode_of(len(shown), config).short
-    ask = short.format(num=len(shown)) if short else f"Score {scale.low}-{scale.high}."
+    scale, mode = scale_of(len(shown), config), mode_of(len(shown), config)
+    ask = mode.short.format(num=len(shown)) if mode.short else f"Score {scale.low}-{scale.high}."
     parts = [ask, f"Query: {_query(item.messages)}"]
-    if item.principles:
+    if item.principles and mode.criteria:
         parts.append(f"Principles: {_inert_turn(item.principles)}")
     if item.reference:
         parts.append(f"Reference: {_inert_turn(item.reference)}")

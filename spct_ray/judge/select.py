@@ -19,8 +19,9 @@ class Selection:
     counts: dict[str, int]
 
 
-def select(item: Item, trajectories: Sequence[Trajectory]) -> Selection:
-    """Eq. 10 and Section 4.1: reject every incorrect sample, and the whole item when all unhinted ones are correct.
+def select(item: Item, trajectories: Sequence[Trajectory], reject_easy: bool = True) -> Selection:
+    """Eq. 10 and Section 4.1: reject every incorrect sample, and (`reject_easy`) an item whose unhinted ones are all
+    correct.
 
     A hinted sample is rejected only when incorrect (or with its too-easy item). Unparsable samples are rejected under
     their failure's name and are in neither set.
@@ -28,7 +29,7 @@ def select(item: Item, trajectories: Sequence[Trajectory]) -> Selection:
     counts: Counter[str] = Counter()
     correct = {t.key: not t.failure and is_correct(t.scores, item.rewards) for t in trajectories}
     unhinted = [t for t in trajectories if not t.hinted]
-    too_easy = bool(unhinted) and all(correct[t.key] for t in unhinted)
+    too_easy = reject_easy and bool(unhinted) and all(correct[t.key] for t in unhinted)
     accepted = []
     for t in trajectories:
         kind = "hinted" if t.hinted else "unhinted"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from spct_ray.errors import ConfigError
 from spct_ray.precision import Precision
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "none"]
@@ -25,6 +26,26 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
     dtype: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of training all weights, see `spct_ray.learn.lora`. `rank` 0 is off.
+
+    `target_modules` are names of linear layers, such as q_proj; none stands for all of the trunk's.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"lora: rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}; rank is at least 0 (off), alpha "
+                "is above 0, dropout at least 0 and below 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import EMPTY, Batch
-from spct_ray.learn.config import OptimConfig, TrainResources, learning_rate
+from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, learning_rate
+from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
 from spct_ray.precision import resolve
 
@@ -34,7 +35,8 @@ class Trainer:
     """One rank of data-parallel training. All methods but the attributes are collective: every rank calls them alike.
 
     Uses the process group that is there, or makes one of its own for a single process. Head "lm" drives `logprobs`,
-    head "scalar" drives `scores`. `steps_done` counts updates, also over resumes.
+    head "scalar" drives `scores`. With `lora`, adapters alone (and a scalar head) are trained and checkpointed.
+    `steps_done` counts updates, also over resumes.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Trainer:
         resources: TrainResources,
         total_steps: int,
         seed: int,
+        lora: LoraConfig | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -66,17 +69,21 @@ class Trainer:
             del active
         else:
             self.model = load_model(model_dir, head, self.dtype)
+        self.has_adapters = bool(lora and lora.rank)
+        if lora and lora.rank:
+            torch.manual_seed(derive_seed(seed, "adapters"))
+            add_adapters(self.model, lora)
         self.model.train()
         if resources.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         module = TokenLogprobs(self.model) if head == "lm" else LastTokenScore(self.model)
         if isinstance(module, TokenLogprobs):
             deepspeed.utils.set_z3_leaf_module(module.head, True)
-        self._optimizer = _make_optimizer(list(module.parameters()), optim, resources)
+        self._optimizer = _make_optimizer([p for p in module.parameters() if p.requires_grad], optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """Log p [N] (fp32) of each trained token."""
+        """Log p [N] (fp32) of each trained token; without dropout where no gradient is asked for."""
         return self._forward(batch)
 
     def scores(self, batch: Batch) -> Tensor:
@@ -84,6 +91,8 @@ class Trainer:
         return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
+        if self.model.training != torch.is_grad_enabled():
+            self._engine.train(torch.is_grad_enabled())
         output: Tensor = self._engine(batch.to(self.device))
         return output
 
@@ -154,23 +163,25 @@ class Trainer:
         return state
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under their HF names, tied ones once; every rank must iterate to the end.
+        """Full weights under their HF names, tied ones once, adapters added; every rank must iterate to the end.
 
         Under ZeRO-3 they are gathered bucket by bucket and are copies; else they are the live weights, valid until the
         next `step`.
         """
-        named = list(self.model.named_parameters())
+        waiting = whole_weights(self.model)
         if self._zero_stage < 3:
-            yield from ((name, p.detach()) for name, p in named)
+            yield from ((whole.name, whole.value()) for whole in waiting)
             return
         import deepspeed
 
-        while named:
-            bucket = [named.pop(0)]
-            while named and sum(p.ds_numel for _, p in bucket) + named[0][1].ds_numel <= _GATHER_NUMEL:
-                bucket.append(named.pop(0))
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
-                weights = [(name, p.detach().clone()) for name, p in bucket]
+        while waiting:
+            bucket, parameters = [waiting.pop(0)], list[Any]()
+            parameters += bucket[0].parameters
+            while waiting and sum(p.ds_numel for p in (*parameters, *waiting[0].parameters)) <= _GATHER_NUMEL:
+                bucket.append(waiting.pop(0))
+                parameters += bucket[-1].parameters
+            with deepspeed.zero.GatheredParameters(parameters):
+                weights = [(whole.name, whole.value().clone()) for whole in bucket]
             yield from weights
 
     def export(self, directory: str) -> None:
@@ -228,8 +239,10 @@ class Trainer:
     def _fragments(self) -> Iterator[checkpoint.Fragment]:
         """Views of the master weights and moments that this rank owns."""
         zero = self._engine.optimizer
+        keys = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
         for name, param in self.model.named_parameters():
-            keys = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+            if not param.requires_grad:
+                continue  # as in the model that training began with
             if self._zero_stage == 3:
                 start = self.rank * param.partition_numel()
                 length = min(param.partition_numel(), param.ds_numel - start)  # the rest is padding

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -192,6 +193,8 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
     found = serve.status()
     if APP_NAME in found.applications:
         raise ConfigError(f"this Ray cluster already serves {APP_NAME!r}; stop that `spct serve` first")
+    if session.is_local(resources.cluster):  # no nodes will come, so a replica without room would be waited for forever
+        resources.check_room(ray.cluster_resources(), meta=config.meta_model is not None)
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})

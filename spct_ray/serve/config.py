@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,9 +41,21 @@ class ServeResources:
         default_factory=lambda: ReplicaConfig(num_cpus=0.1, max_ongoing_requests=128, max_queued_requests=256)
     )
     judge: ReplicaConfig = field(default_factory=ReplicaConfig)
-    meta: ReplicaConfig = field(default_factory=ReplicaConfig)
+    meta: ReplicaConfig = field(default_factory=lambda: ReplicaConfig(num_cpus=0.5))  # all three fit two cores
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterResources = field(default_factory=ClusterResources)
+
+    def check_room(self, total: Mapping[str, float], meta: bool) -> None:
+        """Raise ConfigError where the least number of replicas asks for more than `total` ({"CPU": .., "GPU": ..})."""
+        replicas = {"gateway": self.gateway, "judge": self.judge} | ({"meta": self.meta} if meta else {})
+        for kind, name in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            needed = {key: r.min_replicas * getattr(r, name) for key, r in replicas.items()}
+            if sum(needed.values()) > total.get(kind, 0.0) + 1e-6:
+                asked = ", ".join(f"{key} {number:g}" for key, number in needed.items() if number)
+                raise ConfigError(
+                    f"the replicas ask for {sum(needed.values()):g} {kind}s ({asked}), this machine has "
+                    f"{total.get(kind, 0.0):g}: lower resources.*.{name} or min_replicas, or name a cluster"
+                )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Outputs: bench_<label>.parquet and data_report.json (by label: rows, items, drop
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class BenchmarksResources:
 
 def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
     """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.benchmarks.registry`."""
-    from spct_ray.benchmarks.readers import facts_of
+    from spct_ray.benchmarks.readers import facts_of, layout
     from spct_ray.benchmarks.registry import find, read_benchmark
     from spct_ray.data.decontaminate import decontaminate
     from spct_ray.data.store import read_items, write_items
@@ -58,7 +57,7 @@ def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksRes
             "title": find(spec.name).title,
             "num_items": len(items),
             "num_questions": len({facts_of(item)["question"] for item in items}),
-            "layout": dict(sorted(Counter(f"n = {len(item.responses)}" for item in items).items())),
+            "layout": layout(items),
             "dropped": asdict(dropped),
             "contaminated": [overlap.item.id for overlap in overlaps] if train else None,
         }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
     report = json.loads(Path(context.inputs["items"], "data_report.json").read_text())
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
-        blocks[label] = report[label] | {"in_distribution": task.benchmark is BENCHMARKS["heldout"]}
+        blocks[label] = report.get(label) or _read_in_run(task)
+        absent = [name for name in task.benchmark.subsets if name not in task.sheet.names]
+        blocks[label] |= {"in_distribution": task.benchmark is BENCHMARKS["heldout"], "absent_subsets": absent}
         blocks[label] |= _block(task, {n: by[label] for n, by in judged.items()}, counting, context)
     points = [
         {"benchmark": label, "judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
@@ -135,10 +137,9 @@ def _block(task: Task, judged: Mapping[str, Judged], counting: Counting, context
         models[name], outcomes[name] = evaluation.judge_block(task, found, weights, counting)
     top = counting.k_max
     shown = ("greedy", f"sum@{top}", f"meta_top@{top}")
-    pairs = {
-        f"{b} - {a}": evaluation.paired(outcomes[a], outcomes[b], shown, task, counting)
-        for a, b in itertools.combinations(judged, 2)
-    }
+    names = list(judged)  # of many judges, each is compared with the first, else the pairs would bury the reader
+    compared = itertools.combinations(names, 2) if len(names) <= 3 else ((names[0], name) for name in names[1:])
+    pairs = {f"{b} - {a}": evaluation.paired(outcomes[a], outcomes[b], shown, task, counting) for a, b in compared}
     return {"chance": evaluation.chance(task), "models": models, "paired": pairs}
 
 
@@ -154,6 +155,21 @@ def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
         items = tuple(read_items(str(files[label])))
         found[label] = Task(find(name), items, Sheet.of(items))
     return found
+
+
+def _read_in_run(task: Task) -> dict[str, Any]:
+    """What `stages.benchmarks` notes of a benchmark, for items that a run's own data step read."""
+    from spct_ray.benchmarks.readers import layout
+
+    return {
+        "name": "heldout",
+        "title": task.benchmark.title,
+        "num_items": len(task.items),
+        "num_questions": task.sheet.num_questions,
+        "layout": layout(task.items),
+        "dropped": {"counts": {}},
+        "contaminated": None,
+    }
 
 
 def _rates(inputs: Mapping[str, str], name: str) -> Rates:
@@ -250,24 +266,30 @@ def judged_tables(
         if missing:
             raise DataError(f"evaluation of {name}: no judgement of {len(missing)} items, the first is {missing[0]!r}")
         sampled = [t for item in asked for t in of_item[item.id] if t.temperature]
-        greedy = [t for item in asked for t in _twice(item, [t for t in of_item[item.id] if not t.temperature])]
+        orders = max(sum(not t.temperature for t in of_item[item.id]) for item in asked)
+        greedy = [t for item in asked for t in _repeated([t for t in of_item[item.id] if not t.temperature], orders)]
         found[label] = tabulate(asked, sampled, middle, logits), tabulate(asked, greedy, middle)
     return found
 
 
-def _twice(item: Item, greedy: Sequence[Trajectory]) -> Sequence[Trajectory]:
-    """A single response has one order and one greedy judgement: it stands for both, so that all items have two."""
-    return greedy if len(item.responses) > 1 else [*greedy, *(replace(t, sample=1) for t in greedy)]
+def _repeated(greedy: Sequence[Trajectory], num: int) -> Sequence[Trajectory]:
+    """A single response has one order and one greedy judgement: it stands for all, so that all items have as many."""
+    return greedy if len(greedy) == num else [replace(t, sample=j) for t in greedy for j in range(num)]
 
 
 def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
+    """Of the judge's samples by key. A run scores its judges in one step, where they have their names in the run."""
     import pyarrow.parquet as pq
+
+    from spct_ray.graph.record import read_record
 
     role = f"meta_scores_{name}"
     if role not in inputs:
         return None
+    record = read_record(inputs[f"evaluate_{name}"])
+    model = record.name.removeprefix("evaluate_") if record else name
     rows = pq.read_table(Path(inputs[role], "logits.parquet")).to_pylist()
-    return {row["key"]: row["logit"] for row in rows}
+    return {row["key"]: row["logit"] for row in rows if row["model"] == model}
 
 
 def _samples(tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:

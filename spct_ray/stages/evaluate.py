@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.config import ADDED
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
@@ -32,7 +33,8 @@ class EvaluateConfig:
     """`k_max` samples an item at `temperature` (paper: 0.5) and one greedy judgement.
 
     `single` is the scale for n = 1 at test time (paper: 1..10); it replaces the training prompt's. `endpoint` names a
-    judge that does not run here ("MODEL at URL"; how it is asked is a resource); else the judge is an input.
+    judge that does not run here ("MODEL at URL"; how it is asked is a resource); else the judge is an input. Responses
+    that do not fit one prompt are judged `in_chunks`, or not at all (the failure "too_long").
     """
 
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -40,6 +42,7 @@ class EvaluateConfig:
     k_max: int = 8
     temperature: float = 0.5
     endpoint: str = ""
+    in_chunks: bool = field(default=False, metadata=ADDED)
 
     @property
     def prompt(self) -> JudgeConfig:
@@ -69,13 +72,13 @@ def run_endpoint(context: StepContext, config: EvaluateConfig, resources: Endpoi
     """As `run_both_orders`, by a judge behind an endpoint. Raises ConfigError and EngineError before anything is asked
     when it cannot be reached."""
     _greet(resources.endpoint)
-    make_judge = partial(remote_judge, resources.endpoint, config.prompt)
+    make_judge = partial(remote_judge, resources.endpoint, config.prompt, False, config.in_chunks)
     return _judge(context, config, SamplingResources(block_size=resources.block_size), make_judge, num_greedy=2)
 
 
 def _engine(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> Callable[[], Judge]:
     model, name = str(Path(context.inputs["judge"]) / "model"), context.name.removeprefix("evaluate_")
-    return partial(engine_judge, model, resources.engine, config.prompt, name, False)
+    return partial(engine_judge, model, resources.engine, config.prompt, name, False, config.in_chunks)
 
 
 def _judge(

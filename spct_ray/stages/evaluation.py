@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,14 +21,14 @@ from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
-from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
+from spct_ray.graph.record import finished_records, local_root, step_directory
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes, scalar
+from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes, scalar, stored
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
+from spct_ray.stages.stored import JUDGES, clean
 
-JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
 SCALAR = "bradley_terry"
 
 
@@ -113,7 +112,7 @@ def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint
         if judge.config is None:
             raise ConfigError(f"{target}: a scalar reward model has no judge modes")
         prompt = replace(judge.config.judge, mode=mode)
-        return replace(judge, name=f"{judge.name}-{_clean(mode)}", config=replace(judge.config, judge=prompt))
+        return replace(judge, name=f"{judge.name}-{clean(mode)}", config=replace(judge.config, judge=prompt))
     if at and Path(plain).exists() and not Path(target).exists():
         close = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(MODES)}"
@@ -137,27 +136,17 @@ def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint
 
 
 def _of_run(target: str, wanted: Sequence[str]) -> Judge:
-    root = local_root(target)
-    records = finished_records(root)
-    newest = {record.name: record for record in records}
-    found = next((newest[f"evaluate_{name}"] for name in wanted if f"evaluate_{name}" in newest), None)
-    if found is None:
-        raise ConfigError(f"{root}: no finished evaluation of {' or '.join(wanted)}; finish the run (`spct run`) first")
-
-    def directory(record: StepRecord, role: str) -> str:
-        source = record.inputs[role]
-        return step_directory(root, source["step"], source["id"])
-
-    resources = dict(found.resources)
+    found = stored.find(target, wanted)
+    resources = dict(found.evaluation.resources)
     engine = EngineConfig(**resources.pop("engine"))
-    scores = next((r for r in reversed(records) if r.name == "meta_scores" and _reads(r, found)), None)
-    name = found.name.removeprefix("evaluate_")
-    trained = {} if name == "base" else {found.inputs["items"]["id"]: directory(found, "items")}
+    trained: dict[str, str] = {}
+    if not found.name.endswith("_base"):
+        trained[found.evaluation.inputs["items"]["id"]] = found.source(found.evaluation, "items")
     return Judge(
-        name=f"{_clean(Path(root).name)}_{name}",
-        model=str(Path(directory(found, "judge"), "model")),
-        meta=str(Path(directory(scores, "meta"), "model")) if scores else None,
-        config=evaluate.EvaluateConfig(**found.config | {"judge": JudgeConfig(**found.config["judge"])}),
+        name=found.name,
+        model=str(Path(found.judge_model, "model")),
+        meta=str(Path(found.meta_model, "model")) if found.meta_model else None,
+        config=found.config,
         resources=SamplingResources(**resources, engine=engine),
         train=trained,
     )
@@ -171,7 +160,7 @@ def _scalar_of_run(target: str) -> Judge:
     record = newest[SCALAR]
     items = record.inputs["items"]
     return Judge(
-        name=f"{_clean(Path(root).name)}_{SCALAR}",
+        name=f"{clean(Path(root).name)}_{SCALAR}",
         model=str(Path(step_directory(root, SCALAR, record.id), "model")),
         meta=None,
         config=None,
@@ -179,16 +168,12 @@ def _scalar_of_run(target: str) -> Judge:
     )
 
 
-def _reads(record: StepRecord, source: StepRecord) -> bool:
-    return any(found["id"] == source.id for found in record.inputs.values())
-
-
 def _of_model(target: str, asked: EvaluationConfig) -> Judge:
     """A sequence classifier is a scalar reward model. Else the full prompt unless told otherwise, half of a short
     context for the judgement, no meta RM."""
     config, default = json.loads(Path(target, "config.json").read_text(encoding="utf-8")), EngineConfig()
     path = Path(target).resolve()
-    name = _clean(path.parent.name if path.name == "model" else path.name)
+    name = clean(path.parent.name if path.name == "model" else path.name)
     if any(kind.endswith("ForSequenceClassification") for kind in config.get("architectures") or ()):
         return Judge(name, str(path), meta=None, config=None)
     context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
@@ -210,16 +195,12 @@ def _of_endpoint(url: str, asked: EvaluationConfig, endpoint: Endpoint) -> Judge
     where = RemoteConfig(url, endpoint.model, endpoint.api_key_env, asked.concurrency, asked.timeout_s)
     config = evaluate.EvaluateConfig(asked.judge or JudgeConfig(), asked.single, endpoint=f"{endpoint.model} at {url}")
     return Judge(
-        name=_clean(endpoint.model),
+        name=clean(endpoint.model),
         model=None,
         meta=None,
         config=config,
         resources=evaluate.EndpointResources(where, block_size=4 * asked.concurrency),
     )
-
-
-def _clean(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", name)
 
 
 def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
@@ -266,7 +247,7 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             read |= {name: name}
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
-        config = replace(judge.config, k_max=max(asked.ks), temperature=temperature)
+        config = replace(judge.config, k_max=max(asked.ks), temperature=temperature, in_chunks=True)
         if isinstance(judge.resources, evaluate.EndpointResources):
             ask = judge.resources
             steps.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from spct_ray.config import ADDED
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
@@ -24,19 +25,22 @@ from spct_ray.records import Message
 from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
 
 VERSION = 2
+Data = Literal["both", "off_policy", "on_policy"]
 
 
 @dataclass(frozen=True)
 class MetaConfig(SupervisedConfig):
     """The paper's values: lr 1e-5, batch 512, a copy of the base model (`init` "student").
 
-    `heldout_share` of the items is never trained on.
+    `heldout_share` of the items is never trained on. `data` is what is: cold-start judgements (off-policy), judgements
+    of the judge that it will guide (on-policy), or both, as in the paper.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=30))
     batch_size: int = 512
     init: Literal["student", "rft", "grpo"] = "student"
     heldout_share: float = 0.1
+    data: Data = field(default="both", metadata=ADDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, 
     tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["init"]) / "model"))
     counts: Counter[str] = Counter()
     parts: dict[str, list[Example]] = {"train": [], "heldout": []}
-    for judgement in labelled_judgements(context, counts):
+    for judgement in labelled_judgements(context, counts, config.data):
         ids, prompt_length = encode_judgement(tokenizer, judgement.messages)
         if len(ids) > config.max_tokens:
             counts["too_long"] += 1
@@ -111,18 +115,19 @@ def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, 
     return dict(counts)
 
 
-def labelled_judgements(context: StepContext, counts: Counter[str]) -> Iterator[_Labelled]:
+def labelled_judgements(context: StepContext, counts: Counter[str], data: Data = "both") -> Iterator[_Labelled]:
     """Selection's labelled cold-start judgements, then the on-policy ones with labels made here."""
     import pyarrow.parquet as pq
 
     from spct_ray.cluster.sampling import read_trajectories
     from spct_ray.data.store import read_items
 
-    for row in pq.read_table(Path(context.inputs["select"]) / "meta.parquet").to_pylist():
+    cold_start = pq.read_table(Path(context.inputs["select"]) / "meta.parquet").to_pylist()
+    for row in cold_start if data != "on_policy" else ():
         counts["cold_start"] += 1
         yield _Labelled(row["item_id"], tuple(Message(**m) for m in row["messages"]), row["label"])
     items = {item.id: item for item in read_items(str(Path(context.inputs["items"]) / "train.parquet"))}
-    for t in read_trajectories(context.inputs["onpolicy"]):
+    for t in read_trajectories(context.inputs["onpolicy"]) if data != "off_policy" else ():
         if t.hinted or t.failure:
             counts["hinted" if t.hinted else "unparsable"] += 1
             continue

@@ -55,17 +55,20 @@ class Resources:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `judge` is the prompt of every stage; `rounds` repeats sampling, selection and RFT with the current
-    student as sampler (one round is the paper's). With `nano`, the student is made from nothing, not from `student`.
+    """One run. Steps that are finished under the root `reuse` are linked, not run again. `judge` is the prompt of every
+    stage; `rounds` repeats sampling, selection and RFT with the current student as sampler (one round is the paper's).
+    With `nano`, the student is made from nothing, not from `student`.
     With `bradley_terry` ({} takes its defaults), a scalar baseline is trained on the same items."""
 
     root: str
+    reuse: str = ""
     seed: int = 1
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     items: items.ItemsConfig = field(default_factory=items.ItemsConfig)
     student: student.StudentConfig = field(default_factory=student.StudentConfig)
     nano: nano.NanoStudentConfig | None = None
     sample: SampleConfig = field(default_factory=SampleConfig)
+    select: select.SelectConfig = field(default_factory=select.SelectConfig)
     rounds: int = 1
     rft: rft.RftConfig = field(default_factory=rft.RftConfig)
     grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
@@ -116,7 +119,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         inputs = {"items": "items"} | ({"judge": judge} if config.sampler.kind == "student" else {})
         sampled = add(f"sample{end}", sample, config, where.sample, Demand.of_replicas(where.sample), inputs)
         chosen = {"items": "items", "sample": sampled}
-        selected = add(f"select{end}", select, select.SelectConfig(), select.SelectResources(), one, chosen)
+        selected = add(f"select{end}", select, recipe.select, select.SelectResources(), one, chosen)
         judge = add(
             f"rft{end}", rft, recipe.rft, where.rft, _training(where.rft), {"student": "student", "select": selected}
         )

@@ -49,7 +49,13 @@ def replay(context: StepContext, config: GrpoConfig, resources: GrpoResources) -
         )
     model = str(Path(context.inputs["rft"]) / "model")
     trainer = Trainer(
-        model, head="lm", optim=config.optim, resources=resources.train, total_steps=config.steps, seed=context.seed
+        model,
+        head="lm",
+        optim=config.optim,
+        resources=resources.train,
+        total_steps=config.steps,
+        seed=context.seed,
+        lora=config.lora,
     )
     if step > 0:
         trainer.resume(checkpoints, step)

@@ -98,13 +98,15 @@ def judge_factory(
     return partial(engine_judge, model, engine, judge, name, sampler.guided)
 
 
-def engine_judge(model: str, engine: EngineConfig, judge: JudgeConfig, name: str, guided: bool) -> Judge:
+def engine_judge(
+    model: str, engine: EngineConfig, judge: JudgeConfig, name: str, guided: bool, in_chunks: bool = False
+) -> Judge:
     """A judge on a vLLM engine of its own, in this process."""
     from spct_ray.engines.vllm import VllmEngine
 
-    return EngineJudge(VllmEngine(model, engine), judge, name, guided)
+    return EngineJudge(VllmEngine(model, engine), judge, name, guided, in_chunks)
 
 
-def remote_judge(endpoint: RemoteConfig, judge: JudgeConfig, guided: bool = False) -> Judge:
+def remote_judge(endpoint: RemoteConfig, judge: JudgeConfig, guided: bool = False, in_chunks: bool = False) -> Judge:
     """A judge behind an endpoint."""
-    return EngineJudge(RemoteEngine(endpoint), judge, endpoint.model, guided)
+    return EngineJudge(RemoteEngine(endpoint), judge, endpoint.model, guided, in_chunks)

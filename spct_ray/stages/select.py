@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spct_ray.config import ADDED
 from spct_ray.data.store import read_items
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
@@ -38,9 +39,11 @@ META_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """The prompt of the student: the hint is never part of it, whatever the sampler saw."""
+    """The prompt of the student: the hint is never part of it, whatever the sampler saw. `reject_easy` rejects items
+    whose unhinted samples are all correct, as the paper does."""
 
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reject_easy: bool = field(default=True, metadata=ADDED)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def run(context: StepContext, config: SelectConfig, _: SelectResources) -> dict[
     counts: Counter[str] = Counter()
     for item_id, group in groupby(read_trajectories(context.inputs["sample"]), key=lambda t: t.item_id):
         item = items[item_id]
-        selection = select(item, list(group))
+        selection = select(item, list(group), config.reject_easy)
         counts.update(selection.counts)
         for t in selection.accepted:
             prompt = [m.to_row() for m in judge_messages(item, t.order, config.judge)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,12 +31,14 @@ Counts = dict[str, int]
 
 @dataclass(frozen=True)
 class SupervisedConfig:
-    """Optimiser and amount of training. `max_steps` 0 means `epochs` (a fraction is allowed) over the examples.
+    """Optimiser, adapters and amount of training.
 
-    Examples of more than `max_tokens` tokens are dropped, with a count.
+    `max_steps` 0 means `epochs` (a fraction is allowed) over the examples. Examples of more than `max_tokens` tokens
+    are dropped, with a count.
     """
 
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     batch_size: int = 1024
     epochs: float = 1.0
     max_steps: int = 0
@@ -80,6 +82,7 @@ def train(
         resources=resources,
         total_steps=order.num_steps,
         seed=context.seed,
+        lora=config.lora,
     )
     fit(
         trainer,

@@ -1,0 +1,80 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: put into a loaded model, and added to its weights.
+
+The trunk's linear layers compute W x + (alpha / rank) B A x, of which A and B alone are trained; embeddings and output
+layer stay as they are, and a new scalar head is trained in full. What leaves the trainer (weights for engines, exports)
+is the sum W + (alpha / rank) B A under the names of the model without adapters. Leaves out ranks and gathering.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spct_ray.errors import ConfigError
+from spct_ray.learn.config import LoraConfig
+
+_ADAPTER = "default"  # peft's name of the one adapter
+
+
+def add_adapters(model: Any, lora: LoraConfig) -> None:
+    """Freeze a transformers model, but for a scalar head, and give its trunk adapters in the dtype of its weights.
+
+    Their A is drawn at random, their B is 0: the model computes what it did. Raises ConfigError for a name in
+    `target_modules` that is no linear layer of the trunk.
+    """
+    import peft
+
+    trunk = model.base_model
+    linear = [name for name, module in trunk.named_modules() if isinstance(module, nn.Linear)]
+    unknown = [t for t in lora.target_modules if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(unknown)} names no linear layer inside {type(trunk).__name__}; it has "
+            f"{', '.join(known)} (embeddings and output layer take no adapter)"
+        )
+    model.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) or "all-linear",
+    )
+    peft.inject_adapter_in_model(config, trunk, _ADAPTER)
+    dtype = next(p.dtype for p in trunk.parameters() if not p.requires_grad)
+    for parameter in trunk.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """One weight of the model as it is without adapters: its HF name, and the parameters that it is made of."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    layer: Any = None  # peft's, where there is an adapter
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """The live weight or, with an adapter, a new tensor: the sum. Needs whole parameters."""
+        weight = self.parameters[0].detach()
+        return weight if self.layer is None else weight + self.layer.get_delta_weight(_ADAPTER)
+
+
+def whole_weights(model: nn.Module) -> list[WholeWeight]:
+    """All weights, tied ones once; of a model with or without adapters."""
+    weights = []
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        place, adapted, end = name.rpartition(".base_layer.")
+        layer: Any = model.get_submodule(place) if adapted and end == "weight" else None
+        halves = (layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight) if layer is not None else ()
+        weights.append(WholeWeight(f"{place}.{end}" if adapted else name, (parameter, *halves), layer))
+    return weights
