@@ -29,6 +29,7 @@ from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
+from spct_ray.serve import load
 from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
 
 RESPONSES = 2  # of each item
@@ -48,13 +49,19 @@ Judge = Callable[[Sequence[Item], int], Took]  # k judgements of each item, all 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--model", help="model directory of the judge (default: SmolLM2-135M's shape, random)")
+    parser.add_argument("--model", help="model directory of the judge (default: SmolLM2-135M's shape, random); with "
+                        "--load also a run's root")  # fmt: skip
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of each engine")
     parser.add_argument("--items", type=int, default=6, help="items judged at once at saturation")
     parser.add_argument("--k", type=int, default=8, help="judgements of each of them")
     parser.add_argument("--prompt-tokens", type=int, default=800, help="about; exact for the random model")
     parser.add_argument("--max-tokens", type=int, default=40, help="of one judgement")
     parser.add_argument("--runs", type=int, default=3, help="rounds of all measurements; medians count")
+    parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="of each engine; resident memory grows until "
+                        "all of it was used once")  # fmt: skip
+    parser.add_argument("--load", action="store_true", help="overload it instead, and kill its judge: serve/load.py")
+    parser.add_argument("--clients", type=int, default=200, help="of --load")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of --load")
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -63,9 +70,12 @@ def serve(arguments: argparse.Namespace) -> None:
         if not arguments.model:
             from spct_ray.benchmarks.training_speed import write_model
 
-            write_model(directory)
+            write_model(directory, layers=2 if arguments.load else 30)
         model = os.path.abspath(arguments.model or directory)
         config = _config(model, arguments)
+        if arguments.load:
+            load.run(arguments, load.config_of(model, config, arguments.cores) if arguments.model else config)
+            return
         with _Direct(config) as direct:
             from spct_ray.cluster import session
             from spct_ray.serve import app
@@ -199,7 +209,7 @@ def _config(model: str, arguments: argparse.Namespace) -> ServeConfig:
         resources=ServeResources(
             port=port,
             judge=ReplicaConfig(num_cpus=arguments.cores),
-            engine=EngineConfig(max_model_len=length, kv_cache_gib=1.0, threads=arguments.cores),
+            engine=EngineConfig(max_model_len=length, kv_cache_gib=arguments.kv_cache_gib, threads=arguments.cores),
             cluster=ClusterResources(num_cpus=arguments.cores + 1, object_store_gib=0.1),
         ),
     )

@@ -1,0 +1,277 @@
+"""The voting service under more load than it can bear, with its judge killed in the middle.
+
+`python jobs/bench.py serve --load [--model RUN_OR_MODEL --clients 200 --minutes 5]`. HTTP clients together ask for
+twice what the service was measured to answer, and do not try again. Every answer is compared with the one that the idle
+service gave to the same request; memory is read from /proc. Prints tables and, as its last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from spct_ray.data.builtin import BuiltinConfig, generate
+from spct_ray.judge.orders import balanced_orders
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.serve.client import request
+from spct_ray.serve.config import ReplicaConfig, ServeConfig, resolve
+from spct_ray.serve.schema import JudgeAnswer
+
+OVERLOAD = 2.0  # requests asked for, as a multiple of those answered at saturation
+NUM_ITEMS = 32
+PROBE_S = 10.0  # for which the capacity is measured
+MEMORY_PERIOD_S = 2.0
+DEPLOYMENTS = ("GatewayReplica", "JudgeReplica", "MetaReplica")
+KINDS = ("quotes", "first_word", "no_commas", "number", "title")  # short texts, which fit a nano judge
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request's body, and what the idle service answered to it."""
+
+    body: dict[str, Any]
+    alone: JudgeAnswer
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one request: when it was sent (time.monotonic()) and how long it took, in seconds; the status, or
+    the name of the error that came instead; what was wrong with the answer; whether its texts are the idle service's.
+    """
+
+    sent_at: float
+    seconds: float
+    outcome: str
+    fault: str = ""
+    same_texts: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident MiB of one replica's process at a time of time.monotonic()."""
+
+    at: float
+    deployment: str
+    pid: int
+    mib: float
+
+
+def run(arguments: argparse.Namespace, config: ServeConfig) -> None:
+    """Serve `config`, load it, print the report."""
+    from spct_ray.cluster import session
+    from spct_ray.serve import app
+
+    with session.start(config.resources.cluster), app.serving(config) as url:
+        asyncio.run(drive(arguments, url, config))
+
+
+def config_of(target: str, base: ServeConfig, cores: int) -> ServeConfig:
+    """What `spct serve TARGET` would serve, with an engine of so many threads, at the address of `base`."""
+    found = resolve(target)
+    resources = replace(
+        base.resources,
+        engine=replace(found.resources.engine, kv_cache_gib=base.resources.engine.kv_cache_gib, threads=cores),
+        meta=ReplicaConfig(num_cpus=0.5),
+    )
+    return replace(found, resources=resources)
+
+
+def fault(answer: JudgeAnswer, body: dict[str, Any], alone: JudgeAnswer) -> str:
+    """What is wrong with an answer, "" for nothing.
+
+    Its samples must be the request's own (their number, orders and prompts' lengths), and its verdict what they sum to.
+    """
+    num, k = len(body["responses"]), body["k"]
+    orders = [list(order) for order in balanced_orders(num, k, derive_seed(body["seed"], "orders"))]
+    if [s.sample for s in answer.samples] != list(range(k)) or [s.order for s in answer.samples] != orders:
+        return "samples"
+    if [s.prompt_tokens for s in answer.samples] != [s.prompt_tokens for s in alone.samples]:
+        return "prompts"
+    if any((s.scores is None) != (s.failure is not None) for s in answer.samples):
+        return "failures"
+    used = [answer.samples[i].scores for i in answer.used]
+    if None in used or used != [s.scores for s in answer.samples if s.kept]:
+        return "used samples"
+    sums = [sum(scores[i] for scores in used if scores is not None) for i in range(num)] if used else None
+    if answer.scores != sums:
+        return "sums"
+    best = [i for i, s in enumerate(sums) if s == max(sums)] if sums and num > 1 else []
+    return "" if answer.winners == best and (answer.winner in best if best else answer.winner is None) else "winner"
+
+
+def resident() -> list[Memory]:
+    """Memory of the replicas that the Ray of this process runs."""
+    found, now = [], time.monotonic()
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (directory / "cmdline").read_bytes().decode(errors="replace")
+            name = next((name for name in DEPLOYMENTS if title.startswith("ray::ServeReplica") and name in title), None)
+            if name is None or _parent(_parent(int(directory.name))) != os.getpid():  # the one between is the raylet
+                continue
+            pages = int((directory / "statm").read_text().split()[1])
+        except OSError:  # it ended meanwhile
+            continue
+        found.append(Memory(now, name, int(directory.name), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+    return found
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def drive(arguments: argparse.Namespace, url: str, config: ServeConfig) -> None:
+    """Load the service of `config` at `url`, whose Ray this process has started, and print the report."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=config.judge_timeout_s + 60, limits=limits) as http:
+        questions = await _questions(http, arguments.k)
+        started = time.monotonic()
+        many = config.resources.judge.max_ongoing_requests
+        probe = await asyncio.gather(*(_client(http, questions, i, started + PROBE_S, 0.0) for i in range(many)))
+        answered = [r for replies in probe for r in replies if r.outcome == "200"]
+        capacity = len(answered) / (max(r.sent_at + r.seconds for r in answered) - started)
+        interval_s = arguments.clients / (OVERLOAD * capacity)
+        print(f"{capacity:.1f} requests/s answered of {many} clients; now {arguments.clients} clients ask for "
+              f"{OVERLOAD * capacity:.1f}/s for {arguments.minutes:g} minutes", flush=True)  # fmt: skip
+        started = time.monotonic()
+        end = started + 60 * arguments.minutes
+        memory: list[Memory] = []
+        watch = asyncio.create_task(_watch(memory))
+        clients = [asyncio.create_task(_client(http, questions, i, end, interval_s)) for i in range(arguments.clients)]
+        await asyncio.sleep(30 * arguments.minutes)
+        killed_at = time.monotonic()
+        await asyncio.to_thread(_kill_judge)
+        print(f"killed the judge replica after {killed_at - started:.0f} s", flush=True)
+        replies = [reply for client in clients for reply in await client]
+        watch.cancel()
+        after = [await _ask(http, question) for question in questions]
+    _report(arguments, capacity, replies, memory, started, killed_at, after)
+
+
+async def _questions(http: httpx.AsyncClient, k: int) -> list[Question]:
+    config = BuiltinConfig(0, NUM_ITEMS, num_constraints_weights=(1.0, 0.0, 0.0), kinds=KINDS)
+    found = []
+    for seed, item in enumerate(generate(config, seed=1)[1]):
+        body = request(item.messages, item.responses, k=k, seed=seed)
+        reply = await http.post("/v1/judge", json=body)
+        reply.raise_for_status()
+        found.append(Question(body, JudgeAnswer.model_validate_json(reply.content)))
+    return found
+
+
+async def _client(
+    http: httpx.AsyncClient, questions: Sequence[Question], number: int, end: float, interval_s: float
+) -> list[Reply]:
+    """One request after the other, no sooner than every `interval_s`, until `end`."""
+    rng, replies = random.Random(number), list[Reply]()
+    due = time.monotonic() + interval_s * rng.random()
+    while due < end:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        replies.append(await _ask(http, rng.choice(questions)))
+        due = max(due + interval_s, time.monotonic())
+    return replies
+
+
+async def _ask(http: httpx.AsyncClient, question: Question) -> Reply:
+    sent_at = time.monotonic()
+    try:
+        reply = await http.post("/v1/judge", json=question.body)
+    except httpx.TransportError as error:
+        return Reply(sent_at, time.monotonic() - sent_at, type(error).__name__)
+    seconds = time.monotonic() - sent_at
+    if reply.status_code != 200:
+        clean = "" if "retry-after" in reply.headers or reply.status_code not in (429, 503) else "no Retry-After"
+        return Reply(sent_at, seconds, str(reply.status_code), clean)
+    try:
+        answer = JudgeAnswer.model_validate_json(reply.content)
+    except ValidationError:
+        return Reply(sent_at, seconds, "200", "not an answer")
+    texts = [s.text for s in question.alone.samples]
+    return Reply(
+        sent_at,
+        seconds,
+        "200",
+        fault(answer, question.body, question.alone),
+        [s.text for s in answer.samples] == texts,
+    )
+
+
+async def _watch(memory: list[Memory]) -> None:
+    while True:
+        memory += await asyncio.to_thread(resident)
+        await asyncio.sleep(MEMORY_PERIOD_S)
+
+
+def _kill_judge() -> None:
+    """End the judge's process without warning."""
+    import ray
+
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if "JudgeReplica" in actor["name"]:
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+
+
+def _report(
+    arguments: argparse.Namespace,
+    capacity: float,
+    replies: Sequence[Reply],
+    memory: Sequence[Memory],
+    started: float,
+    killed_at: float,
+    after: Sequence[Reply],
+) -> None:
+    answers = [r for r in replies if r.outcome == "200"]
+    seconds = sorted(r.seconds for r in answers)
+    back = [r.sent_at + r.seconds - killed_at for r in answers if r.sent_at > killed_at]
+    figures: dict[str, Any] = {
+        "bench": "serve load",
+        "clients": arguments.clients,
+        "minutes": arguments.minutes,
+        "k": arguments.k,
+        "capacity": round(capacity, 2),
+        "asked": round(len(replies) / (max(r.sent_at for r in replies) - started), 2),
+        "answered": round(len(answers) / (max(r.sent_at + r.seconds for r in replies) - started), 2),
+        "outcomes": dict(Counter(r.outcome for r in replies).most_common()),
+        "faults": dict(Counter(r.fault for r in [*replies, *after] if r.fault)),
+        "other_texts": sum(not r.same_texts for r in answers),
+        "median_s": round(statistics.median(seconds), 2),
+        "p95_s": round(seconds[int(0.95 * len(seconds))], 2),
+        "first_answer_after_kill_s": round(min(back), 1) if back else None,
+        "after_load": dict(Counter(r.outcome for r in after)),
+    }
+    lines = [
+        "outcomes: " + ", ".join(f"{count} x {name}" for name, count in figures["outcomes"].items()),
+        f"faults: {figures['faults'] or 'none'}",
+        f"{figures['other_texts']} of {len(answers)} answers hold other texts than the idle service's",
+        f"seconds to an answer: median {figures['median_s']}, 95 % {figures['p95_s']}",
+        f"first answer to a request sent after the kill: {figures['first_answer_after_kill_s']} s after it",
+        f"when the load was over, one by one: {figures['after_load']}",
+    ]
+    print("\n".join(lines))
+    figures["memory_mib"] = _memory_table(memory, started)
+    print(json.dumps(figures))
+
+
+def _memory_table(memory: Sequence[Memory], started: float) -> dict[str, list[float]]:
+    """Prints one line a process: MiB at six times of its life under load. Gives the same, by deployment and process."""
+    found = {}
+    print(f"{'resident MiB at seconds':38}" + "(six times from the process's first to its last reading)")
+    for pid in dict.fromkeys(m.pid for m in memory):
+        own = [m for m in memory if m.pid == pid]
+        shown = [own[round(i * (len(own) - 1) / 5)] for i in range(6)]
+        name = f"{own[0].deployment} {pid}"
+        found[name] = [round(m.mib, 1) for m in shown]
+        print(f"  {name:36}" + "".join(f"{m.mib:10.0f} at {m.at - started:3.0f}" for m in shown))
+    return found

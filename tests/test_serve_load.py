@@ -1,0 +1,53 @@
+"""The load test's own judgement: which answers it calls wrong."""
+
+import asyncio
+import json
+
+import pytest
+
+from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Message
+from spct_ray.serve.backends import LocalJudge
+from spct_ray.serve.client import request
+from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.load import fault
+from spct_ray.serve.schema import JudgeRequest, parse
+
+BODY = request([Message("user", "Name a prime.")], ["4", "7"], k=4, seed=3)
+
+
+def answer_to(body, text="Scores: \\boxed{3, 8}"):
+    config = ServeConfig("unused", judge=JudgeConfig(template="compact"))
+    gateway = Gateway(config, LocalJudge(ScriptedEngine(lambda request: [text]), config), None)
+    return asyncio.run(gateway.answer(parse(JudgeRequest, json.dumps(body))))
+
+
+def test_an_answer_is_right_when_it_is_the_requests_own_and_its_sums_hold():
+    alone = answer_to(BODY)
+    assert alone.scores == [22, 22]  # both orders twice
+    assert fault(alone, BODY, alone) == ""
+    assert fault(answer_to(BODY, "Scores: \\boxed{3, 9}"), BODY, alone) == ""  # other texts are not wrong by themselves
+    failed = answer_to(BODY, "none")
+    assert (failed.scores, fault(failed, BODY, alone)) == (None, "")
+    single = BODY | {"responses": ["7"]}
+    assert fault(answer_to(single, "Scores: \\boxed{3}"), single, answer_to(single)) == ""
+    assert fault(answer_to(BODY | {"responses": ["4", "77"]}), BODY, alone) == "prompts"
+    assert fault(answer_to(BODY | {"seed": 4}), BODY | {"seed": 4}, alone) == ""
+    assert fault(answer_to(BODY | {"k": 3}), BODY, alone) == "samples"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"scores": [22, 23]}, "sums"),
+        ({"used": [0, 1, 2]}, "used samples"),
+        ({"winner": None}, "winner"),
+        ({"winners": [1]}, "winner"),
+        ({"scores": None}, "sums"),
+    ],
+)
+def test_an_answer_that_contradicts_itself_is_named(change, name):
+    alone = answer_to(BODY)
+    assert fault(alone.model_copy(update=change), BODY, alone) == name
