@@ -34,13 +34,13 @@ from spct_ray.stages.grpo import (
     GrpoConfig,
     GrpoResources,
     Phases,
-    fitting_items,
     run,
     trained_groups,
     with_advantages,
 )
 from spct_ray.stages.replay import replay
 from spct_ray.stages.rollout_dump import RolloutDump
+from spct_ray.stages.rollout_engines import fitting_items
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
@@ -50,6 +50,7 @@ from spct_ray.stages.rollouts import (
     sample_groups,
     tasks_of_step,
     to_groups,
+    with_fresh_groups,
     with_signal,
 )
 
@@ -325,16 +326,16 @@ def test_a_checkpoints_seconds_count_for_the_next_step() -> None:
     phase, groups = Phases(), [[make_rollout("correct")]]
     with phase("rollout"):
         pass
-    assert phase.finish_step(groups)["seconds_checkpoint"] == 0
+    assert phase.finish_step(groups, 2.0)["seconds_checkpoint"] == 0
     with phase("checkpoint"):
         sum(range(200_000))
     with phase("rollout"):
         pass
-    line = phase.finish_step(groups)
+    line = phase.finish_step(groups, 2.0)
     assert line["seconds_step"] >= line["seconds_checkpoint"] > 0
     with phase("rollout"):
         pass
-    assert phase.finish_step(groups)["seconds_checkpoint"] == 0
+    assert phase.finish_step(groups, 2.0)["seconds_checkpoint"] == 0
 
 
 @pytest.mark.parametrize("orders_per_item", [1, 2])
@@ -368,6 +369,27 @@ def test_groups_without_signal_are_refilled_in_bounded_rounds(orders_per_item: i
 def test_an_item_in_two_orders_is_dropped_only_where_neither_group_has_a_signal() -> None:
     mixed, same = [make_rollout("correct"), make_rollout("wrong")], [make_rollout("wrong"), make_rollout("no_box")]
     assert with_signal([same, same, same, mixed, mixed, same], 2) == [same, mixed, mixed, same]
+
+
+@pytest.mark.parametrize("orders_per_item", [1, 2])
+def test_items_with_samples_from_too_old_weights_are_asked_again(orders_per_item: int) -> None:
+    tasks = tasks_of_step([make_item(i) for i in range(9)], 8, 0, 0, orders_per_item)
+    versions = [[3, 3], [3, 2], [3, 3], [1, 3], [2, 2], [2, 3]]
+    groups = [[replace(make_rollout("wrong"), weight_version=v) for v in group] for group in versions]
+    asked: list[JudgeTask] = []
+
+    def ask(tasks: Sequence[JudgeTask]) -> list[list[Rollout]]:
+        asked.extend(tasks)
+        return [[replace(make_rollout("correct"), weight_version=4)] * 2 for _ in tasks]
+
+    found = with_fresh_groups(groups, tasks, ask, 2, orders_per_item)
+    again = [3] if orders_per_item == 1 else [2, 3]
+    assert asked == [tasks[i] for i in again]
+    assert [i for i, group in enumerate(found) if group[0].weight_version == 4] == again
+    assert all(found[i] is groups[i] for i in range(6) if i not in again)
+    asked.clear()
+    assert with_fresh_groups(groups, tasks, ask, 1, orders_per_item) == groups
+    assert not asked
 
 
 def test_refills_are_further_items_of_the_same_epoch() -> None:

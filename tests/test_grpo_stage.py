@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,7 @@ from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Item, Message
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Rollouts, run
 from spct_ray.stages.replay import replay
+from spct_ray.stages.rollout_dump import RolloutDump
 
 pytestmark = pytest.mark.slow
 
@@ -177,6 +179,22 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
     for line in replayed:
         assert line.replayed.keys() == line.logged.keys() == {"loss", "kl", "grad_norm"}
         assert line.replayed == pytest.approx(line.logged, rel=1e-6)
+
+
+@pytest.mark.timeout(1800)
+def test_with_staleness_1_a_step_is_sampled_while_the_one_before_is_trained_on(root: Path, tmp_path: Path) -> None:
+    context = StepContext("grpo", 1, str(tmp_path), make_context(root).inputs, "spct run toy.yaml")
+    config = replace(CONFIG, steps=4, max_staleness=1, dynamic_sampling=0, checkpoint_every=10)
+    with start(CLUSTER):
+        run(context, config, RESOURCES)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["weight_version"] for line in metrics] == [0, 0, 1, 2]
+    assert [line["staleness"] for line in metrics] == [0, 1, 1, 1]
+    assert all(line["parity"] < 0.01 for line in metrics)  # the engines hold the newest weights
+    assert max(line["prob_diff_max"] for line in metrics[1:]) > 0.01  # the samples do not come from them
+    for step in range(4):
+        versions = {r.weight_version for group in RolloutDump(tmp_path).read(step) for r in group}
+        assert versions == {max(0, step - 1)}
 
 
 @pytest.fixture

@@ -10,48 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-from spct_ray.chat import encode_prompt
-from spct_ray.data.store import read_items
 from spct_ray.engines.base import EngineConfig, EngineResources
-from spct_ray.errors import ConfigError, DataError, ParityError
+from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
-from spct_ray.judge.judge import JudgeTask
-from spct_ray.judge.prompt import JudgeConfig, judge_messages
-from spct_ray.judge.seeds import derive_seed
+from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
-from spct_ray.records import Item
 from spct_ray.stages.phases import Phases
 from spct_ray.stages.rollout_dump import RolloutDump
+from spct_ray.stages.rollout_engines import Rollouts
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
-    request_of,
     rollout_metrics,
-    sample_groups,
-    tasks_of_step,
-    to_groups,
     with_signal,
 )
 
 if TYPE_CHECKING:
-    from spct_ray.cluster.pool import EnginePool
     from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.grpo_update import Sample
     from spct_ray.learn.reference import Reference
     from spct_ray.learn.trainer import Trainer
 
-T = TypeVar("T")
-
 VERSION = 2
 
 _ORDER_SLACK = 16  # tokens that a prompt may grow by when its responses are shown in another order
-_PARITY_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
@@ -60,10 +47,12 @@ class GrpoConfig:
 
     `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
-    arithmetic. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after a weight sync.
-    `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip` and `clip_high`
-    in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal alone, after at
-    most R further rounds that ask for as many items as are missing (see `stages.rollouts.sample_groups`).
+    arithmetic and for older weights. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after
+    a weight sync. `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip`
+    and `clip_high` in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal
+    alone, after at most R further rounds that ask for as many items as are missing (see
+    `stages.rollouts.sample_groups`). With `max_staleness` 1 the engines sample a step's rollouts while the step before
+    is trained on, so from weights that are one update old.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -81,6 +70,7 @@ class GrpoConfig:
     clip: float = 0.2
     clip_high: float | None = None
     tis_cap: float = 2.0
+    max_staleness: Literal[0, 1] = 0
     max_prompt_tokens: int = 3000
     parity_tolerance: float = 0.3
     checkpoint_every: int = 10
@@ -180,18 +170,23 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
         dump = RolloutDump(out) if trainer.rank == 0 and resources.dump_rollouts else None
         phase = Phases()
         for step in range(first, config.steps):
+            with phase("rollout"):
+                rollouts.wait()
             with phase("sync"):
                 rollouts.push_weights(step)
             with phase("parity"):
                 parity = rollouts.check_parity(step)
             with phase("rollout"):
                 groups = rollouts.sample(step)
+            if config.max_staleness and step + 1 < config.steps:
+                rollouts.ask_ahead(step + 1)
             if dump is not None:
                 dump.write(step, groups, trainer.tokenizer)
             numbers = update(trainer, reference, groups, config, resources.train.micro_tokens, phase)
             if metrics is not None:
                 line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
-                metrics.append({**line, **phase.finish_step(groups)})
+                line["staleness"] = step - line["weight_version"]
+                metrics.append({**line, **phase.finish_step(groups, rollouts.seconds)})
                 context.progress(step + 1, config.steps, "steps", progress_note(line))
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 with phase("checkpoint"):
@@ -226,114 +221,6 @@ def update(
     with phase("train"):
         numbers = update_policy(trainer, batches, config.loss, size_of(trained))
     return {**numbers, "groups_asked": len(groups), "groups_trained": len(trained)}
-
-
-class Rollouts:
-    """The engines as all ranks see them: rank 0 owns the pool and asks it, the others receive what it got."""
-
-    def __init__(
-        self, trainer: Trainer, model_dir: str, context: StepContext, config: GrpoConfig, resources: GrpoResources
-    ) -> None:
-        from spct_ray.cluster.pool import EnginePool
-
-        self._trainer, self._config = trainer, config
-        self._seed = derive_seed(context.seed, context.name)
-        self._weights_dir = str(Path(context.out, "weights"))
-        self._items: list[Item] = []
-        self._pool: EnginePool | None = None
-        if trainer.rank == 0:
-            self._items = fitting_items(context, config, trainer.tokenizer)
-            self._pool = EnginePool(model_dir, resources.engine, resources.rollout)
-        self._parity_sequences: list[list[int]] = self._from_rank_0(self._choose_parity_sequences)
-        self._trainer_logprobs()  # under ZeRO-3, weights gathered before the first forward pass are not sound
-
-    def _choose_parity_sequences(self) -> list[list[int]]:
-        """The same few prompts in every step: their log-probs depend on the weights alone."""
-        tasks = tasks_of_step(self._items, _PARITY_SEQUENCES, 0, self._seed)
-        return [
-            encode_prompt(self._trainer.tokenizer, judge_messages(task.item, task.order, self._config.judge))
-            for task in tasks
-        ]
-
-    def push_weights(self, version: int) -> None:
-        """Give the engines the trainer's weights. Collective."""
-        from spct_ray.cluster.sync import push_weights
-
-        push_weights(self._trainer, self._pool, self._weights_dir, version)
-
-    def check_parity(self, step: int) -> float:
-        """Largest |dlogp| between trainer and engine over the parity prompts (0 on ranks without engines). Collective.
-
-        Raises ParityError on rank 0 when it exceeds the tolerance.
-        """
-        from spct_ray.cluster.sync import check_parity
-
-        trainer_logps = self._trainer_logprobs()
-        if self._pool is None:
-            return 0.0
-        engine_logps = self._pool.prompt_logprobs(self._parity_sequences)
-        try:
-            return check_parity(trainer_logps, engine_logps, self._config.parity_tolerance)
-        except ParityError as error:
-            raise ParityError(f"step {step}: {error}") from error
-
-    def _trainer_logprobs(self) -> list[list[float]]:
-        import torch
-
-        from spct_ray.learn.batch import make_batch
-
-        batch = make_batch(self._parity_sequences, [1] * len(self._parity_sequences))
-        with torch.no_grad():
-            logp_N = self._trainer.logprobs(batch).cpu()
-        return [values.tolist() for values in batch.split(logp_N)]
-
-    def sample(self, step: int) -> list[list[Rollout]]:
-        """The step's groups: G rollouts of each prompt. Collective; the same on every rank."""
-        return self._from_rank_0(lambda: self._ask(step))
-
-    def _ask(self, step: int) -> list[list[Rollout]]:
-        config, pool = self._config, self._pool
-        assert pool is not None
-        num_tasks = config.prompts_per_step * (1 + config.dynamic_sampling)
-        tasks = tasks_of_step(self._items, num_tasks, step, self._seed, config.orders_per_item)
-
-        def ask(tasks: Sequence[JudgeTask]) -> list[list[Rollout]]:
-            answers = pool.generate([request_of(task, config.judge, config.group_size) for task in tasks])
-            return to_groups(tasks, answers, config.judge, config.reward, config.format_weight)
-
-        return sample_groups(tasks, ask, config.prompts_per_step, config.orders_per_item)
-
-    def _from_rank_0(self, make: Callable[[], T]) -> T:
-        import torch.distributed as dist
-
-        box = [make() if self._trainer.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0)
-        return cast("T", box[0])
-
-    def close(self) -> None:
-        """Stop the engines and remove the weights that were written for them."""
-        if self._pool is not None:
-            self._pool.close()
-            shutil.rmtree(self._weights_dir, ignore_errors=True)
-
-
-def fitting_items(context: StepContext, config: GrpoConfig, tokenizer: Any) -> list[Item]:
-    """The training items whose prompt has at most `max_prompt_tokens`; the rest are counted in the log."""
-    path = str(Path(context.inputs["items"]) / "train.parquet")
-    items = read_items(path)
-    fitting = []
-    for item in items:
-        messages = judge_messages(item, range(len(item.responses)), config.judge)
-        if len(encode_prompt(tokenizer, messages)) <= config.max_prompt_tokens:
-            fitting.append(item)
-    if not fitting:
-        raise DataError(f"{path}: none of {len(items)} items has a prompt of at most {config.max_prompt_tokens} tokens")
-    if len(fitting) < len(items):
-        context.log(
-            f"{len(items) - len(fitting)} of {len(items)} items dropped: their prompt exceeds "
-            f"max_prompt_tokens = {config.max_prompt_tokens}"
-        )
-    return fitting
 
 
 def trained_groups(groups: Sequence[Sequence[Rollout]], config: GrpoConfig) -> Sequence[Sequence[Rollout]]:

@@ -25,8 +25,11 @@ class Phases:
         yield
         self._seconds[name] += time.monotonic() - started
 
-    def finish_step(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-        """Seconds by phase and in all, and completion tokens per second; the next step begins here."""
+    def finish_step(self, groups: Sequence[Sequence[Rollout]], rollout_seconds: float) -> dict[str, float]:
+        """Seconds by phase and in all, and completion tokens per second; the next step begins here.
+
+        `rollout_seconds` is what the engines took, also beside other phases.
+        """
         all_seconds, seconds = time.monotonic() - self._started, self._seconds
         tokens = sum(len(rollout.engine_logprobs) for group in groups for rollout in group)
         self._begin_step()
@@ -34,5 +37,5 @@ class Phases:
             **{f"seconds_{name}": round(value, 4) for name, value in seconds.items()},
             "seconds_step": round(all_seconds, 4),
             "tokens_per_second": round(tokens / all_seconds, 1),
-            "rollout_tokens_per_second": round(tokens / seconds["rollout"], 1),
+            "rollout_tokens_per_second": round(tokens / rollout_seconds, 1),
         }

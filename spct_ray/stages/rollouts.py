@@ -178,6 +178,25 @@ def sample_groups(
     return groups
 
 
+def with_fresh_groups(
+    groups: Sequence[list[Rollout]],
+    tasks: Sequence[JudgeTask],
+    ask: Callable[[Sequence[JudgeTask]], list[list[Rollout]]],
+    oldest: int,
+    orders_per_item: int = 1,
+) -> list[list[Rollout]]:
+    """The groups of the first tasks; items with a sample from weights older than version `oldest` are asked again."""
+    starts = range(0, len(groups), orders_per_item)
+    stale = [
+        place
+        for start in starts
+        if any(r.weight_version < oldest for group in groups[start : start + orders_per_item] for r in group)
+        for place in range(start, start + orders_per_item)
+    ]
+    again = dict(zip(stale, ask([tasks[place] for place in stale]) if stale else (), strict=True))
+    return [again.get(place, group) for place, group in enumerate(groups)]
+
+
 def with_signal(groups: Sequence[Sequence[Rollout]], orders_per_item: int = 1) -> list[Sequence[Rollout]]:
     """The groups that have a signal; the groups of one item stay together."""
     items = [groups[i : i + orders_per_item] for i in range(0, len(groups), orders_per_item)]

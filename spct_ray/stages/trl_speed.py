@@ -87,9 +87,11 @@ def grpo_ours(model_dir: str, work: Work, beta: float) -> Side:
         with phase("parity"), torch.no_grad():
             logps = [values.tolist() for values in parity_batch.split(trainer.logprobs(parity_batch).cpu())]
             check_parity(logps, engine.prompt_logprobs(checked), config.parity_tolerance)
+        began = time.monotonic()
         with phase("rollout"):
             params = [SamplingParams(work.completion_tokens, 1.0, step, work.group_size, True) for _ in prompts]
             answers = engine.generate([Request(m, p) for m, p in zip(prompts, params, strict=True)])
+        took = time.monotonic() - began
         groups = [
             [
                 Rollout(
@@ -101,7 +103,7 @@ def grpo_ours(model_dir: str, work: Work, beta: float) -> Side:
             for group in answers
         ]  # fmt: skip
         numbers = update(trainer, reference, groups, config, work.micro_tokens, phase)
-        seconds = phase.finish_step(groups)
+        seconds = phase.finish_step(groups, took)
         parts = ("sync", "parity", "rollout", "reference", "train")
         print("  ours:", ", ".join(f"{name} {seconds[f'seconds_{name}']:.2f} s" for name in parts), flush=True)
         return Repeat(numbers["loss"], sum(a.completion_tokens for group in answers for a in group))
