@@ -184,7 +184,7 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
 @pytest.mark.timeout(1800)
 def test_with_staleness_1_a_step_is_sampled_while_the_one_before_is_trained_on(root: Path, tmp_path: Path) -> None:
     context = StepContext("grpo", 1, str(tmp_path), make_context(root).inputs, "spct run toy.yaml")
-    config = replace(CONFIG, steps=4, max_staleness=1, dynamic_sampling=0)
+    config = replace(CONFIG, steps=4, max_staleness=1, dynamic_sampling=0, checkpoint_every=10)
     with start(CLUSTER):
         run(context, config, RESOURCES)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
