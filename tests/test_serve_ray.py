@@ -1,6 +1,10 @@
 """Serving for real: Ray Serve, vLLM on a tiny random model, a random meta RM, HTTP. The rest is in test_serve.py."""
 
+import os
 import socket
+import subprocess
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,6 +86,12 @@ def test_a_verdict_over_http(url):
     assert [s.order for s in again.samples] == [s.order for s in answer.samples]
 
 
+def test_replicas_keep_the_niceness_of_the_process_that_started_ray(url):
+    import ray
+
+    assert ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 def test_refusals_over_http(url):
     bad = httpx.post(f"{url}/v1/judge", json={**OK, "k": 0})
     assert (bad.status_code, bad.json()["error"]["details"][0]["path"]) == (422, "k")
@@ -140,6 +150,39 @@ def test_a_full_queue_is_503_and_recovers(url):
     assert ask(0).status_code == 200
 
 
+def test_new_weights_from_another_process_reach_the_engine_under_load_and_no_request_fails(url, tmp_path):
+    import ray
+
+    def greedy(client):
+        (sample,) = client.judge([Message("user", "Name a prime.")], ["4", "7"], k=1, seed=1, temperature=0).samples
+        return sample.text
+
+    def ask_on(i):
+        versions = []
+        with JudgeClient(url, max_attempts=1) as client:
+            while not stop.is_set():
+                versions.append(client.judge([Message("user", f"Query {i}")], ["4", "7"], k=1).weight_version)
+        return versions
+
+    make_tiny_model(tmp_path, seed=1)
+    stop = threading.Event()
+    command = [sys.executable, "-m", "spct_ray.cli", "serve-update", str(tmp_path)]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with JudgeClient(url) as client, ThreadPoolExecutor(3) as threads:
+        before = greedy(client)
+        asked = [threads.submit(ask_on, i) for i in range(3)]
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            after = greedy(client)
+        finally:
+            stop.set()
+        versions = [future.result() for future in asked]  # raises if any request failed
+        assert done.returncode == 0, done.stderr
+        assert "as weight version 1" in done.stdout
+        assert before != after == greedy(client)
+    assert all(seen == sorted(seen) and {*seen} == {0, 1} for seen in versions)
+
+
 def test_a_judge_killed_at_work_is_replaced_and_a_lost_meta_rm_makes_the_vote_plain(url, config):
     from ray import serve
 
@@ -154,6 +197,7 @@ def test_a_judge_killed_at_work_is_replaced_and_a_lost_meta_rm_makes_the_vote_pl
     assert reply.status_code == 200, reply.text
     answer = reply.json()
     assert [s["sample"] for s in answer["samples"]] == list(range(8))
+    assert {s["weight_version"] for s in answer["samples"]} == {1}  # a replica that starts takes the new weights
     assert (answer["voting"], answer["scores"] is None) == ("plain", False)
     assert "meta RM" in answer["voting_reason"]
 

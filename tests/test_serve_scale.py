@@ -1,5 +1,8 @@
 """Replicas of a scripted judge under Ray Serve: which of them a call goes to, how many there are, and new weights."""
 
+import argparse
+import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +71,27 @@ def test_replicas_follow_the_requests_up_and_down(ray_cluster, tmp_path):
         (tmp_path / "go").touch()
         assert [future.result().num_samples for future in asked] == [1] * 9
         wait_for({})
+
+
+def test_overload_and_a_killed_judge_give_right_answers_or_clean_refusals(ray_cluster, monkeypatch, capsys):
+    """The load test itself, short and against a judge that is soon there again."""
+    from spct_ray.serve import app, load
+    from tests.scripted_judge import ScriptedReplica
+
+    monkeypatch.setattr(load, "PROBE_S", 2.0)
+    monkeypatch.setattr(load, "NUM_ITEMS", 4)
+    config = config_of("unused", ReplicaConfig(max_ongoing_requests=4, max_queued_requests=4))
+    with app.serving(config, ScriptedReplica) as url:
+        asyncio.run(load.drive(argparse.Namespace(clients=30, minutes=0.2, k=2), url, config))
+    out = capsys.readouterr().out
+    assert "graceful_shutdown" not in out  # Serve's end is no failure
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["outcomes"].keys() == {"200", "503"}
+    assert figures["faults"] == {}
+    assert 0 < figures["other_texts"] < figures["outcomes"]["200"]  # they name the process, and a new one took over
+    assert figures["after_load"] == {"200": 4}
+    assert {name.split()[0] for name in figures["memory_mib"]} == {"GatewayReplica", "JudgeReplica"}
+    assert all(mib > 20 for readings in figures["memory_mib"].values() for mib in readings)
 
 
 @pytest.fixture(scope="module")

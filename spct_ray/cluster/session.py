@@ -85,10 +85,13 @@ def start(resources: ClusterResources) -> Iterator[None]:
 def _start_local(**options: Any) -> None:
     """A new Ray on this machine. Ray gives its own processes 30 s to start, too few on a busy machine: so try again.
 
+    Its workers keep this process's niceness. By default Ray adds 15, and then whatever else wakes up on a core, Ray's
+    own processes among it, stops an engine's thread at once, and with it all those that wait for that thread.
     Raises SpctError after the third time.
     """
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")
     for _ in range(3):
         try:
             ray.init(address="local", **options)

@@ -14,8 +14,10 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _disconnect as disconnect
+from ray.serve.context import _get_global_client as get_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -34,6 +36,7 @@ from spct_ray.serve.weights import OWN, Weights, check_fit
 APP_NAME = "spct"
 JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
+SHUTDOWN_TIMEOUT_S = 60.0  # of Ray Serve; what is left then ends with Ray
 HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
 
 
@@ -206,7 +209,19 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
         if found.proxies:
             serve.delete(APP_NAME)
         else:
-            serve.shutdown()
+            _shut_down()
+
+
+def _shut_down() -> None:
+    """`serve.shutdown()`, but its call is made once: the controller ends in answer to it, which Ray would otherwise
+    take for a failure, report on the terminal and try again."""
+    client = get_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()
+    with contextlib.suppress(RayActorError, GetTimeoutError):
+        ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=SHUTDOWN_TIMEOUT_S)
+    disconnect()
 
 
 def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -> None:
