@@ -16,7 +16,8 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), re.DOTALL):
-            found += [line.split("  #")[0].split(" #")[0].strip() for line in COMMAND.findall(block)]
+            lines = COMMAND.findall(block.replace("\\\n", " "))
+            found += [line.split("  #")[0].split(" #")[0].strip() for line in lines]
     return sorted(set(found))
 
 
