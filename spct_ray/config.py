@@ -26,10 +26,6 @@ from spct_ray.errors import ConfigError
 
 T = TypeVar("T")
 
-# Metadata of a dataclass field that came after runs had been made: with its default it is no part of the plain form, so
-# that the ids of their steps stay what they were.
-ADDED: Mapping[str, bool] = {"added": True}
-
 
 def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     """Read the YAML file at `path`, apply `key=value` overrides (dotted keys), and build `schema`, a dataclass.
@@ -77,8 +73,7 @@ def _read(path: str, above: tuple[str, ...] = ()) -> DictConfig:
 def to_plain(value: Any) -> Any:
     """A config as JSON values: dataclasses and mappings become dicts, tuples lists, whole floats integers.
 
-    Two configs are equal exactly when their plain forms are. Fields marked ADDED are left out while they have their
-    default. NaN and other types raise ConfigError.
+    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError.
     """
     if isinstance(value, enum.Enum):
         return to_plain(value.value)
@@ -89,17 +84,12 @@ def to_plain(value: Any) -> Any:
             raise ConfigError("a configuration value is NaN, which equals nothing, not even itself")
         return int(value) if value.is_integer() else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        shown = [f for f in dataclasses.fields(value) if not _is_unset(f, getattr(value, f.name))]
-        return {f.name: to_plain(getattr(value, f.name)) for f in shown}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     raise ConfigError(f"a configuration holds {value!r} of type {type(value).__name__}, which is not a plain value")
-
-
-def _is_unset(field: dataclasses.Field[Any], value: Any) -> bool:
-    return "added" in field.metadata and bool(value == field.default)
 
 
 class _BadValueError(Exception):

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spct_ray.config import ADDED, load, to_plain
+from spct_ray.config import load, to_plain
 from spct_ray.errors import ConfigError
 
 
@@ -177,13 +177,3 @@ def test_a_file_says_what_differs_from_its_base(tmp_path: Path, file: Path) -> N
         top.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load(Recipe, str(top))
-
-
-@dataclass(frozen=True)
-class Wider(Optim):
-    nesterov: bool = field(default=False, metadata=ADDED)
-
-
-def test_a_field_that_was_added_is_plain_only_where_it_is_set() -> None:
-    assert to_plain(Wider()) == to_plain(Optim())
-    assert to_plain(Wider(nesterov=True)) == to_plain(Optim()) | {"nesterov": True}

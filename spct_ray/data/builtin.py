@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
-from spct_ray.config import ADDED
 from spct_ray.data.constraints import KINDS, Constraint, fits
 from spct_ray.data.drafts import render, satisfy, vary, violate, write
 from spct_ray.data.words import TOPICS_OF, Split
@@ -45,7 +44,7 @@ class BuiltinConfig:
     num_constraints: tuple[int, ...] = (1, 2, 3)
     num_constraints_weights: tuple[float, ...] = (0.4, 0.4, 0.2)
     kinds: tuple[str, ...] = ()
-    graded: bool = field(default=False, metadata=ADDED)
+    graded: bool = False
 
 
 def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:

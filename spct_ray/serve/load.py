@@ -27,7 +27,7 @@ from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.serve.client import request
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, resolve
+from spct_ray.serve.config import ServeConfig, resolve
 from spct_ray.serve.schema import JudgeAnswer
 
 OVERLOAD = 2.0  # requests asked for, as a multiple of those answered at saturation
@@ -84,7 +84,6 @@ def config_of(target: str, base: ServeConfig, cores: int) -> ServeConfig:
     resources = replace(
         base.resources,
         engine=replace(found.resources.engine, kv_cache_gib=base.resources.engine.kv_cache_gib, threads=cores),
-        meta=ReplicaConfig(num_cpus=0.5),
     )
     return replace(found, resources=resources)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spct_ray.cluster.sampling_resources import SamplingResources
-from spct_ray.config import ADDED
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
@@ -42,7 +41,7 @@ class EvaluateConfig:
     k_max: int = 8
     temperature: float = 0.5
     endpoint: str = ""
-    in_chunks: bool = field(default=False, metadata=ADDED)
+    in_chunks: bool = False
 
     @property
     def prompt(self) -> JudgeConfig:

@@ -155,18 +155,9 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
     from spct_ray.learn.checkpoint import complete_steps
     from spct_ray.learn.metrics_file import MetricsFile
     from spct_ray.learn.reference import Reference
-    from spct_ray.learn.trainer import Trainer
 
     start_model, out = str(Path(context.inputs["rft"]) / "model"), Path(context.out)
-    trainer = Trainer(
-        start_model,
-        head="lm",
-        optim=config.optim,
-        resources=resources.train,
-        total_steps=config.steps,
-        seed=context.seed,
-        lora=config.lora,
-    )
+    trainer = policy_trainer(start_model, config, resources.train, context.seed)
     first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
     reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
     with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
@@ -201,6 +192,21 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
     if metrics is not None:
         metrics.close()
     trainer.export(str(out / "model"))
+
+
+def policy_trainer(start_model: str, config: GrpoConfig, resources: TrainResources, seed: int) -> Trainer:
+    """The policy, as it is before the first update. Collective."""
+    from spct_ray.learn.trainer import Trainer
+
+    return Trainer(
+        start_model,
+        head="lm",
+        optim=config.optim,
+        resources=resources,
+        total_steps=config.steps,
+        seed=seed,
+        lora=config.lora,
+    )
 
 
 def update(

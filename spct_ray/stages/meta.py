@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from spct_ray.config import ADDED
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
@@ -40,7 +39,7 @@ class MetaConfig(SupervisedConfig):
     batch_size: int = 512
     init: Literal["student", "rft", "grpo"] = "student"
     heldout_share: float = 0.1
-    data: Data = field(default="both", metadata=ADDED)
+    data: Data = "both"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
-from spct_ray.stages.grpo import GrpoConfig, GrpoResources, update
+from spct_ray.stages.grpo import GrpoConfig, GrpoResources, policy_trainer, update
 from spct_ray.stages.phases import Phases
 from spct_ray.stages.rollout_dump import RolloutDump
 
@@ -37,7 +37,6 @@ def replay(context: StepContext, config: GrpoConfig, resources: GrpoResources) -
     """
     from spct_ray.learn.checkpoint import complete_steps
     from spct_ray.learn.reference import Reference
-    from spct_ray.learn.trainer import Trainer
 
     dump, checkpoints = RolloutDump(context.out), f"{context.out}/checkpoints"
     dumped = dump.steps()
@@ -48,15 +47,7 @@ def replay(context: StepContext, config: GrpoConfig, resources: GrpoResources) -
             "resources.grpo.dump_rollouts=true, which changes no step's id"
         )
     model = str(Path(context.inputs["rft"]) / "model")
-    trainer = Trainer(
-        model,
-        head="lm",
-        optim=config.optim,
-        resources=resources.train,
-        total_steps=config.steps,
-        seed=context.seed,
-        lora=config.lora,
-    )
+    trainer = policy_trainer(model, config, resources.train, context.seed)
     if step > 0:
         trainer.resume(checkpoints, step)
     reference = Reference(model, trainer, resources.train) if config.beta > 0 else None

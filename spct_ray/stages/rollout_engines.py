@@ -157,6 +157,7 @@ class Rollouts:
         """Stop the engines and remove the weights that were written for them."""
         if self._ahead is not None:
             self._ahead[1].exception()  # waits: the pool is for one caller at a time
+        self._thread.shutdown()
         if self._pool is not None:
             self._pool.close()
             shutil.rmtree(self._weights_dir, ignore_errors=True)

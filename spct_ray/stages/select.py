@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spct_ray.config import ADDED
 from spct_ray.data.store import read_items
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
@@ -43,7 +42,7 @@ class SelectConfig:
     whose unhinted samples are all correct, as the paper does."""
 
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    reject_easy: bool = field(default=True, metadata=ADDED)
+    reject_easy: bool = True
 
 
 @dataclass(frozen=True)
