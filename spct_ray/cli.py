@@ -20,7 +20,7 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.graph.explain import format_plan, link_reused, plan
 from spct_ray.graph.lock import hold, holder, is_held
 from spct_ray.graph.record import local_root, read_record, write_atomically
-from spct_ray.graph.step import Step
+from spct_ray.graph.step import Step, steps_until
 
 if TYPE_CHECKING:
     from spct_ray.stages.recipe import Recipe
@@ -61,9 +61,11 @@ def guarded(command_function: Any, command: str) -> int:
     return 0
 
 
-def run(config_path: str, overrides: Sequence[str], command: str) -> None:
-    """Run the graph of a configuration file to its end, and publish its report. Shared with jobs/pipeline.py."""
-    recipe, steps, root = load_graph(config_path, overrides)
+def run(config_path: str, overrides: Sequence[str], command: str, until: Sequence[str] = ()) -> None:
+    """Run the graph of a configuration file to its end, or to the steps `until`, and publish its report.
+
+    Shared with jobs/pipeline.py."""
+    recipe, steps, root = load_graph(config_path, overrides, until)
     run_graph(steps, root, recipe.seed, recipe.resources.cluster, command, recipe.reuse)
 
 
@@ -85,7 +87,7 @@ def run_graph(
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
 
-def load_graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list[Step], str]:
+def load_graph(config_path: str, overrides: Sequence[str], until: Sequence[str] = ()) -> tuple[Recipe, list[Step], str]:
     from spct_ray.stages.recipe import Recipe, build_steps
 
     recipe = load(Recipe, config_path, overrides)
@@ -96,13 +98,14 @@ def load_graph(config_path: str, overrides: Sequence[str]) -> tuple[Recipe, list
                 f"{name}: {path!r} is relative, but a submitted job runs in a temporary copy of its directory; "
                 f"give a path on a disk that all nodes share, e.g. {name}=/shared/runs/demo"
             )
-    return recipe, build_steps(recipe), local_root(recipe.root)
+    steps = build_steps(recipe)
+    return recipe, steps_until(steps, until) if until else steps, local_root(recipe.root)
 
 
 def _show_plan(parsed: argparse.Namespace) -> None:
     from spct_ray.stages.plan_check import check
 
-    recipe, steps, root = load_graph(parsed.config, parsed.overrides)
+    recipe, steps, root = load_graph(parsed.config, parsed.overrides, parsed.until)
     _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed, recipe.reuse))}")
     lock = os.path.join(root, ".lock")
     if is_held(lock):
@@ -144,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=words, description=words)
         command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. conf/demo.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help=overrides_help)
+        command.add_argument(
+            "--until", action="append", default=[], metavar="STEP",
+            help="this step and what it needs, no other; may be given several times",
+        )  # fmt: skip
         command.set_defaults(handler=handler)
     words = "measure judges on benchmarks with their official scores; a killed evaluation resumes"
     command = subparsers.add_parser("evaluate", help=words, description=words)
@@ -217,7 +224,9 @@ def _ks(text: str) -> tuple[int, ...]:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    run(parsed.config, parsed.overrides, shlex.join(["spct", "run", parsed.config, *parsed.overrides]))
+    until = [f"--until={name}" for name in parsed.until]
+    command = shlex.join(["spct", "run", parsed.config, *parsed.overrides, *until])
+    run(parsed.config, parsed.overrides, command, parsed.until)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -48,6 +48,13 @@ def test_plan_of_a_new_root_runs_everything_and_names_who_works_there(
     assert "(spct run demo, since" in out
 
 
+def test_a_plan_until_a_step_has_what_that_step_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(ROOT / "conf" / "demo.yaml"), f"root={tmp_path}", "--until=evaluate_rft", "--until=select"]
+    assert main(arguments) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "never ran" in line]
+    assert listed == ["items", "student", "sample", "select", "rft", "evaluate_rft"]
+
+
 def test_a_finished_graph_is_not_run_again_but_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_all(tmp_path, toy_steps())
     before = (tmp_path / "calls").read_text()
@@ -66,6 +73,7 @@ def test_a_finished_graph_is_not_run_again_but_reports(tmp_path: Path, capsys: p
     [
         (["plan", "nowhere.yaml"], "error: nowhere.yaml: no such configuration file"),
         (["plan", str(ROOT / "conf/demo.yaml"), "grpo.betta=1"], "grpo.betta: unknown key; did you mean 'grpo.beta'?"),
+        (["plan", str(ROOT / "conf/demo.yaml"), "--until=rtf"], "--until rtf: no such step; there are items, student,"),
         (["run", str(ROOT / "conf/demo.yaml"), "root=s3://bucket/x"], "root: 's3://bucket/x' is a URL"),
     ],
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from spct_ray.errors import ConfigError
 
 PROGRESS_SECONDS = 5.0  # least time between two progress lines of one phase
 
@@ -111,6 +113,20 @@ class Step:
     def function_name(self) -> str:
         """`module:qualname` of the function."""
         return f"{self.function.__module__}:{self.function.__qualname__}"
+
+
+def steps_until(steps: Sequence[Step], last: Sequence[str]) -> list[Step]:
+    """Those named in `last` and all that they need, in the given order. Raises ConfigError for a name that is none."""
+    inputs = {step.name: step.inputs.values() for step in steps}
+    needed, waiting = set[str](), list(last)
+    while waiting:
+        name = waiting.pop()
+        if name not in inputs:
+            raise ConfigError(f"--until {name}: no such step; there are {', '.join(inputs)}")
+        if name not in needed:
+            needed.add(name)
+            waiting.extend(inputs[name])
+    return [step for step in steps if step.name in needed]
 
 
 def log_prefix(name: str) -> str:
