@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Sampled = tuple[list[list[Rollout]], float]  # groups, and the seconds that they took
 
-_PARITY_SEQUENCES = 4
+_PARITY_SEQUENCES, PARITY_TOKENS = 4, 64  # every token's log-prob depends on all weights, so few of them tell
 
 
 class Rollouts:
@@ -66,10 +66,12 @@ class Rollouts:
         self._trainer_logprobs()  # under ZeRO-3, weights gathered before the first forward pass are not sound
 
     def _choose_parity_sequences(self) -> list[list[int]]:
-        """The same few prompts in every step: their log-probs depend on the weights alone."""
+        """The same few prompts' first tokens in every step: their log-probs depend on the weights alone."""
         tasks = tasks_of_step(self._items, _PARITY_SEQUENCES, 0, self._seed)
         return [
-            encode_prompt(self._trainer.tokenizer, judge_messages(task.item, task.order, self._config.judge))
+            encode_prompt(self._trainer.tokenizer, judge_messages(task.item, task.order, self._config.judge))[
+                :PARITY_TOKENS
+            ]
             for task in tasks
         ]
 

@@ -39,6 +39,7 @@ from spct_ray.precision import resolve
 from spct_ray.records import Message
 from spct_ray.stages.grpo import GrpoConfig, update
 from spct_ray.stages.phases import Phases
+from spct_ray.stages.rollout_engines import PARITY_TOKENS
 from spct_ray.stages.rollouts import Rollout
 
 SEED = 1
@@ -76,7 +77,7 @@ def grpo_ours(model_dir: str, work: Work, beta: float) -> Side:
     config = GrpoConfig(
         OPTIM, prompts_per_step=work.prompts, group_size=work.group_size, beta=beta, parity_tolerance=0.3
     )
-    checked = [encode_prompt(trainer.tokenizer, messages) for messages in prompts[:4]]
+    checked = [encode_prompt(trainer.tokenizer, messages)[:PARITY_TOKENS] for messages in prompts[:4]]
     parity_batch = make_batch(checked, [1] * len(checked))
     directory, phase = tempfile.mkdtemp(prefix="spct-bench-"), Phases()
 
