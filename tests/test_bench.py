@@ -45,8 +45,8 @@ def test_sides_of_equal_work_are_compared_and_others_refused() -> None:
         compare("toy", fast_side, broken_side, 2, 1)
 
 
-def test_chunked_and_naive_log_probs_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_MAX_LOGITS", 1000)  # 10 tokens a chunk
+def test_sliced_and_naive_log_probs_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_MAX_LOGITS", {"cpu": 1000})  # four slices of the vocabulary
     sizes = Sizes(1, 2, 8, 4, 64, head_tokens=35, head_vocab=100, head_hidden=8)
     assert head_ours("", sizes)().loss == pytest.approx(head_naive("", sizes)().loss, rel=1e-5)
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +46,11 @@ def reference_logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     return torch.stack([logits[t].log_softmax(-1)[ids[t + 1]] for t in range(len(ids) - 1)])
 
 
-@pytest.mark.parametrize("max_logits", [1 << 26, 384 * 2])
+@pytest.mark.parametrize("max_logits", [1 << 26, 384 * 2])  # one slice of the vocabulary, many
 def test_logprobs_and_gradients_equal_plain_transformers(
     tiny: str, max_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn_model, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(learn_model, "_MAX_LOGITS", {"cpu": max_logits})
     policy = TokenLogprobs(load_model(tiny, "lm", torch.float32))
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     batch = make_batch(SEQUENCES, PROMPTS)
@@ -63,6 +64,35 @@ def test_logprobs_and_gradients_equal_plain_transformers(
     gradients = dict(plain.named_parameters())
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])  # as under LoRA: the hidden states' gradient alone is wanted
+def test_output_layer_by_slices_equals_all_logits_at_once(
+    dtype: torch.dtype, softcap: float | None, bias: bool, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    lm_head = torch.nn.Linear(16, 101, bias=bias, dtype=dtype).requires_grad_(not frozen)
+    hidden_NH = torch.randn(7, 16, dtype=dtype, requires_grad=True)
+    targets_N, weights_N = torch.tensor([0, 100, 3, 3, 50, 99, 12]), torch.linspace(-1, 2, 7)
+    inputs = [hidden_NH, *([] if frozen else lm_head.parameters())]
+
+    def results(logp_N: torch.Tensor) -> list[torch.Tensor]:
+        return [logp_N.detach(), *torch.autograd.grad((logp_N * weights_N).sum(), inputs)]
+
+    logits_NV = lm_head(hidden_NH).float()
+    logits_NV = softcap * torch.tanh(logits_NV / softcap) if softcap else logits_NV
+    expected = results(logits_NV.log_softmax(-1).gather(1, targets_N[:, None])[:, 0])
+    for max_logits in (7 * 10, 7 * 101, 1):
+        monkeypatch.setattr(learn_model, "_MAX_LOGITS", {"cpu": max_logits})
+        found = results(
+            learn_model.LogprobHead(lm_head, SimpleNamespace(final_logit_softcapping=softcap))(hidden_NH, targets_N)
+        )
+        for value, right in zip(found, expected, strict=True):
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(value, right, atol=tolerance * float(right.float().abs().max()), rtol=0)
 
 
 def test_logprobs_of_nothing_still_reach_every_weight(tiny: str) -> None:

@@ -39,7 +39,7 @@ def data_of_step(step: int) -> tuple[list[list[int]], list[int]]:
 def run_job(job: dict[str, Any]) -> None:
     from spct_ray.learn.trainer import LoraConfig, OptimConfig, Trainer, TrainResources
 
-    learn_model._MAX_LOGITS = job.get("max_logits", 1 << 26)
+    learn_model._MAX_LOGITS = {"cpu": job.get("max_logits", 1 << 26)}
     head = job.get("head", "lm")
     trainer = Trainer(
         job["model"],

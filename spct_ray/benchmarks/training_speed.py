@@ -175,9 +175,9 @@ def sft_padded(model_dir: str, sizes: Sizes) -> Side:
 
 
 def head_ours(_: str, sizes: Sizes) -> Side:
-    """Log-probs of given tokens chunk by chunk, forward and backward."""
+    """Log-probs of given tokens slice by slice of the vocabulary, forward and backward."""
     lm_head, hidden_NH, targets_N = _head(sizes)
-    head = LogprobHead(lm_head, _HeadConfig(sizes.head_vocab))
+    head = LogprobHead(lm_head, None)
     return _head_repeat(lm_head, hidden_NH, lambda: head(hidden_NH, targets_N))
 
 
@@ -191,11 +191,6 @@ def head_naive(_: str, sizes: Sizes) -> Side:
         return logp_N
 
     return _head_repeat(lm_head, hidden_NH, logprobs)
-
-
-@dataclass(frozen=True)
-class _HeadConfig:
-    vocab_size: int
 
 
 def _head(sizes: Sizes) -> tuple[nn.Linear, Tensor, Tensor]:

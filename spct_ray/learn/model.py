@@ -5,12 +5,14 @@ Leaves out optimisation and distribution (see trainer.py), and any model code of
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from spct_ray.errors import ConfigError
 from spct_ray.learn import attention
@@ -18,7 +20,7 @@ from spct_ray.learn.batch import Batch
 
 Head = Literal["lm", "scalar"]
 
-_MAX_LOGITS = 1 << 26  # logits alive at once, in fp32 (256 MiB): more tokens than fit are worked off chunk by chunk
+_MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # alive at once, in fp32: what a cache keeps, what a GPU is busy with
 
 
 def load_model(model_dir: str, head: Head, dtype: torch.dtype) -> Any:
@@ -58,25 +60,82 @@ class TokenLogprobs(nn.Module):
 
 
 class LogprobHead(nn.Module):
-    """The output layer over N tokens. One module, so that ZeRO-3 gathers its weight once for all chunks."""
+    """The output layer over N tokens. One module, so that ZeRO-3 gathers its weight once for all slices."""
 
     def __init__(self, lm_head: nn.Linear, config: Any) -> None:
         super().__init__()
         self.lm_head = lm_head
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.chunk_size = max(1, _MAX_LOGITS // int(config.vocab_size))
 
     def forward(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-        if len(hidden_NH) <= self.chunk_size:
-            return self._logprobs(hidden_NH, targets_N)
-        chunks = zip(torch.split(hidden_NH, self.chunk_size), torch.split(targets_N, self.chunk_size), strict=True)
-        return torch.cat([checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks])
+        weight, bias = self.lm_head.weight, self.lm_head.bias
+        return _Logprobs.apply(hidden_NH, weight, bias, targets_N, self.softcap)  # type: ignore[no-any-return]
 
-    def _logprobs(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-        logits_NV = F.linear(hidden_NH, self.lm_head.weight, self.lm_head.bias).float()
-        if self.softcap:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return -F.cross_entropy(logits_NV, targets_N, reduction="none")
+
+class _Logprobs(torch.autograd.Function):  # type: ignore[misc]
+    """Log-softmax of given tokens, slice by slice of the vocabulary, of whose logits none are kept.
+
+    The forward pass keeps the logsumexp of each token; the backward pass computes a slice's logits again, and from them
+    this slice's rows of the weight's gradient, which are then final, and its part of the hidden states' gradient.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None
+    ) -> Tensor:
+        logsumexp_N = torch.full(targets_N.shape, -math.inf, device=hidden_NH.device)
+        chosen_N = torch.zeros_like(logsumexp_N)
+        for part in _slices(weight_VH, hidden_NH):
+            logits_NS = _logits(hidden_NH, weight_VH, bias_V, part, softcap)
+            place_N, inside_N = _places(targets_N, part)
+            chosen_N += logits_NS.gather(1, place_N[:, None])[:, 0] * inside_N
+            logsumexp_N = torch.logaddexp(logsumexp_N, logits_NS.logsumexp(1))
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N)
+        ctx.softcap = softcap
+        return chosen_N - logsumexp_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_hidden_NH = torch.zeros(hidden_NH.shape, device=hidden_NH.device) if wanted[0] else None
+        grad_weight_VH = torch.empty_like(weight_VH) if wanted[1] else None
+        grad_bias_V = torch.empty_like(bias_V) if wanted[2] else None
+        for part in _slices(weight_VH, hidden_NH):
+            grad_NS = _logits(hidden_NH, weight_VH, bias_V, part, ctx.softcap)
+            slope_NS = 1 - (grad_NS / ctx.softcap) ** 2 if ctx.softcap else None
+            grad_NS.sub_(logsumexp_N[:, None]).exp_().mul_(-grad_N[:, None])
+            place_N, inside_N = _places(targets_N, part)
+            grad_NS.scatter_add_(1, place_N[:, None], (grad_N * inside_N)[:, None])
+            if slope_NS is not None:
+                grad_NS *= slope_NS
+            if grad_bias_V is not None:
+                grad_bias_V[part] = grad_NS.sum(0)
+            grad_NS = grad_NS.to(hidden_NH.dtype)
+            if grad_weight_VH is not None:
+                grad_weight_VH[part] = grad_NS.T @ hidden_NH
+            if grad_hidden_NH is not None:
+                grad_hidden_NH += grad_NS @ weight_VH[part]
+        hidden = None if grad_hidden_NH is None else grad_hidden_NH.to(hidden_NH.dtype)
+        return hidden, grad_weight_VH, grad_bias_V, None, None
+
+
+def _slices(weight_VH: Tensor, hidden_NH: Tensor) -> Iterator[slice]:
+    vocab, size = len(weight_VH), max(1, _MAX_LOGITS[hidden_NH.device.type] // max(1, len(hidden_NH)))
+    return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
+
+
+def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, part: slice, softcap: float | None) -> Tensor:
+    """[N, S] in fp32."""
+    logits_NS = F.linear(hidden_NH, weight_VH[part], None if bias_V is None else bias_V[part]).float()
+    return logits_NS.div_(softcap).tanh_().mul_(softcap) if softcap else logits_NS
+
+
+def _places(targets_N: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Each target's place in a slice of the vocabulary (some place, where it is elsewhere), and whether it is there."""
+    place_N = (targets_N - part.start).clamp(0, part.stop - part.start - 1)
+    return place_N, (targets_N >= part.start) & (targets_N < part.stop)
 
 
 class LastTokenScore(nn.Module):
