@@ -233,7 +233,7 @@ def test_a_group_costs_its_prompt_once_and_is_split_only_where_it_does_not_fit()
     assert sorted(map(len, rows)) == [1, 3]
 
 
-TREES = (Tree(5, (3, 4)), Tree(6), Tree(2, (1, 0, 7)))
+TREES = (Tree(5, (3, 4)), Tree(6), Tree(2, (1, 0, 7)), Tree(9, (2, 3, 4, 8, 1)), Tree(3, (0, 0)))
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -76,10 +76,8 @@ def _attend_tree_by_tree(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """In fp32 [1, heads, T, D]."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.float().repeat_interleave(groups, 1) if groups > 1 else x.float() for x in (key, value))
     pieces = [length for tree in trees for length in (tree.trunk, *tree.branches)]
-    queries, keys, values = (iter(torch.split(x, pieces, 2)) for x in (query.float(), key, value))
+    queries, keys, values = (iter(torch.split(x.float(), pieces, 2)) for x in (query, key, value))
     outputs = []
     for tree in trees:
         trunk_key, trunk_value = next(keys), next(values)
@@ -99,13 +97,21 @@ def _attend(
     if num == 0:
         return query
     if softcap is None and num == num_keys and (window is None or num_keys <= window):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    back = torch.arange(num_keys - num, num_keys)[:, None] - torch.arange(num_keys)  # tokens from query back to key
-    seen = (back >= 0) & (back < (window or num_keys))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    mask = _causal_mask(num, num_keys, window)
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
-    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ value
+    return (scores + mask).softmax(-1) @ value
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a row share its masks
+def _causal_mask(num: int, num_keys: int, window: int | None) -> Tensor:
+    """[num, num_keys] of the last tokens to all, added to their scores."""
+    back = torch.arange(num_keys - num, num_keys)[:, None] - torch.arange(num_keys)  # tokens from query back to key
+    return torch.zeros(num, num_keys).masked_fill_((back < 0) | (back >= (window or num_keys)), -math.inf)
 
 
 def _attend_flex(

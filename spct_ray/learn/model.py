@@ -69,10 +69,10 @@ class LogprobHead(nn.Module):
 
     def forward(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
         weight, bias = self.lm_head.weight, self.lm_head.bias
-        return _Logprobs.apply(hidden_NH, weight, bias, targets_N, self.softcap)  # type: ignore[no-any-return]
+        return _Logprobs.apply(hidden_NH, weight, bias, targets_N, self.softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Logprobs(torch.autograd.Function):  # type: ignore[misc]
+class _Logprobs(torch.autograd.Function):
     """Log-softmax of given tokens, slice by slice of the vocabulary, of whose logits none are kept.
 
     The forward pass keeps the logsumexp of each token; the backward pass computes a slice's logits again, and from them
@@ -80,7 +80,7 @@ class _Logprobs(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None
     ) -> Tensor:
         logsumexp_N = torch.full(targets_N.shape, -math.inf, device=hidden_NH.device)
@@ -96,7 +96,7 @@ class _Logprobs(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         grad_hidden_NH = torch.zeros(hidden_NH.shape, device=hidden_NH.device) if wanted[0] else None
