@@ -33,7 +33,7 @@ _FORK = multiprocessing.get_context("fork")  # nothing is computed before it, so
 
 @dataclass(frozen=True)
 class Result:
-    """One comparison. Seconds and tokens of one update, peak memory in GiB; `ratio` is theirs / ours of the seconds."""
+    """One comparison: seconds, tokens, FLOPs of one update; peak memory in GiB; `ratio` is theirs / ours in seconds."""
 
     name: str
     ours: float
@@ -43,6 +43,8 @@ class Result:
     tokens_theirs: int
     peak_gib_ours: float
     peak_gib_theirs: float
+    flops_ours: float
+    flops_theirs: float
     runs: int
 
 
@@ -57,7 +59,7 @@ class SideProcess:
         theirs.close()
 
     def repeat(self) -> tuple[float, Any, float]:
-        """Seconds, the side's `Repeat`, and its peak memory so far in bytes."""
+        """Seconds, what the side gave (a `Repeat`), and its peak memory so far in bytes."""
         try:
             self._pipe.send(True)
             answer: tuple[float, Any, float] = self._pipe.recv()
@@ -108,12 +110,15 @@ def compare(
     (_, mine, my_peak), (_, other, other_peak) = answers
     return Result(
         name, medians[0], medians[1], medians[1] / medians[0], mine.tokens, other.tokens,
-        my_peak / 2**30, other_peak / 2**30, repeats - 1,
+        my_peak / 2**30, other_peak / 2**30, mine.flops, other.flops, repeats - 1,
     )  # fmt: skip
 
 
 def train(options: argparse.Namespace) -> None:
-    """The three comparisons of the training side, as a table and as JSON."""
+    """The three comparisons of the training side, as a table and as JSON.
+
+    FLOP/s stand beside the best of this machine's matrix products before and after each comparison, on the same threads.
+    """
     if options.repeats < 2:
         raise SpctError(f"--repeats {options.repeats}: the first is dropped, so at least 2 are needed")
     from spct_ray.benchmarks import training_speed as sides
@@ -122,8 +127,10 @@ def train(options: argparse.Namespace) -> None:
     names = ("prompts", "group_size", "prompt_tokens", "completion_tokens", "micro_tokens", "head_tokens")
     sizes = sides.Sizes(**{n: getattr(options, n) for n in names}, head_vocab=262_144, head_hidden=576)
     print(f"{threads} threads, {options.repeats - 1} repeats after one that is dropped; {asdict(sizes)}", flush=True)
-    print(f"{'':14}{'ours s':>9}{'theirs s':>10}{'faster':>8}{'tokens':>16}{'peak GiB':>16}", flush=True)
+    print(f"{'':14}{'ours s':>9}{'theirs s':>10}{'faster':>8}{'tokens':>16}{'peak GiB':>16}{'GFLOP/s':>16}", flush=True)
     results = []
+    ceiling = SideProcess(sides.matmul_ceiling, threads)
+    peaks = [ceiling.repeat()[1]]
     with _model(options) as model:
         for name, ours, theirs in (
             ("grpo update", sides.grpo_ours, sides.grpo_padded),
@@ -132,9 +139,21 @@ def train(options: argparse.Namespace) -> None:
         ):
             r = compare(name, ours, theirs, options.repeats, threads, model, sizes)
             results.append(r)
-            tokens, peaks = f"{r.tokens_ours} / {r.tokens_theirs}", f"{r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}"
-            print(f"{name:14}{r.ours:9.3f}{r.theirs:10.3f}{r.ratio:7.2f}x{tokens:>16}{peaks:>16}", flush=True)
-    content = {"bench": "train", "threads": threads, "sizes": asdict(sizes), "results": [asdict(r) for r in results]}
+            peaks.append(ceiling.repeat()[1])
+            tokens, memory = f"{r.tokens_ours} / {r.tokens_theirs}", f"{r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}"
+            rates = f"{r.flops_ours / r.ours / 1e9:.0f} / {r.flops_theirs / r.theirs / 1e9:.0f}"
+            print(
+                f"{name:14}{r.ours:9.3f}{r.theirs:10.3f}{r.ratio:7.2f}x{tokens:>16}{memory:>16}{rates:>16}", flush=True
+            )
+    ceiling.close()
+    best = max(peaks)
+    shares = {r.name: (r.flops_ours / r.ours / best, r.flops_theirs / r.theirs / best) for r in results}
+    told = ", ".join(f"{name} {mine:.0%} / {other:.0%}" for name, (mine, other) in shares.items())
+    print(f"matrix products reach {best / 1e9:.0f} GFLOP/s here; shares of it, ours / theirs: {told}")
+    content = {
+        "bench": "train", "threads": threads, "sizes": asdict(sizes), "results": [asdict(r) for r in results],
+        "ceiling_flops": best, "shares": shares,
+    }  # fmt: skip
     _finish(content, options)
 
 
@@ -206,7 +225,7 @@ def main() -> None:
         "trl", help="GRPO end to end and SFT against TRL's own trainers (pip install spct-ray[bench])"
     )
     for command, handler, defaults in (
-        (ours, train, {"repeats": 4, "prompts": 1, "prompt-tokens": 256, "completion-tokens": 64, "head-tokens": 512}),
+        (ours, train, {"repeats": 4, "prompts": 1, "prompt-tokens": 256, "completion-tokens": 64, "head-tokens": 2048}),
         (peer, trl, {"repeats": 3, "prompts": 8, "prompt-tokens": 400, "completion-tokens": 100, "examples": 16}),
     ):
         command.add_argument("--model", metavar="DIR", help="a model directory (default: random, SmolLM2-135M's shape)")

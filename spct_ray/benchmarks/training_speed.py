@@ -6,14 +6,17 @@ left-padded prompts, logits of the completions alone. Both sides are given the s
 
 from __future__ import annotations
 
+import functools
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spct_ray.learn.batch import BatchSize
@@ -49,13 +52,77 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What one repeat computed (equal on both sides) and how many tokens passed through the network for it."""
+    """What one repeat computed (equal on both sides), how many tokens passed through the network for it, and its work.
+
+    `flops` are those of all matrix products and of attention that were really computed, forward and backward, a causal
+    half counted as half (0: not counted; attention is counted on CPU only).
+    """
 
     loss: float
     tokens: int
+    flops: float = 0.0
 
 
 Side = Callable[[], Repeat]
+
+
+def _counting(make: Callable[[str, Sizes], Side]) -> Callable[[str, Sizes], Side]:
+    """The side with `flops`, counted while its first repeat runs."""
+
+    @functools.wraps(make)
+    def make_counted(model_dir: str, sizes: Sizes) -> Side:
+        side, flops = make(model_dir, sizes), 0.0
+
+        def repeat() -> Repeat:
+            nonlocal flops
+            if flops:
+                return replace(side(), flops=flops)
+            with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+                done = side()
+            flops = counter.get_total_flops()
+            return replace(done, flops=flops)
+
+        return repeat
+
+    return make_counted
+
+
+def _attention_flops(products: int, first: int) -> Callable[..., int]:
+    """Of an operator whose arguments from `first` on are query, key, value, dropout, is_causal; a product is 2 flops a
+    pair of tokens and channel."""
+
+    def flops(*args: Any, is_causal: bool = False, out_val: Any = None, **_: Any) -> int:
+        (_, heads, queries, width), keys = args[first].shape, args[first + 1].shape[2]
+        causal = is_causal or any(a is True for a in args)
+        total: int = products * 2 * heads * queries * keys * width
+        return total // 2 if causal else total
+
+    flops._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
+    return flops
+
+
+_ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2, first=0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5, first=1),
+}
+
+
+def matmul_ceiling() -> Callable[[], float]:
+    """FLOP/s of this machine's best square matrix product in the precision of training, once a call."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sides = (2048, 4096, 8192) if device == "cuda" else (512, 1024, 2048)
+
+    def measure() -> float:
+        best = 0.0
+        for n in sides:
+            a, b = (torch.randn(n, n, device=device, dtype=_dtype()) for _ in range(2))
+            for _ in range(4):
+                started = time.perf_counter()
+                float((a @ b)[0, 0])  # waits for a GPU
+                best = max(best, 2 * n**3 / (time.perf_counter() - started))
+        return best
+
+    return measure
 
 
 def write_model(directory: str, layers: int = 30) -> None:
@@ -83,6 +150,7 @@ def write_model(directory: str, layers: int = 30) -> None:
     LlamaForCausalLM(shape).save_pretrained(directory)
 
 
+@_counting
 def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
     """Packed rows, each prompt once, on the trainer."""
     trainer = make_trainer(model_dir, sizes.micro_tokens)
@@ -97,6 +165,7 @@ def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
     return repeat
 
 
+@_counting
 def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
     """Left-padded prompts, right-padded completions, every prompt once a completion."""
     samples = _samples(sizes)
@@ -131,6 +200,7 @@ def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
     return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(samples, sizes.micro_tokens // longest)))
 
 
+@_counting
 def sft_ours(model_dir: str, sizes: Sizes) -> Side:
     """Packed rows on the trainer."""
     return sft_packed(make_trainer(model_dir, sizes.micro_tokens), _examples(sizes), sizes.micro_tokens)
@@ -148,6 +218,7 @@ def sft_packed(trainer: Trainer, examples: Sequence[Example], micro_tokens: int)
     return repeat
 
 
+@_counting
 def sft_padded(model_dir: str, sizes: Sizes) -> Side:
     """Right-padded examples and labels through transformers' own loss, which computes all logits."""
     examples = _examples(sizes)
@@ -174,6 +245,7 @@ def sft_padded(model_dir: str, sizes: Sizes) -> Side:
     return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(examples, sizes.micro_tokens // longest)))
 
 
+@_counting
 def head_ours(_: str, sizes: Sizes) -> Side:
     """Log-probs of given tokens slice by slice of the vocabulary, forward and backward."""
     lm_head, hidden_NH, targets_N = _head(sizes)
@@ -181,6 +253,7 @@ def head_ours(_: str, sizes: Sizes) -> Side:
     return _head_repeat(lm_head, hidden_NH, lambda: head(hidden_NH, targets_N))
 
 
+@_counting
 def head_naive(_: str, sizes: Sizes) -> Side:
     """All logits at once."""
     lm_head, hidden_NH, targets_N = _head(sizes)
