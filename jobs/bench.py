@@ -117,7 +117,7 @@ def compare(
 def train(options: argparse.Namespace) -> None:
     """The three comparisons of the training side, as a table and as JSON.
 
-    FLOP/s stand beside the best of this machine's matrix products before and after each comparison, on the same threads.
+    FLOP/s stand beside the best of the machine's matrix products before and after each comparison, on equal threads.
     """
     if options.repeats < 2:
         raise SpctError(f"--repeats {options.repeats}: the first is dropped, so at least 2 are needed")
@@ -232,7 +232,7 @@ def main() -> None:
         command.add_argument("--layers", type=int, default=30, help="of the random model")
         command.add_argument("--threads", type=int, default=0, help="default: all cores")
         command.add_argument("--json", metavar="FILE", help="write the results here, too")
-        for name, value in {**defaults, "group-size": 4, "micro-tokens": 4096}.items():
+        for name, value in {**defaults, "group-size": 4, "micro-tokens": 2400}.items():
             command.add_argument(f"--{name}", type=int, default=value)
         command.set_defaults(handler=handler)
     paper = commands.add_parser("plan", help="memory of each GPU and time of a GRPO step on paper (docs/scaling.md)")

@@ -68,7 +68,7 @@ def grpo_ours(model_dir: str, work: Work, beta: float) -> Side:
     from spct_ray.engines.vllm import VllmEngine
 
     threads, longest = torch.get_num_threads(), work.prompt_tokens * 5 // 4 + work.completion_tokens
-    limits = EngineConfig(longest + 64, work.prompts * work.group_size, gpu_memory_utilization=0.3, kv_cache_gib=1.0)
+    limits = EngineConfig(longest + 64, work.prompts * work.group_size, gpu_memory_utilization=0.3, kv_cache_gib=0.4)
     engine = VllmEngine(model_dir, replace(limits, threads=threads))
     trainer = make_trainer(model_dir, work.micro_tokens)
     torch.set_num_threads(threads)
