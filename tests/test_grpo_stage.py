@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from graph_toys import wait_until
+from safetensors.torch import load_file
 from test_tracker import tensorboard_points
 from tiny import make_tiny_model
 
@@ -32,7 +33,7 @@ from spct_ray.errors import ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.learn.batch import make_batch
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.records import Item, Message
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Rollouts, run
 from spct_ray.stages.replay import replay
@@ -56,6 +57,9 @@ RESOURCES = GrpoResources(
     train=TrainResources(threads=1),
     engine=EngineConfig(max_model_len=256, kv_cache_gib=0.1, dtype="float32"),
     dump_rollouts=True,
+)
+ADAPTERS_AHEAD = replace(
+    CONFIG, steps=8, lora=LoraConfig(rank=4), max_staleness=1, dynamic_sampling=0, checkpoint_every=2
 )
 CLUSTER = ClusterResources(num_cpus=2, object_store_gib=0.1)
 
@@ -108,11 +112,11 @@ def read_metrics(root: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def start_driver(root: Path) -> subprocess.Popen[str]:
+def start_driver(root: Path, *config: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with (root / "driver.log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, __file__, str(root)],
+            [sys.executable, __file__, str(root), *config],
             env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -197,6 +201,37 @@ def test_with_staleness_1_a_step_is_sampled_while_the_one_before_is_trained_on(r
         assert versions == {max(0, step - 1)}
 
 
+@pytest.mark.timeout(1800)
+def test_adapters_trained_a_step_behind_the_engines_survive_a_killed_driver(root: Path, tmp_path: Path) -> None:
+    for name in ("items", "rft"):
+        (tmp_path / name).symlink_to(root / name)
+    driver = start_driver(tmp_path, "ADAPTERS_AHEAD")
+    wait_for_steps(tmp_path, driver, 4)
+    orphans = descendants(driver, "RayTrainWorker") + descendants(driver, "EngineHost")
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    psutil.wait_procs(orphans, timeout=120)
+    driver = start_driver(tmp_path, "ADAPTERS_AHEAD")
+    assert driver.wait(timeout=600) == 0, (tmp_path / "driver.log").read_text()[-5000:]
+
+    metrics = read_metrics(tmp_path)
+    assert [line["step"] for line in metrics] == list(range(8))
+    ages = [line["staleness"] for line in metrics]
+    assert set(ages) == {0, 1}
+    assert ages[0] == 0
+    assert ages[4:].count(0) == 1  # the first step after the start is sampled from the newest weights
+    assert all(line["parity"] < 0.01 for line in metrics)  # engines hold the sum of weights and adapters
+    states = list((tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
+    names = {name for path in states for name in load_file(path)}
+    assert names
+    assert all("lora_" in name for name in names)
+    found = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    begun = load_file(root / "rft" / "model" / "model.safetensors")
+    assert found.keys() == begun.keys()
+    changed = {name for name in found if not torch.equal(found[name].float(), begun[name].float())}
+    assert changed == {name for name in found if "_proj" in name}
+
+
 @pytest.fixture
 def rollouts(root: Path, tmp_path: Path) -> Iterator[Rollouts]:
     from spct_ray.learn.trainer import Trainer
@@ -228,4 +263,4 @@ def test_the_parity_gate_fires_on_stale_weights_and_a_step_can_be_asked_again(ro
 
 if __name__ == "__main__":
     with start(CLUSTER):
-        print(run(make_context(Path(sys.argv[1])), CONFIG, RESOURCES))
+        print(run(make_context(Path(sys.argv[1])), ADAPTERS_AHEAD if sys.argv[2:] else CONFIG, RESOURCES))
