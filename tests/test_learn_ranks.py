@@ -79,6 +79,8 @@ def run_job(job: dict[str, Any]) -> None:
         if trainer.steps_done == job.get("save_at"):
             trainer.save(job["save"], {"note": "kept", "done": trainer.steps_done})
     weights = {name: w.clone() for name, w in trainer.named_weights()}
+    assert trainer.weight_shapes() == [(name, tuple(w.shape)) for name, w in weights.items()]
+    assert {w.dtype for w in weights.values()} == {trainer.dtype}
     if "export" in job:
         trainer.export(job["export"])
     if trainer.rank == 0:

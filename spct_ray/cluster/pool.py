@@ -38,7 +38,7 @@ class EngineHost:
     def __init__(
         self, make_engine: MakeEngine, model_dir: str, config: EngineConfig, weights: tuple[str, int] | None
     ) -> None:
-        self._engine = make_engine(model_dir, config)
+        self._engine: Any = make_engine(model_dir, config)
         if weights is not None:
             self._engine.reload(*weights)
 
@@ -46,13 +46,22 @@ class EngineHost:
         """Returns when the engine has started."""
 
     def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
-        return self._engine.generate(requests)
+        return self._engine.generate(requests)  # type: ignore[no-any-return]
 
     def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._engine.prompt_logprobs(sequences)
+        return self._engine.prompt_logprobs(sequences)  # type: ignore[no-any-return]
 
     def reload(self, weights_dir: str, weight_version: int) -> None:
         self._engine.reload(weights_dir, weight_version)
+
+    def transfer(self, method: str, info: dict[str, Any] | None, weight_version: int) -> None:
+        self._engine.transfer(method, info, weight_version)
+
+    def sleep(self) -> None:
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        self._engine.wake()
 
     def close(self) -> None:
         self._engine.close()
@@ -119,6 +128,22 @@ class EnginePool:
         """Give all replicas these weights. `weights_dir` must stay readable on every node until the next reload."""
         self._weights = (weights_dir, weight_version)
         self._on_each("reload", weights_dir, weight_version)
+
+    def transfer(self, method: str, info_of: Callable[[int], dict[str, Any] | None], weight_version: int) -> None:
+        """A step of vLLM's weight transfer on all replicas, with `info_of` each one's number."""
+        calls = [
+            replica.actor.transfer.remote(method, info_of(number), weight_version)
+            for number, replica in enumerate(self._replicas)
+        ]
+        self._finish("transfer", list(zip(self._replicas, calls, strict=True)))
+
+    def sleep(self) -> None:
+        """See `VllmEngine.sleep`."""
+        self._on_each("sleep")
+
+    def wake(self) -> None:
+        """See `VllmEngine.wake`."""
+        self._on_each("wake")
 
     def close(self) -> None:
         """Stop all replicas."""
@@ -208,7 +233,9 @@ class EnginePool:
 
     def _on_each(self, method: str, *arguments: Any) -> None:
         """Call `method` on all replicas at once; one that is new needs `ready` only, as it starts with all it needs."""
-        running = [(replica, getattr(replica.actor, method).remote(*arguments)) for replica in self._replicas]
+        self._finish(method, [(r, getattr(r.actor, method).remote(*arguments)) for r in self._replicas])
+
+    def _finish(self, method: str, running: list[tuple[_Replica, Any]]) -> None:
         while running:
             replica, ref = running.pop(0)
             try:

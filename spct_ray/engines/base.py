@@ -45,6 +45,7 @@ class EngineConfig:
     dtype: Precision | Literal["float16"] = "auto"  # see `spct_ray.precision`
     tensor_parallel: int = 1  # GPUs of one replica
     gpu_memory_utilization: float = 0.85  # GPU only: share of memory for weights and cache
+    transfer: Literal["directory", "nccl", "ipc"] = "directory"  # GRPO's way for new weights, see docs/training.md
     enforce_eager: bool = False  # GPU only: no compilation and CUDA graphs (the CPU engine never has them)
     kv_cache_gib: float = 2.0  # CPU only
     threads: int = 0  # CPU only: OpenMP threads; 0 keeps the process's own number

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 import torch
 import vllm
+from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
@@ -56,9 +57,10 @@ class _Score:
 
 
 @dataclass(slots=True)
-class _Reload:
-    weights_dir: str
-    weight_version: int
+class _Alone:
+    """Something to do while nothing runs. Where it fails, the engine is dead: its weights may be half new."""
+
+    action: Callable[[LLMEngine], None]
     future: Future[None] = field(default_factory=Future)
 
 
@@ -67,7 +69,7 @@ class _Close:
     future: Future[None] = field(default_factory=Future)
 
 
-_Job = _Sample | _Score | _Reload | _Close
+_Job = _Sample | _Score | _Alone | _Close
 
 
 class VllmEngine:
@@ -109,7 +111,23 @@ class VllmEngine:
         return [job.future.result() for job in jobs]
 
     def reload(self, weights_dir: str, weight_version: int) -> None:
-        job = _Reload(weights_dir, weight_version)
+        self._alone(partial(self._reload, weights_dir, weight_version))
+
+    def transfer(self, method: str, info: dict[str, Any] | None, weight_version: int) -> None:
+        """A step of vLLM's weight transfer, GPU only. The last one, finish_weight_update, drops cached prefixes and
+        sets the version."""
+        self._alone(partial(self._transfer, method, info, weight_version))
+
+    def sleep(self) -> None:
+        """Free the GPU: weights go to the host, the cache is dropped. Nothing may be asked until `wake`."""
+        self._alone(lambda core: core.sleep(level=1))
+
+    def wake(self) -> None:
+        """Take the GPU again. Nothing happens where the engine is awake."""
+        self._alone(lambda core: core.wake_up() if core.is_sleeping() else None)
+
+    def _alone(self, action: Callable[[LLMEngine], None]) -> None:
+        job = _Alone(action)
         self._put(job)
         job.future.result()
 
@@ -162,6 +180,13 @@ class VllmEngine:
         if on_cpu:  # chunked prefill rewinds a seeded request's generator, which torch's CPU generator cannot do
             arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enable_chunked_prefill": False}
             arguments["block_size"] = 32  # the least that CPU attention takes: vLLM's 128 would share no short prompt
+        if config.transfer != "directory":
+            if on_cpu:
+                raise ConfigError(
+                    f"transfer is {config.transfer}, which is from GPU to GPU; leave it at directory on CPU"
+                )
+            arguments["weight_transfer_config"] = WeightTransferConfig(backend=config.transfer)
+            arguments["enable_sleep_mode"] = config.transfer == "ipc"  # it shares its GPU with the trainer
         core = LLMEngine.from_engine_args(
             EngineArgs(
                 model=self._model_dir,
@@ -185,7 +210,7 @@ class VllmEngine:
         return core
 
     def _serve(self, core: LLMEngine, running: dict[str, _Sample | _Score], waiting: deque[_Job]) -> None:
-        """Until a _Close job: admit what waits (a reload only when nothing runs), step, resolve what finished."""
+        """Until a _Close job: admit what waits (an _Alone one when nothing runs), step, resolve what finished."""
         num_admitted = 0
         while True:
             while not (waiting or running) or not self._jobs.empty():
@@ -195,10 +220,11 @@ class VllmEngine:
                 if isinstance(job, _Close):
                     core.engine_core.shutdown()
                     return
-                if isinstance(job, _Reload):
+                if isinstance(job, _Alone):
                     if running:
                         break
-                    self._reload(core, job)
+                    job.action(core)
+                    job.future.set_result(None)
                 elif not job.future.cancelled() and self._admit(core, job, str(num_admitted)):
                     running[str(num_admitted)] = job
                     num_admitted += 1
@@ -274,14 +300,18 @@ class VllmEngine:
             completion_tokens=len(output.token_ids),
         )
 
-    def _reload(self, core: LLMEngine, job: _Reload) -> None:
-        """A failed load leaves half-new weights behind, so it is the engine's death (the exception goes up)."""
-        core.collective_rpc("reload_weights", kwargs={"weights_path": job.weights_dir})
+    def _reload(self, weights_dir: str, weight_version: int, core: LLMEngine) -> None:
+        core.collective_rpc("reload_weights", kwargs={"weights_path": weights_dir})
         if current_platform.is_cpu():
             core.collective_rpc(_repack_kept_weights)
         core.reset_prefix_cache()
-        self.weight_version = job.weight_version
-        job.future.set_result(None)
+        self.weight_version = weight_version
+
+    def _transfer(self, method: str, info: dict[str, Any] | None, weight_version: int, core: LLMEngine) -> None:
+        core.collective_rpc(method, args=() if info is None else (info,))
+        if method == "finish_weight_update":
+            core.reset_prefix_cache()
+            self.weight_version = weight_version
 
 
 def _fail(job: _Job, error: Exception) -> None:

@@ -184,6 +184,11 @@ class Trainer:
                 weights = [(whole.name, whole.value().clone()) for whole in bucket]
             yield from weights
 
+    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of what `named_weights` gives, without gathering it. Not collective."""
+        firsts = [(whole.name, whole.parameters[0]) for whole in whole_weights(self.model)]
+        return [(name, tuple(getattr(weight, "ds_shape", weight.shape))) for name, weight in firsts]
+
     def export(self, directory: str) -> None:
         """Write model, config, generation config, tokenizer and chat template for transformers and vLLM.
 

@@ -126,6 +126,22 @@ class GrpoResources:
     engine: EngineConfig = field(default_factory=EngineConfig)
     dump_rollouts: bool = False
 
+    def __post_init__(self) -> None:
+        way, ranks, engines = self.engine.transfer, self.train, self.rollout
+        if way != "directory" and not (ranks.gpus_per_worker and engines.gpus_per_replica):
+            raise ConfigError(f"engine.transfer is {way}, which is from GPU to GPU; on CPU it is directory")
+        shared = (
+            ranks.num_workers == engines.num_replicas == 1 and ranks.gpus_per_worker + engines.gpus_per_replica <= 1
+        )
+        if way == "ipc" and not shared:
+            raise ConfigError(
+                f"engine.transfer is ipc, which takes one rank and one engine on one GPU; here are {ranks.num_workers} "
+                f"ranks of {ranks.gpus_per_worker} GPUs and {engines.num_replicas} engines of "
+                f"{engines.gpus_per_replica}: use nccl"
+            )
+        if way == "nccl" and (ranks.gpus_per_worker < 1 or engines.gpus_per_replica < 1):
+            raise ConfigError("engine.transfer is nccl, which takes whole GPUs; on a shared one use ipc")
+
 
 def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> dict[str, Any]:
     """Train the RFT model (input "rft") on the training items (input "items"); writes model/ and metrics.jsonl.
@@ -144,6 +160,8 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
             f"{config.judge.budget} + {_ORDER_SLACK} = {needed} tokens exceed the engine's max_model_len "
             f"{resources.engine.max_model_len}: raise that, or lower the first two"
         )
+    if config.max_staleness and resources.engine.transfer == "ipc":
+        raise ConfigError("max_staleness is 1, but an engine on the trainer's GPU sleeps while it trains: set it to 0")
     run_ranks(train_loop, (context, config, resources), resources.train, context)
     lines = [json.loads(line) for line in Path(context.out, "metrics.jsonl").read_text().splitlines()]
     tail = lines[-max(1, len(lines) // 10) :]

@@ -61,7 +61,15 @@ class Rollouts:
         self._ahead: tuple[int, Future[_Sampled]] | None = None
         if trainer.rank == 0:
             self._items = fitting_items(context, config, trainer.tokenizer)
-            self._pool = EnginePool(model_dir, resources.engine, resources.rollout)
+            # An engine that takes weights by transfer belongs to a group; where it dies, the ranks start again.
+            restarts = 3 if resources.engine.transfer == "directory" else 0
+            self._pool = EnginePool(model_dir, resources.engine, resources.rollout, max_restarts=restarts)
+        self._transfer = None
+        if resources.engine.transfer != "directory":
+            from spct_ray.cluster.weight_transfer import WeightTransfer
+
+            self._transfer = WeightTransfer(trainer, self._pool, resources.engine, resources.rollout.num_replicas)
+        self._shares_gpu = resources.engine.transfer == "ipc"
         self._parity_sequences: list[list[int]] = self._from_rank_0(self._choose_parity_sequences)
         self._trainer_logprobs()  # under ZeRO-3, weights gathered before the first forward pass are not sound
 
@@ -79,6 +87,11 @@ class Rollouts:
         """Give the engines the trainer's weights. Collective."""
         from spct_ray.cluster.sync import push_weights
 
+        if self._transfer is not None:
+            if self._shares_gpu and self._pool is not None:
+                self._pool.wake()
+            self._transfer.send(version)
+            return
         push_weights(self._trainer, self._pool, self._weights_dir, version)
 
     def check_parity(self, step: int) -> float:
@@ -120,9 +133,14 @@ class Rollouts:
     def sample(self, step: int) -> list[list[Rollout]]:
         """The step's groups: G rollouts of each prompt, asked for now or ahead. Collective; the same on every rank.
 
+        Engines that share the trainer's GPU sleep from then on until they are given new weights.
+
         Groups from weights that are more than `max_staleness` updates old are asked for again.
         """
-        return self._from_rank_0(lambda: self._groups(step))
+        groups = self._from_rank_0(lambda: self._groups(step))
+        if self._shares_gpu and self._pool is not None:
+            self._pool.sleep()
+        return groups
 
     def _groups(self, step: int) -> list[list[Rollout]]:
         if self._ahead is None or self._ahead[0] != step:

@@ -1,0 +1,112 @@
+"""Weights from the trainer's GPUs straight to the engines', by vLLM's own weight transfer: IPC on one GPU, else NCCL.
+
+vLLM drives both sides: it iterates the trainer's weights and calls the engines through a client, which here is a pool.
+Leaves out the way over a directory, which needs no GPU and outlives a dead engine (see `sync.py`).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+
+from spct_ray.engines.base import EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spct_ray.cluster.pool import EnginePool
+
+
+class Source(Protocol):
+    """A rank of the trainer, as far as it concerns weights."""
+
+    rank: int
+    dtype: torch.dtype
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]: ...
+
+
+class WeightTransfer:
+    """Rank 0's pool of engines (None on other ranks) tied to the ranks for a whole run. Collective throughout.
+
+    The pool must not replace dead engines: a new one would be no part of the group. Where an engine dies within a
+    transfer by NCCL, rank 0 may wait for it forever, as NCCL has no way to tell.
+    """
+
+    def __init__(self, trainer: Source, pool: EnginePool | None, engine: EngineConfig, num_replicas: int) -> None:
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        info: IPCTrainerInitInfo | NCCLTrainerInitInfo
+        if engine.transfer == "ipc":
+            info = IPCTrainerInitInfo(rank=trainer.rank, packed=True)
+        else:
+            world_size = 1 + num_replicas * engine.tensor_parallel
+            info = NCCLTrainerInitInfo(*_meeting_point(), world_size, rank=trainer.rank)
+        self._client = PoolClient(pool, engine.tensor_parallel)
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            info, client=self._client, source=weight_source(trainer)
+        )
+
+    def send(self, version: int) -> None:
+        """Give the engines the trainer's weights, as `version`."""
+        self._client.version = version
+        self._engine.send_weights()
+
+
+class PoolClient:
+    """vLLM's `VLLMWeightSyncClient` over a pool: what it asks, every engine does."""
+
+    def __init__(self, pool: EnginePool | None, workers_per_engine: int) -> None:
+        self._pool, self._workers_per_engine, self.version = pool, workers_per_engine, 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """The workers of engine i follow those of the engines before it in the NCCL group; rank 0 is the trainer."""
+        offset = init_info.get("rank_offset")
+        self._call(
+            "init_weight_transfer_engine",
+            lambda i: {**init_info, "rank_offset": offset + i * self._workers_per_engine} if offset else init_info,
+        )
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update", lambda _: None)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("update_weights", lambda _: update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", lambda _: None)
+
+    def _call(self, method: str, info_of: Any) -> None:
+        assert self._pool is not None  # vLLM asks on rank 0 only
+        self._pool.transfer(method, info_of, self.version)
+
+
+def weight_source(trainer: Source) -> Any:
+    """The trainer's weights as vLLM wants them; iterating gathers, asking for shapes does not."""
+    from vllm.distributed.weight_transfer import ParamMeta
+    from vllm.distributed.weight_transfer import WeightSource as VllmSource
+
+    class TrainerSource(VllmSource):  # type: ignore[misc]
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, trainer.dtype, shape) for name, shape in trainer.weight_shapes()]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return iter(trainer.named_weights())
+
+    return TrainerSource()
+
+
+def _meeting_point() -> tuple[str, int]:
+    """Address and free port of this node, where an NCCL group meets."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
