@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from spct_ray.cluster import session
-from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Completion, Message, Trajectory
@@ -190,7 +190,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
 
     At the end the application goes, and Ray Serve itself where it was started here; one that ran before keeps its own
     address. Raises ConfigError when the address is taken or the cluster already serves an application of ours,
-    EngineError when a model will not load.
+    SpctError when Ray Serve does not start, EngineError when a model will not load.
     """
     resources = config.resources
     found = serve.status()
@@ -199,10 +199,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
     if session.is_local(resources.cluster):  # no nodes will come, so a replica without room would be waited for forever
         resources.check_room(ray.cluster_resources(), meta=config.meta_model is not None)
     try:
-        try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
-        except RayTaskError as error:
-            raise ConfigError(f"{error.cause} Choose another host or port.") from error
+        _start(resources.host, resources.port)
         _run(config, judge_class, OWN)
         yield f"http://{resources.host}:{resources.port}"
     finally:
@@ -210,6 +207,19 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
             serve.delete(APP_NAME)
         else:
             _shut_down()
+
+
+def _start(host: str, port: int) -> None:
+    """Ray Serve with its HTTP proxy. Raises ConfigError when the address is taken, SpctError when no proxy comes up."""
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except RayTaskError as error:
+        raise ConfigError(f"{error.cause} Choose another host or port.") from error
+    except (RayActorError, TimeoutError) as error:  # Serve ends a proxy that is not ready in time
+        raise SpctError(
+            f"Ray Serve's HTTP proxy for {host}:{port} died or was not ready within {session.PROXY_READY_TIMEOUT_S} s; "
+            "most often the machine is overloaded: end other work or free memory, and try again"
+        ) from error
 
 
 def _shut_down() -> None:
