@@ -20,7 +20,7 @@ from spct_ray.serve import client as client_module
 from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, request
 from spct_ray.serve.rewards import cohort_rewards, trl_reward, verl_reward
 from spct_ray.serve.schema import JudgeAnswer
-from tests.test_serve import Script
+from tests.test_serve import Script, refuse
 from tests.test_serve_http import app_of, by_length
 
 QUERY = [Message("user", "Which word?")]
@@ -92,6 +92,15 @@ def test_both_clients_give_the_same_verdicts_and_streams():
     assert isinstance(other[2][-1], JudgeAnswer)
     assert (refused.value.status, refused.value.kind) == (422, "invalid_request")
     assert refused_stream.value.status == 422
+
+
+def test_a_stream_that_fails_raises_what_went_wrong():
+    with (
+        served(app_of(engine(refuse))) as url,
+        JudgeClient(url) as client,
+        pytest.raises(ServerError, match=r"200 \(too_long\): a prompt of 5000 tokens"),
+    ):
+        list(client.stream(QUERY, ["alpha", "beta"], k=1))
 
 
 def flaky(statuses):

@@ -50,11 +50,13 @@ class LocalJudge:
 
     async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
         """All tasks are in flight at once; closing the generator cancels those that are not done."""
-        pending: set[asyncio.Future[Trajectory]] = set()
+        futures: list[asyncio.Future[Trajectory]] = []
         self._num_under_way += len(tasks)
         num_left = len(tasks)
         try:
-            pending |= {asyncio.wrap_future(self._judge.submit(task)) for task in tasks}
+            for task in tasks:
+                futures.append(asyncio.wrap_future(self._judge.submit(task)))
+            pending = set(futures)
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 num_left -= len(done)
@@ -65,8 +67,8 @@ class LocalJudge:
             raise
         finally:
             self._num_under_way -= num_left
-            for future in pending:
-                future.cancel()
+            for future in futures:
+                future.cancel()  # also the failed ones, else asyncio would print an error that nobody looked at
 
     async def principles(self, messages: Sequence[Message]) -> Completion:
         """As in `JudgeBackend`."""

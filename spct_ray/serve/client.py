@@ -16,7 +16,7 @@ import httpx
 
 from spct_ray.errors import SpctError
 from spct_ray.records import Message
-from spct_ray.serve.schema import BatchAnswer, BatchResult, JudgeAnswer, Tally
+from spct_ray.serve.schema import BatchAnswer, BatchResult, Fault, JudgeAnswer, Tally
 
 _WORTH_ANOTHER_TRY = {429, 502, 503, 504}
 _LONGEST_WAIT_S = 30.0
@@ -184,7 +184,8 @@ class _Events:
             return Tally.model_validate_json(value)
         if self._kind == "verdict":
             return JudgeAnswer.model_validate_json(value)
-        raise ServerError(200, "stream", value)
+        fault = Fault.model_validate_json(value)
+        raise ServerError(200, fault.type, fault.message)
 
     def feed_all(self, lines: Iterator[str]) -> Iterator[Tally | JudgeAnswer]:
         for line in lines:

@@ -32,6 +32,7 @@ from spct_ray.serve.schema import (
     BatchAnswer,
     BatchRequest,
     BatchResult,
+    ErrorAnswer,
     Fault,
     InvalidRequest,
     JudgeAnswer,
@@ -48,6 +49,20 @@ _BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
     "/v1/judge/batch": (BatchRequest, BatchAnswer),
     "/v1/rerank": (RerankRequest, RerankAnswer),
     "/v1/reward": (RewardRequest, RewardAnswer),
+}
+_FAULTS = {
+    str(status): {
+        "description": words,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+    }
+    for status, words in (
+        (401, "Another API key, or none."),
+        (413, "Too long; the message has the numbers."),
+        (422, "Not a request that can be judged; `details` has the path of each fault."),
+        (429, "You ask too fast; see Retry-After."),
+        (503, "The service is full or hurt; see Retry-After."),
+        (504, "No verdict in time."),
+    )
 }
 
 Handler = Callable[[Request, bytes], Coroutine[Any, Any, Response]]
@@ -172,7 +187,7 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
             description=_BODIES[route][0].__doc__,
             openapi_extra={
                 "requestBody": {"content": content, "required": True},
-                "responses": {"200": {"description": _BODIES[route][1].__doc__, "content": answers}},
+                "responses": {"200": {"description": _BODIES[route][1].__doc__, "content": answers}, **_FAULTS},
             },
         )
 
@@ -219,8 +234,9 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
 
 def _describe(app: FastAPI) -> None:
     """Put the schemas of the bodies, which the routes parse themselves, into the OpenAPI document."""
+    models: list[type[BaseModel]] = [ErrorAnswer, *(model for pair in _BODIES.values() for model in pair)]
     _, schemas = models_json_schema(
-        [(model, "validation") for pair in _BODIES.values() for model in pair],
+        [(model, "validation") for model in models],
         ref_template="#/components/schemas/{model}",
     )
     plain = app.openapi
@@ -331,4 +347,4 @@ def _json(model: BaseModel) -> Response:
 def _error(status: int, fault: Fault, retry_after_s: int | None = None) -> Response:
     wait_s = RETRY_AFTER_S if status == 503 else retry_after_s
     headers = None if wait_s is None else {"Retry-After": str(wait_s)}
-    return JSONResponse({"error": fault.model_dump()}, status_code=status, headers=headers)
+    return JSONResponse(ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)
