@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
+from spct_ray.errors import TooLongError
 from spct_ray.records import Message
 from spct_ray.serve import client as client_module
 from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, request
@@ -168,6 +169,19 @@ def test_many_completions_are_judged_in_chunks_on_one_scale():
         rewards = asyncio.run(run(url))
     assert rewards == pytest.approx([1 + len(c) for c in completions])
     assert max(int(p) for text in log.prompts for p in re.findall(r"\[Response (\d+)\]", text)) == 6
+
+
+def test_completions_that_are_too_long_together_are_judged_in_smaller_chunks():
+    def judge(asked):
+        if len(asked.messages[0].content) > 150:
+            raise TooLongError("a prompt of 99 tokens")
+        return by_length(asked)
+
+    with served(app_of(engine(judge))) as url:
+        completions = ["a", "aaaa", "a" * 500, "aa", "aaa", "aaaaaa"]
+        rewards = asyncio.run(trl_reward(url, k=1)(prompts=["q"] * 6, completions=completions))
+        assert rewards == [2.0, 5.0, None, 3.0, 4.0, 7.0]
+        assert asyncio.run(trl_reward(url, k=1)(prompts=["q"], completions=["a" * 500])) == [None]
 
 
 def test_verl_gets_scores_and_nan():

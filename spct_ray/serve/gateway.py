@@ -96,7 +96,8 @@ class Gateway:
             return await work()
 
     async def cohort(self, item: Item, plan: Plan) -> CohortScores:
-        """Mean scores of all responses of `item`, judged in chunks of `config.max_cohort`. Raises as `answer`."""
+        """Mean scores of all responses of `item`, judged in chunks of `config.max_cohort`, or smaller ones where these
+        are too long. Raises as `answer`."""
         seed = _seed(plan)
         tokens = 0
 

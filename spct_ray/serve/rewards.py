@@ -14,6 +14,7 @@ from typing import Any, Unpack, get_args
 
 import httpx
 
+from spct_ray.errors import TooLongError
 from spct_ray.judge.cohort import score_cohort
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Message, Role
@@ -32,10 +33,11 @@ async def cohort_rewards(
     max_cohort: int = 8,
     **options: Unpack[Options],
 ) -> list[float]:
-    """One reward a completion; those with equal cohorts are judged together, at most `max_cohort` in one prompt.
+    """One reward a completion; those with equal cohorts are judged together, at most `max_cohort` in one prompt, and
+    fewer where so many are too long.
 
-    NaN where the server refused (too long), failed after all attempts, or gave no usable judgement. Raises ServerError
-    where no request could succeed (wrong key, wrong address, options that the schema refuses).
+    NaN where the server refused (too long even in a pair), failed after all attempts, or gave no usable judgement.
+    Raises ServerError where no request could succeed (wrong key, wrong address, options that the schema refuses).
     """
     members: dict[Cohort, list[int]] = {}
     for i, cohort in enumerate(cohorts):
@@ -55,12 +57,18 @@ async def cohort_rewards(
             except httpx.TransportError:
                 return None
             except ServerError as error:
+                if error.kind == "too_long":
+                    raise TooLongError(str(error)) from error
                 if error.status in (401, 404, 405) or error.kind == "invalid_request":
                     raise  # a mistake of the set-up: no reward would ever come
                 return None
             return answer.mean_scores
 
-        for i, value in zip(indices, await score_cohort(len(indices), max_cohort, judge), strict=True):
+        try:
+            scores = await score_cohort(len(indices), max_cohort, judge)
+        except TooLongError:
+            return
+        for i, value in zip(indices, scores, strict=True):
             rewards[i] = value
 
     await asyncio.gather(*(score(cohort, indices) for cohort, indices in members.items()))
