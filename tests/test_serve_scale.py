@@ -91,6 +91,7 @@ def test_overload_and_a_killed_judge_give_right_answers_or_clean_refusals(ray_cl
     assert 0 < figures["other_texts"] < figures["outcomes"]["200"]  # they name the process, and a new one took over
     assert figures["after_load"] == {"200": 4}
     assert {name.split()[0] for name in figures["memory_mib"]} == {"GatewayReplica", "JudgeReplica"}
+    assert figures["memory_growth_mib_per_minute"].keys() == figures["memory_mib"].keys()
     assert all(mib > 20 for readings in figures["memory_mib"].values() for mib in readings)
 
 
