@@ -268,6 +268,9 @@ def test_metrics_count_requests_samples_and_tokens():
         "spct_requests_in_flight 0.0",
     ):
         assert line in text.splitlines()
+    http.post("/v1/rerank", json={"query": "q", "documents": ["alpha", "beta"], "k": 2})
+    http.post("/v1/judge", json={**OK, "k": 2, "stream": True})
+    assert 'spct_votes_total{stopped="k",voting="plain"} 3.0' in http.get("/metrics").text
 
 
 def test_the_openapi_document_names_bodies_and_answers():

@@ -128,6 +128,15 @@ def test_all_rounds_of_an_item_go_to_one_replica_and_items_to_both(two_replicas)
     assert [result.error for result in batch] == [None] * 40  # calls of one HTTP request do not wait for one another
 
 
+def test_a_request_whose_engine_dies_is_answered_by_another(two_replicas, tmp_path):
+    query = [Message("user", f"Query: die without {tmp_path}/once")]
+    with JudgeClient(two_replicas, max_attempts=1) as client:
+        answer = client.judge(query, ["4", "7"], k=4)
+        assert (tmp_path / "once").exists()
+        assert [s.sample for s in answer.samples] == [0, 1, 2, 3]
+        assert [client.judge(query, ["4", "7"], k=1).num_samples for _ in range(8)] == [1] * 8  # none is left dead
+
+
 def test_new_weights_come_to_all_replicas_under_load_and_no_request_is_dropped(two_replicas, tmp_path):
     from spct_ray.serve import app
 

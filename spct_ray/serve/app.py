@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -37,7 +38,7 @@ APP_NAME = "spct"
 JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 SHUTDOWN_TIMEOUT_S = 60.0  # of Ray Serve; what is left then ends with Ray
-HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
+HEALTH_CHECK_PERIOD_S = 2.0  # after which Serve sees that a replica has died
 
 
 class JudgeReplica(LocalJudge):
@@ -47,6 +48,11 @@ class JudgeReplica(LocalJudge):
         from spct_ray.engines.vllm import VllmEngine  # here, so that only these replicas load vLLM
 
         super().__init__(VllmEngine(config.judge_model, config.resources.engine), config)
+
+    def engine_died(self) -> None:
+        """End the process: what it was asked goes to another replica then, and Serve starts one in its place. While it
+        lived on, calls would come here again and fail at once, until a health check found out."""
+        os._exit(1)
 
 
 class MetaReplica(LocalMeta):
@@ -118,7 +124,7 @@ class _RemoteMeta:
 
 
 class _ReplicaDied(EngineError):
-    """The replica or its engine died with the request in it; the work can be done again elsewhere."""
+    """The replica died with the request in it; the work can be done again elsewhere."""
 
 
 @contextlib.contextmanager
@@ -131,8 +137,6 @@ def _translated(name: str) -> Iterator[None]:
             raise error.cause from None
         if isinstance(error.cause, BackPressureError):
             raise EngineError(f"the {name}'s queue is full: {error.cause.message}") from error
-        if isinstance(error.cause, EngineError):
-            raise _ReplicaDied(f"the {name} failed: {error.cause}") from error
         raise
     except BackPressureError as error:
         raise EngineError(f"the {name}'s queue is full: {error.message}") from error
@@ -224,7 +228,7 @@ def _start(host: str, port: int) -> None:
 
 def _shut_down() -> None:
     """`serve.shutdown()`, but its call is made once: the controller ends in answer to it, which Ray would otherwise
-    take for a failure, report on the terminal and try again."""
+    take for a failure, report on the terminal and try again. No public call of Serve's does so."""
     client = get_client(raise_if_no_controller_running=False)
     if client is None:
         return

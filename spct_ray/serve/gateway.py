@@ -69,6 +69,7 @@ class Gateway:
         self.config = config
         self.judge = judge
         self.meta = meta
+        self.on_verdict: Callable[[JudgeAnswer], None] = lambda answer: None  # told of each, those of cohorts too
         self._principles = PrinciplesCache(judge, config.judge, config.principles_cache, config.judge_timeout_s)
         replicas = config.resources.judge
         # Parts of batches and cohorts wait here, so that a large one does not overrun the judge's queue.
@@ -163,7 +164,9 @@ class Gateway:
             samples.sort(key=lambda t: t.sample)
             logits, plain_because = await scorer.logits(samples)
         self._principles.saw_version(max(t.weight_version for t in samples))
-        return self._answer(samples, logits, plan.k_meta, plain_because, principles, stopped, seed, started)
+        answer = self._answer(samples, logits, plan.k_meta, plain_because, principles, stopped, seed, started)
+        self.on_verdict(answer)
+        return answer
 
     async def _may_stop(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int) -> bool:
         """The rule of judge/adaptive.py."""

@@ -123,7 +123,8 @@ def resident() -> list[Memory]:
             pages = int((directory / "statm").read_text().split()[1])
         except OSError:  # it ended meanwhile
             continue
-        found.append(Memory(now, name, int(directory.name), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+        if pages:  # else it is ending
+            found.append(Memory(now, name, int(directory.name), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
     return found
 
 

@@ -73,6 +73,7 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
     config = gateway.config
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
     metrics = Metrics(config.name)
+    gateway.on_verdict = metrics.verdict
     is_allowed = _key_check(config.api_key_env)
     limiter = RateLimiter(config.judgements_per_minute)
 
@@ -88,19 +89,15 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
         asked = parse(JudgeRequest, body)
         charge(request, (asked.k, 1))
         if asked.stream:
-            return StreamingResponse(_events(gateway, metrics, asked), media_type="text/event-stream")
-        answer = await gateway.answer(asked)
-        metrics.verdict(answer)
-        return _json(answer)
+            return StreamingResponse(_events(gateway, asked), media_type="text/event-stream")
+        return _json(await gateway.answer(asked))
 
     async def judge_batch(request: Request, body: bytes) -> Response:
         async def one(asked: JudgeRequest) -> BatchResult:
             try:
-                answer = await gateway.part(lambda: gateway.answer(asked))
+                return BatchResult(answer=await gateway.part(lambda: gateway.answer(asked)))
             except Exception as error:  # each request of a batch has its own outcome
                 return BatchResult(error=_fault(error, gateway)[1])
-            metrics.verdict(answer)
-            return BatchResult(answer=answer)
 
         batch = parse(BatchRequest, body).requests
         charge(request, *((asked.k, 1) for asked in batch))
@@ -249,7 +246,7 @@ def _describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _events(gateway: Gateway, metrics: Metrics, asked: JudgeRequest) -> AsyncIterator[str]:
+async def _events(gateway: Gateway, asked: JudgeRequest) -> AsyncIterator[str]:
     """Server-sent events: `sample` for each judgement with the tally so far, then `verdict` or `error`."""
     queue: asyncio.Queue[Tally | None] = asyncio.Queue()
     work = asyncio.create_task(gateway.answer(asked, queue.put_nowait))
@@ -257,9 +254,7 @@ async def _events(gateway: Gateway, metrics: Metrics, asked: JudgeRequest) -> As
     try:
         while (tally := await queue.get()) is not None:
             yield f"event: sample\ndata: {tally.model_dump_json()}\n\n"
-        answer = await work
-        metrics.verdict(answer)
-        yield f"event: verdict\ndata: {answer.model_dump_json()}\n\n"
+        yield f"event: verdict\ndata: {(await work).model_dump_json()}\n\n"
     except Exception as error:  # the status is sent already; the last event tells what happened
         yield f"event: error\ndata: {_fault(error, gateway)[1].model_dump_json()}\n\n"
     finally:
