@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from spct_ray.errors import TooLongError
 from spct_ray.records import Message
@@ -102,6 +102,29 @@ def test_a_stream_that_fails_raises_what_went_wrong():
         pytest.raises(ServerError, match=r"200 \(too_long\): a prompt of 5000 tokens"),
     ):
         list(client.stream(QUERY, ["alpha", "beta"], k=1))
+
+
+def test_line_ends_of_unicode_do_not_break_a_stream():
+    """Readers of lines take more for a line's end than the format of events does."""
+    text = "a\u2028b\u2029c\x85d\x1ce\x0bf\rg \\boxed{1, 2}"
+
+    async def ask_async(url):
+        async with AsyncJudgeClient(url) as client:
+            return [event async for event in client.stream(QUERY, ["alpha", "beta"], k=2)]
+
+    with served(app_of(engine(lambda asked: [text]))) as url, JudgeClient(url) as client:
+        for *tallies, answer in (list(client.stream(QUERY, ["alpha", "beta"], k=2)), asyncio.run(ask_async(url))):
+            assert [tally.sample.text for tally in tallies] == [sample.text for sample in answer.samples] == [text] * 2
+
+
+@pytest.mark.parametrize("body", ['{"detail": "gone"}', '["odd"]', "no JSON"])
+def test_what_stands_between_may_answer_in_its_own_shape(body):
+    app = FastAPI()
+    app.post("/v1/judge")(lambda: Response(body, status_code=418, media_type="application/json"))
+    with served(app) as url, JudgeClient(url) as client, pytest.raises(ServerError) as raised:
+        client.judge(QUERY, ["alpha", "beta"])
+    assert (raised.value.status, raised.value.kind) == (418, "http")
+    assert body in str(raised.value)
 
 
 def flaky(statuses):

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack
 
 import httpx
+from pydantic import ValidationError
 
 from spct_ray.errors import SpctError
 from spct_ray.records import Message
-from spct_ray.serve.schema import BatchAnswer, BatchResult, Fault, JudgeAnswer, Tally
+from spct_ray.serve.schema import BatchAnswer, BatchResult, ErrorAnswer, Fault, JudgeAnswer, Tally
 
 _WORTH_ANOTHER_TRY = {429, 502, 503, 504}
 _LONGEST_WAIT_S = 30.0
@@ -198,10 +199,11 @@ def _headers(api_key: str) -> dict[str, str]:
 
 
 def _error(reply: httpx.Response) -> ServerError:
-    if reply.headers.get("content-type", "").startswith("application/json"):
-        error = reply.json()["error"]
-        return ServerError(reply.status_code, error["type"], error["message"])
-    return ServerError(reply.status_code, "http", reply.text)  # from Serve's proxy, before our gateway
+    try:
+        fault = ErrorAnswer.model_validate_json(reply.content).error
+    except ValidationError:  # from what stands before our gateway: Serve's proxy, another proxy
+        return ServerError(reply.status_code, "http", reply.text)
+    return ServerError(reply.status_code, fault.type, fault.message)
 
 
 def _waits(max_attempts: int) -> list[float]:

@@ -253,12 +253,17 @@ async def _events(gateway: Gateway, asked: JudgeRequest) -> AsyncIterator[str]:
     work.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (tally := await queue.get()) is not None:
-            yield f"event: sample\ndata: {tally.model_dump_json()}\n\n"
-        yield f"event: verdict\ndata: {(await work).model_dump_json()}\n\n"
+            yield _event("sample", tally)
+        yield _event("verdict", await work)
     except Exception as error:  # the status is sent already; the last event tells what happened
-        yield f"event: error\ndata: {_fault(error, gateway)[1].model_dump_json()}\n\n"
+        yield _event("error", _fault(error, gateway)[1])
     finally:
         work.cancel()
+
+
+def _event(kind: str, data: BaseModel) -> str:
+    """In ASCII: readers of lines (httpx's too) take U+2028 and others for the end of one."""
+    return f"event: {kind}\ndata: {data.model_dump_json(ensure_ascii=True)}\n\n"
 
 
 def _fault(error: Exception, gateway: Gateway) -> tuple[int, Fault]:
