@@ -19,7 +19,7 @@ from spct_ray.errors import TooLongError
 from spct_ray.records import Message
 from spct_ray.serve import client as client_module
 from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, request
-from spct_ray.serve.rewards import cohort_rewards, trl_reward, verl_reward
+from spct_ray.serve.rewards import MAX_UNDER_WAY, cohort_rewards, trl_reward, verl_reward
 from spct_ray.serve.schema import JudgeAnswer
 from tests.test_serve import Script, refuse
 from tests.test_serve_http import app_of, by_length
@@ -192,6 +192,26 @@ def test_many_completions_are_judged_in_chunks_on_one_scale():
         rewards = asyncio.run(run(url))
     assert rewards == pytest.approx([1 + len(c) for c in completions])
     assert max(int(p) for text in log.prompts for p in re.findall(r"\[Response (\d+)\]", text)) == 6
+
+
+def test_a_large_batch_asks_for_no_more_than_a_server_holds():
+    app, counts = FastAPI(), {"now": 0, "most": 0}
+
+    @app.middleware("http")
+    async def count(asked, call_next):
+        counts["now"] += 1
+        counts["most"] = max(counts.values())
+        await asyncio.sleep(0.01)
+        reply = await call_next(asked)
+        counts["now"] -= 1
+        return reply
+
+    app.mount("/", app_of(engine(Log())))
+    with served(app) as url:
+        prompts = [f"q{i // 2}" for i in range(160)]
+        rewards = asyncio.run(trl_reward(url, k=1)(prompts=prompts, completions=["a", "aa"] * 80))
+    assert rewards == [2.0, 3.0] * 80
+    assert 1 < counts["most"] <= MAX_UNDER_WAY
 
 
 def test_completions_that_are_too_long_together_are_judged_in_smaller_chunks():
