@@ -63,7 +63,8 @@ async def score_cohort(
     """Scores [N] of all responses: `judge` gives the mean scores of the responses of one chunk, or None.
 
     Where it raises TooLongError for a chunk, all are judged again in smaller ones, down to pairs; a response that does
-    not fit even so gets NaN. Raises TooLongError when no chunk fits, and whatever else `judge` raises.
+    not fit even so gets NaN. Raises TooLongError when no chunk fits (the first response, in all pairs, may be what is
+    too long), and whatever else `judge` raises.
     """
 
     async def one(part: tuple[int, ...]) -> Sequence[float] | TooLongError | None:
