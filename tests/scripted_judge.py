@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future
 
 from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.errors import EngineError
 from spct_ray.serve.app import JudgeReplica
 from spct_ray.serve.backends import LocalJudge
 
@@ -16,16 +17,23 @@ SECONDS = 0.2  # to think
 
 
 class _ThinkingEngine(ScriptedEngine):
-    """A query "wait for FILE" is thought about until there is that file."""
+    """A query "wait for FILE" is thought about until there is that file; "die without FILE" makes it, and ends all."""
 
     def submit(self, request):
+        fatal = re.search(r"die without (\S+)", request.messages[0].content)
+        if fatal and not os.path.exists(fatal[1]):
+            open(fatal[1], "w").close()
+            self._calls_left = 0
         future, awaited = Future(), re.search(r"wait for (\S+)", request.messages[0].content)
 
         def answer():
             while awaited and not os.path.exists(awaited[1]):
                 time.sleep(0.05)
             if future.set_running_or_notify_cancel():
-                future.set_result(super(_ThinkingEngine, self).submit(request).result())
+                try:
+                    future.set_result(super(_ThinkingEngine, self).submit(request).result())
+                except EngineError as error:
+                    future.set_exception(error)
 
         threading.Timer(SECONDS, answer).start()
         return future

@@ -79,8 +79,10 @@ def test_runs_stand_side_by_side_from_what_they_stored(tmp_path: Path, capsys: p
     assert one["score"] == pytest.approx(one["right_of_decided"] * (1 - one["undecided_rate"]))
     assert set(model["orders"]) == {"2", "4"}  # 8 samples show each order four times
     assert model["orders"]["2"]["num_items"] == NUM
-    for words in ("Meta vote@8 by k_meta", "Orders of pairs at equal k", "weak_grpo, 4"):
+    for words in ("Meta vote@8 by k_meta", "Orders of pairs at equal k", "weak_grpo, 4", "weak_grpo, meta, error 0.01"):
         assert words in out
+    for early in model["adaptive"].values():
+        assert early["differ_ci"][0] <= early["differ_from_k_max"] <= early["differ_ci"][1]
     page = (tmp_path / "out" / "index.html").read_text()
     assert "How many samples the meta vote keeps" in page
     assert "Balanced orders" in page

@@ -168,13 +168,14 @@ def test_failures_are_named_and_differences_paired(report: Any) -> None:
 
 def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
     """One pair that the first four samples settle (9 : 1 always), one that no look settles (even), one that four
-    samples give to the wrong side: by hand 4, 8 and 4 of 8 samples, and the third of three decisions differs."""
-    scores = [[(9, 1)] * 8, [(9, 1), (1, 9)] * 4, [(1, 9)] * 4 + [(10, 1)] * 4]
-    items = [Item(f"i{i}", (Message("user", "Q"),), ("a", "b"), (1.0, 0.0)) for i in range(3)]
+    samples give to the wrong side, one that nobody could judge: by hand 4, 8, 4 and 8 of 8 samples, and the third of
+    four decisions differs."""
+    scores = [[(9, 1)] * 8, [(9, 1), (1, 9)] * 4, [(1, 9)] * 4 + [(10, 1)] * 4, [()] * 8]
+    items = [Item(f"i{i}", (Message("user", "Q"),), ("a", "b"), (1.0, 0.0)) for i in range(4)]
     made = [
-        Trajectory(item.id, k, (0, 1), "t", shown, "", False, False, 0.5, k, "m", 0, 10, 10 + k, "stop")
+        Trajectory(item.id, k, (0, 1), "t", s, "" if s else "no_box", False, False, 0.5, k, "m", 0, 10, 10 + k, "stop")
         for item, rows in zip(items, scores, strict=True)
-        for k, shown in enumerate(rows)
+        for k, s in enumerate(rows)
     ]
     task = Task(find("own"), tuple(items), Sheet.of(items))
     table = tabulate(items, made, 5.5, {t.key: float(-t.sample) for t in made})
@@ -183,11 +184,13 @@ def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
     block = judge_block(task, judged, weights(task, counting), counting)[0]["adaptive"]
     assert [*block] == ["error 0.01", "error 0.05", "meta, error 0.01", "meta, error 0.05"]
     found = block["error 0.05"]
-    assert found["k"] == pytest.approx((4 + 8 + 4) / 3)
-    assert found["differ_from_k_max"] == pytest.approx(1 / 3)
+    assert found["k"] == pytest.approx((4 + 8 + 4 + 8) / 4)
+    assert found["differ_from_k_max"] == pytest.approx(1 / 4)
+    assert found["differ_ci"][0] == 0  # a resample without the third item
+    assert 1 / 4 < found["differ_ci"][1] <= 1
     four, eight = sum(range(10, 14)), sum(range(10, 18))
-    assert found["share_of_tokens"] == pytest.approx((4 + 4) * four / 4 / (3 * eight) + eight / (3 * eight))
-    assert found["score"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["share_of_tokens"] == pytest.approx((2 * four + 2 * eight) / (4 * eight))
+    assert found["score"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
     assert found["cost"]["tokens"] == pytest.approx(found["k"] * 10)
     # the meta RM keeps the first half: of the third item both halves say the same, of the first too
     assert block["meta, error 0.05"]["differ_from_k_max"] == 0

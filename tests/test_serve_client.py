@@ -13,14 +13,15 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from spct_ray.errors import TooLongError
 from spct_ray.records import Message
 from spct_ray.serve import client as client_module
 from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, request
-from spct_ray.serve.rewards import cohort_rewards, trl_reward, verl_reward
+from spct_ray.serve.rewards import MAX_UNDER_WAY, cohort_rewards, trl_reward, verl_reward
 from spct_ray.serve.schema import JudgeAnswer
-from tests.test_serve import Script
+from tests.test_serve import Script, refuse
 from tests.test_serve_http import app_of, by_length
 
 QUERY = [Message("user", "Which word?")]
@@ -94,6 +95,38 @@ def test_both_clients_give_the_same_verdicts_and_streams():
     assert refused_stream.value.status == 422
 
 
+def test_a_stream_that_fails_raises_what_went_wrong():
+    with (
+        served(app_of(engine(refuse))) as url,
+        JudgeClient(url) as client,
+        pytest.raises(ServerError, match=r"200 \(too_long\): a prompt of 5000 tokens"),
+    ):
+        list(client.stream(QUERY, ["alpha", "beta"], k=1))
+
+
+def test_line_ends_of_unicode_do_not_break_a_stream():
+    """Readers of lines take more for a line's end than the format of events does."""
+    text = "a\u2028b\u2029c\x85d\x1ce\x0bf\rg \\boxed{1, 2}"
+
+    async def ask_async(url):
+        async with AsyncJudgeClient(url) as client:
+            return [event async for event in client.stream(QUERY, ["alpha", "beta"], k=2)]
+
+    with served(app_of(engine(lambda asked: [text]))) as url, JudgeClient(url) as client:
+        for *tallies, answer in (list(client.stream(QUERY, ["alpha", "beta"], k=2)), asyncio.run(ask_async(url))):
+            assert [tally.sample.text for tally in tallies] == [sample.text for sample in answer.samples] == [text] * 2
+
+
+@pytest.mark.parametrize("body", ['{"detail": "gone"}', '["odd"]', "no JSON"])
+def test_what_stands_between_may_answer_in_its_own_shape(body):
+    app = FastAPI()
+    app.post("/v1/judge")(lambda: Response(body, status_code=418, media_type="application/json"))
+    with served(app) as url, JudgeClient(url) as client, pytest.raises(ServerError) as raised:
+        client.judge(QUERY, ["alpha", "beta"])
+    assert (raised.value.status, raised.value.kind) == (418, "http")
+    assert body in str(raised.value)
+
+
 def flaky(statuses):
     """Answers with each status in turn, then with a verdict; counts its requests."""
     app, left = FastAPI(), list(statuses)
@@ -159,6 +192,39 @@ def test_many_completions_are_judged_in_chunks_on_one_scale():
         rewards = asyncio.run(run(url))
     assert rewards == pytest.approx([1 + len(c) for c in completions])
     assert max(int(p) for text in log.prompts for p in re.findall(r"\[Response (\d+)\]", text)) == 6
+
+
+def test_a_large_batch_asks_for_no_more_than_a_server_holds():
+    app, counts = FastAPI(), {"now": 0, "most": 0}
+
+    @app.middleware("http")
+    async def count(asked, call_next):
+        counts["now"] += 1
+        counts["most"] = max(counts.values())
+        await asyncio.sleep(0.01)
+        reply = await call_next(asked)
+        counts["now"] -= 1
+        return reply
+
+    app.mount("/", app_of(engine(Log())))
+    with served(app) as url:
+        prompts = [f"q{i // 2}" for i in range(160)]
+        rewards = asyncio.run(trl_reward(url, k=1)(prompts=prompts, completions=["a", "aa"] * 80))
+    assert rewards == [2.0, 3.0] * 80
+    assert 1 < counts["most"] <= MAX_UNDER_WAY
+
+
+def test_completions_that_are_too_long_together_are_judged_in_smaller_chunks():
+    def judge(asked):
+        if len(asked.messages[0].content) > 150:
+            raise TooLongError("a prompt of 99 tokens")
+        return by_length(asked)
+
+    with served(app_of(engine(judge))) as url:
+        completions = ["a", "aaaa", "a" * 500, "aa", "aaa", "aaaaaa"]
+        rewards = asyncio.run(trl_reward(url, k=1)(prompts=["q"] * 6, completions=completions))
+        assert rewards == [2.0, 5.0, None, 3.0, 4.0, 7.0]
+        assert asyncio.run(trl_reward(url, k=1)(prompts=["q"], completions=["a" * 500])) == [None]
 
 
 def test_verl_gets_scores_and_nan():

@@ -1,6 +1,8 @@
 """The other routes, streams, limits and faults of the gateway over HTTP (ASGI, no Ray)."""
 
 import asyncio
+import contextlib
+import gc
 import json
 import math
 import re
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.records import Item, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.config import ServeConfig
-from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.gateway import Gateway, _Scorer
 from spct_ray.serve.routes import build_app
 from spct_ray.serve.schema import JudgeAnswer, JudgeRequest, SampleOut
 from tests.test_serve import OK, TABLE_17, Meta, Script, SilentEngine, ask, client, refuse
@@ -112,6 +115,45 @@ def test_a_budget_of_time_votes_over_what_is_there():
     assert (reply.status_code, reply.json()["error"]["type"]) == (504, "timeout")
 
 
+class SlowMeta:
+    """Scores after `seconds`, or once `go` is set."""
+
+    def __init__(self, seconds=60.0):
+        self.seconds, self.go = seconds, asyncio.Event()
+
+    async def score(self, conversations):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.go.wait(), self.seconds)
+        return [1.0] * len(conversations)
+
+
+@pytest.mark.parametrize(("k", "stopped"), [(4, "k"), ("auto", "budget")])
+def test_meta_scores_are_waited_for_no_longer_than_a_budget_of_time(k, stopped):
+    reply = client(Script((1, 9)), SlowMeta()).post("/v1/judge", json={**OK, "k": k, "budget": {"milliseconds": 100}})
+    answer = reply.json()
+    assert (reply.status_code, answer["winner"], answer["num_samples"]) == (200, 1, 4)
+    assert (answer["voting"], answer["voting_reason"]) == ("plain", "the meta RM did not answer within 0.1 s")
+    reply = client(Script((1, 9)), SlowMeta(0.01)).post(
+        "/v1/judge", json={**OK, "k": 4, "budget": {"milliseconds": 9999}}
+    )
+    assert (reply.json()["voting"], reply.json()["stopped"]) == ("meta", "k")
+
+
+def test_a_budget_that_ends_while_samples_are_scored_loses_no_score():
+    async def scenario():
+        meta = SlowMeta()
+        scorer = _Scorer(meta, Item("i", (Message("user", "q"),), ("a", "b")), 60)
+        made = [Trajectory("i", k, (0, 1), "t", (1, 9), "", False, False, 0.5, k, "m", 0, 1, 1, "stop") for k in (0, 1)]
+        scorer.add(made)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await scorer.logits(made)
+        meta.go.set()
+        return await scorer.logits(made)
+
+    assert asyncio.run(scenario()) == ([1.0, 1.0], "")
+
+
 # --- streams
 
 
@@ -145,6 +187,8 @@ def test_a_batch_answers_each_request_by_itself():
     assert [(r["answer"], r["error"]["type"]) for r in results] == [(None, "too_long")] * 2
     reply = client(refuse).post("/v1/judge/batch", json={"requests": [OK, {**OK, "k": 0}]})
     assert (reply.status_code, reply.json()["error"]["details"][0]["path"]) == (422, "requests.1.k")
+    reply = client(refuse).post("/v1/judge/batch", json={"requests": [OK, {**OK, "stream": True}]})
+    assert (reply.status_code, reply.json()["error"]["details"][0]["path"]) == (422, "requests.1.stream")
 
 
 def test_rerank_as_jina_and_cohere_ask():
@@ -224,6 +268,9 @@ def test_metrics_count_requests_samples_and_tokens():
         "spct_requests_in_flight 0.0",
     ):
         assert line in text.splitlines()
+    http.post("/v1/rerank", json={"query": "q", "documents": ["alpha", "beta"], "k": 2})
+    http.post("/v1/judge", json={**OK, "k": 2, "stream": True})
+    assert 'spct_votes_total{stopped="k",voting="plain"} 3.0' in http.get("/metrics").text
 
 
 def test_the_openapi_document_names_bodies_and_answers():
@@ -235,6 +282,10 @@ def test_the_openapi_document_names_bodies_and_answers():
     ):
         body = document["paths"][route]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert body == {"$ref": f"#/components/schemas/{name}"}
+        answers = document["paths"][route]["post"]["responses"]
+        assert {"200", "401", "413", "422", "429", "503", "504"} <= answers.keys()
+        fault = answers["422"]["content"]["application/json"]["schema"]["$ref"]
+        assert fault == "#/components/schemas/ErrorAnswer"
     schemas = document["components"]["schemas"]
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
     assert references <= set(schemas)
@@ -323,6 +374,19 @@ def test_texts_that_cannot_fit_are_refused_before_any_is_encoded():
 def test_a_body_without_a_declared_length_is_cut_off():
     reply = client(refuse).post("/v1/judge", content=iter([b" " * 2**20] * 5))
     assert (reply.status_code, reply.json()["error"]["type"]) == (413, "too_long")
+
+
+def test_no_text_of_a_request_and_no_stray_error_is_logged(caplog):
+    caplog.set_level("DEBUG")
+    secret = {**OK, "responses": ["sesame", "beta"], "reference": "sesame", "seed": 1}
+    for script in (refuse, Script((1, 2)), Script("sesame")):
+        http = client(script)
+        for body in (secret, {**secret, "k": "auto"}, {**secret, "sesame": 1}, {**secret, "stream": True}):
+            http.post("/v1/judge", json=body)
+            http.post("/v1/judge/batch", json={"requests": [body]})
+    gc.collect()  # asyncio reports an error that nobody looked at once it is forgotten
+    logged = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    assert not [record for record in logged if "sesame" in record.getMessage() or record.levelname == "ERROR"]
 
 
 # --- disconnects and meta scores that come in parts

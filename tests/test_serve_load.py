@@ -12,7 +12,7 @@ from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.client import request
 from spct_ray.serve.config import ServeConfig
 from spct_ray.serve.gateway import Gateway
-from spct_ray.serve.load import fault
+from spct_ray.serve.load import Memory, fault, growth
 from spct_ray.serve.schema import JudgeRequest, parse
 
 BODY = request([Message("user", "Name a prime.")], ["4", "7"], k=4, seed=3)
@@ -51,3 +51,10 @@ def test_an_answer_is_right_when_it_is_the_requests_own_and_its_sums_hold():
 def test_an_answer_that_contradicts_itself_is_named(change, name):
     alone = answer_to(BODY)
     assert fault(alone.model_copy(update=change), BODY, alone) == name
+
+
+def test_growth_is_that_of_the_second_half():
+    """Five minutes of 60 MiB a minute, then five of 2."""
+    made = [Memory(t, "JudgeReplica", 1, 1000.0 + min(t, 300) + max(0, t - 300) / 30) for t in range(0, 600, 2)]
+    assert growth(made) == pytest.approx(2)
+    assert growth(made[:4]) is None

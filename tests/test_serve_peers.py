@@ -38,6 +38,13 @@ def test_trl_trains_on_verdicts(tmp_path):
     assert all(text.count("[Response ") == 4 for text in log.prompts)
 
 
+def test_openais_client_lists_the_models():
+    openai = pytest.importorskip("openai")
+    with served(app_of(engine(Log()), name="j")) as url:
+        models = openai.OpenAI(base_url=f"{url}/v1", api_key="any").models.list().data
+    assert [(model.id, model.object) for model in models] == [("j", "model")]
+
+
 def test_openrlhf_reads_the_reward_route():
     agent = pytest.importorskip("openrlhf.utils.agent")
     prompts = ["<|user|>one<|assistant|>", "<|user|>two<|assistant|>"]

@@ -111,7 +111,7 @@ def test_a_stream_over_http_ends_with_the_verdict(url):
     assert {s.sample.sample: s.sample.text for s in samples} == {s.sample: s.text for s in answer.samples}
 
 
-def test_a_client_that_goes_away_ends_the_engines_work(url):
+def test_a_client_that_goes_away_and_a_budget_that_is_spent_end_the_engines_work(url):
     """Its tasks leave the judge's replica; Serve counts those that run."""
     from ray import serve
     from ray.serve.handle import DeploymentHandle
@@ -125,7 +125,22 @@ def test_a_client_that_goes_away_ends_the_engines_work(url):
         assert next(lines) == "event: sample"
         assert judge.num_under_way.remote().result() > 0
     assert becomes_idle(judge)
+    late = httpx.post(f"{url}/v1/judge", json={**OK, "k": 64, "budget": {"milliseconds": 500}}, timeout=60)
+    assert late.status_code == 504 or late.json()["stopped"] == "budget"
+    assert becomes_idle(judge)
     assert httpx.post(f"{url}/v1/judge", json={**OK, "k": 1}, timeout=60).status_code == 200
+
+
+def test_texts_of_requests_are_in_no_log(url):
+    import ray
+
+    body = {**OK, "messages": [{"role": "user", "content": "Open sesame."}], "k": 1}
+    assert httpx.post(f"{url}/v1/judge", json=body, timeout=60).status_code == 200
+    assert httpx.post(f"{url}/v1/judge", json={**body, "sesame": 1}, timeout=60).status_code == 422
+    out = ray.get(ray.remote(num_cpus=0)(lambda: os.readlink("/proc/self/fd/1")).remote())  # a worker writes to a log
+    logs = [path.read_bytes() for path in Path(out).parent.rglob("*") if path.is_file()]
+    assert any(b"/v1/judge" in log for log in logs)  # the requests are there
+    assert not any(b"sesame" in log for log in logs)
 
 
 def test_one_cluster_serves_once(url, config):

@@ -91,6 +91,7 @@ def test_overload_and_a_killed_judge_give_right_answers_or_clean_refusals(ray_cl
     assert 0 < figures["other_texts"] < figures["outcomes"]["200"]  # they name the process, and a new one took over
     assert figures["after_load"] == {"200": 4}
     assert {name.split()[0] for name in figures["memory_mib"]} == {"GatewayReplica", "JudgeReplica"}
+    assert figures["memory_growth_mib_per_minute"].keys() == figures["memory_mib"].keys()
     assert all(mib > 20 for readings in figures["memory_mib"].values() for mib in readings)
 
 
@@ -125,6 +126,15 @@ def test_all_rounds_of_an_item_go_to_one_replica_and_items_to_both(two_replicas)
     assert [judges(a) for a in again] == [judges(a) for a in answers]
     assert len(set.union(*map(judges, answers))) == 2
     assert [result.error for result in batch] == [None] * 40  # calls of one HTTP request do not wait for one another
+
+
+def test_a_request_whose_engine_dies_is_answered_by_another(two_replicas, tmp_path):
+    query = [Message("user", f"Query: die without {tmp_path}/once")]
+    with JudgeClient(two_replicas, max_attempts=1) as client:
+        answer = client.judge(query, ["4", "7"], k=4)
+        assert (tmp_path / "once").exists()
+        assert [s.sample for s in answer.samples] == [0, 1, 2, 3]
+        assert [client.judge(query, ["4", "7"], k=1).num_samples for _ in range(8)] == [1] * 8  # none is left dead
 
 
 def test_new_weights_come_to_all_replicas_under_load_and_no_request_is_dropped(two_replicas, tmp_path):

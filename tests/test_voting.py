@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spct_ray.errors import TooLongError
 from spct_ray.judge.adaptive import is_settled, looks
 from spct_ray.judge.cohort import NUM_ANCHORS, chunks, merge, score_cohort
 from spct_ray.judge.parse import Scale
@@ -96,6 +97,25 @@ def test_a_judge_that_grades_on_a_curve_gives_one_scale(quality, size, rng):
 
     scores = asyncio.run(score_cohort(len(quality), size, judge))
     assert [s - scores[0] for s in scores] == pytest.approx([q - quality[0] for q in quality])
+
+
+def test_chunks_that_are_too_long_are_made_smaller_and_what_never_fits_is_nan():
+    """A prompt holds 10 characters; response 5 has 20."""
+    lengths = [3, 2, 4, 3, 5, 20, 1]
+
+    async def judge(part):
+        if sum(lengths[i] for i in part) > 10:
+            raise TooLongError("too long")
+        return [float(lengths[i]) for i in part]
+
+    scores = asyncio.run(score_cohort(7, 8, judge))
+    assert scores[:5] + scores[6:] == [3, 2, 4, 3, 5, 1]
+    assert math.isnan(scores[5])
+    lengths[0] = 11  # the anchor of every pair
+    with pytest.raises(TooLongError):
+        asyncio.run(score_cohort(7, 8, judge))
+    with pytest.raises(TooLongError):
+        asyncio.run(score_cohort(1, 8, judge))
 
 
 def test_a_chunk_without_a_verdict_is_nan_and_no_other():

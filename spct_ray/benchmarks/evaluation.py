@@ -7,6 +7,7 @@ Q questions, R draws, K samples.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from spct_ray.benchmarks.official import Decision, Sheet, decided
 from spct_ray.benchmarks.registry import Benchmark
 from spct_ray.judge.adaptive import num_needed
 from spct_ray.judge.modes import MODES
-from spct_ray.judge.parse import Scale
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Trajectory
@@ -72,18 +72,6 @@ class Outcome:
     credit_I: Floats
     decided_I: Floats
     resampled: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class StoppedEarly:
-    """Adaptive k on samples that are there: how many each item needed [I], the decision over these and over all, the
-    chance that the two differ when each breaks its ties at random [I], and the share of the tokens that it needed."""
-
-    needed_I: Ints
-    decision: Decision
-    last: Decision
-    differ_I: Floats
-    share_of_tokens: float
 
 
 def weights(task: Task, counting: Counting) -> Floats:
@@ -218,52 +206,33 @@ def _scalar_block(
 def _adaptive(
     task: Task, judged: Judged, prompt: JudgeConfig, weights_BI: Floats, counting: Counting
 ) -> dict[str, Any]:
-    """`stop_early`, plain and guided: beside the entry, the share of decisions that differ, and of tokens."""
+    """The served rule (`spct_ray.judge.adaptive`) on the first k_max samples of each item, in the order in which they
+    were drawn, plain and guided: beside the entry, the share of the tokens that it needed, and the share of decisions
+    that differ from those of all k_max (chance ties counted as chances), with its interval."""
+    table, k_max = judged.samples, counting.k_max
     drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):
         drawn[t.item_id].append(t)
     scales = [scale_of(len(item.responses), prompt) for item in task.items]
-    samples = [made[: counting.k_max] for made in drawn.values()]
+    ways: list[tuple[str, list[Any]]] = [("", [[]] * len(scales))]
+    if table.logits_IK is not None:
+        ways.append(("meta, ", table.logits_IK[:, :k_max].tolist()))
     found = {}
-    for guided in (False, True) if judged.samples.logits_IK is not None else (False,):
-        for error in ADAPTIVE_ERRORS:
-            early = stop_early(task.sheet, judged.samples, samples, scales, guided, error)
-            mean_k = float(early.needed_I.mean())
-            made, _ = entry(task, [early.decision], weights_BI, mean_k, cost(judged.rates, mean_k, guided))
-            found[f"{'meta, ' if guided else ''}error {error:g}"] = made | {
-                "differ_from_k_max": float(early.differ_I.mean()),
-                "share_of_tokens": early.share_of_tokens,
-            }
+    for (way, logits), error in itertools.product(ways, ADAPTIVE_ERRORS):
+        asked = zip(drawn.values(), logits, scales, strict=True)
+        needed_I = np.array([num_needed(made[:k_max], logits_K, scale, error) for made, logits_K, scale in asked])
+        early, last = (_first(table, k_I, bool(way)) for k_I in (needed_I, np.full(len(scales), k_max)))
+        differ_I = np.where(needed_I < k_max, _differ(task.sheet, early.scores_IO, last.scores_IO), 0.0)
+        differ_B = weights_BI @ differ_I / weights_BI.sum(axis=1)
+        taken_IK = np.arange(table.num_samples) < needed_I[:, None]
+        mean_k = float(needed_I.mean())
+        made, _ = entry(task, [early], weights_BI, mean_k, cost(judged.rates, mean_k, bool(way)))
+        found[f"{way}error {error:g}"] = made | {
+            "differ_from_k_max": float(differ_I.mean()),
+            "differ_ci": np.quantile(differ_B, [0.025, 0.975]).tolist(),
+            "share_of_tokens": float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
+        }
     return found
-
-
-def stop_early(
-    sheet: Sheet,
-    table: ScoreTable,
-    samples: Sequence[Sequence[Trajectory]],
-    scales: Sequence[Scale],
-    guided: bool,
-    error: float,
-) -> StoppedEarly:
-    """The served rule (`spct_ray.judge.adaptive`) on the k_max `samples` of each item, in the order in which they were
-    drawn. `table` holds the same items' samples, or more; `guided` needs its meta-RM logits."""
-    k_max = len(samples[0])
-    logits = table.logits_IK.tolist() if guided and table.logits_IK is not None else [[]] * len(scales)
-    needed_I = np.array(
-        [
-            num_needed(drawn, logits_K[:k_max], scale, error)
-            for drawn, logits_K, scale in zip(samples, logits, scales, strict=True)
-        ]
-    )
-    decision, last = _first(table, needed_I, guided), _first(table, np.full(len(scales), k_max), guided)
-    taken_IK = np.arange(table.num_samples) < needed_I[:, None]
-    return StoppedEarly(
-        needed_I,
-        decision,
-        last,
-        np.where(needed_I < k_max, _differ(sheet, decision.scores_IO, last.scores_IO), 0.0),
-        float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
-    )
 
 
 def _first(table: ScoreTable, k_I: Ints, guided: bool) -> Decision:

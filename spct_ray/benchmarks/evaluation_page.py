@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from spct_ray.benchmarks import evaluation_plots as plots
-from spct_ray.benchmarks.evaluation_text import NAMES, ORDER_HEAD, order_rows
+from spct_ray.benchmarks.evaluation_text import NAMES, ORDER_HEAD, adaptive_head, adaptive_rows, order_rows
 from spct_ray.benchmarks.style import SCRIPT, STYLE
 
 Cells = Sequence[Sequence[str]]
@@ -134,17 +134,12 @@ def _orders(block: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _adaptive(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
-    rows = [
-        [_judge(n, names), escape(way), _score(made), f"{made['k']:.1f}", _percent(made["share_of_tokens"]),
-         _percent(made["differ_from_k_max"])]
-        for n, m in block["models"].items() for way, made in m["adaptive"].items()
-    ]  # fmt: skip
     note = (
         f"The service's rule on the same samples: it stops when by its model at most the share of decisions that is "
         f"called error differs from those of all {top}."
     )
-    head = ["judge", "rule", "score", "samples", f"tokens of vote@{top}", "decisions that differ"]
-    return _table(head, rows, note) if rows else ""
+    rows = [[escape(row[0]), *row[1:]] for row in adaptive_rows(block)]
+    return _table(adaptive_head(top), rows, note) if rows else ""
 
 
 def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:

@@ -50,6 +50,20 @@ def order_rows(block: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def adaptive_head(top: str) -> tuple[str, ...]:
+    """The columns of `adaptive_rows`."""
+    return ("judge, rule", "score", "samples", f"tokens of vote@{top}", "decisions that differ", "95 % interval")
+
+
+def adaptive_rows(block: Mapping[str, Any]) -> list[list[str]]:
+    """A row a judge and rule: what adaptive k would have drawn, and how often it decides otherwise than all samples."""
+    return [
+        [f"{name}, {rule}", cell(made), f"{made['k']:.1f}", f"{made['share_of_tokens']:.1%}",
+         f"{made['differ_from_k_max']:.1%}", "[{:.1%}, {:.1%}]".format(*made["differ_ci"])]
+        for name, model in block["models"].items() for rule, made in model["adaptive"].items()
+    ]  # fmt: skip
+
+
 def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> str:
     """One benchmark: headline, every aggregator at the largest k, differences between judges."""
     top = str(max(ks))
@@ -97,6 +111,9 @@ def benchmark_text(label: str, block: Mapping[str, Any], ks: Sequence[int]) -> s
             if "k_meta" in model
         ]
         lines += ["", f"Meta vote@{top} by k_meta, how many of them it keeps", *_table([["judge", *kept], *rows])]
+    if adaptive := adaptive_rows(block):
+        title = f"Adaptive voting: the service's rule for k = auto on the same {top} samples"
+        lines += ["", title, *_table([adaptive_head(top), *adaptive])]
     if compared := order_rows(block):
         lines += ["", "Orders of pairs at equal k: balanced against independent", *_table([ORDER_HEAD, *compared])]
     differences = [

@@ -12,10 +12,12 @@ from typing import Any
 
 from spct_ray.errors import ConfigError, SpctError
 
+PROXY_READY_TIMEOUT_S = 60  # of Ray Serve's HTTP proxy. Serve's own 5 s are too few on a busy machine; 60 is its most
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve their neighbours on shared cores
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_READY_TIMEOUT_S),
 }
 
 

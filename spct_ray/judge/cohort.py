@@ -10,6 +10,8 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
 
+from spct_ray.errors import TooLongError
+
 NUM_ANCHORS = 2
 
 
@@ -58,6 +60,27 @@ def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | No
 async def score_cohort(
     num_responses: int, max_chunk: int, judge: Callable[[tuple[int, ...]], Awaitable[Sequence[float] | None]]
 ) -> list[float]:
-    """Scores [N] of all responses: `judge` gives the mean scores of the responses of one chunk, or None."""
-    parts = chunks(num_responses, max_chunk)
-    return merge(parts, await asyncio.gather(*map(judge, parts)))
+    """Scores [N] of all responses: `judge` gives the mean scores of the responses of one chunk, or None.
+
+    Where it raises TooLongError for a chunk, all are judged again in smaller ones, down to pairs; a response that does
+    not fit even so gets NaN. Raises TooLongError when no chunk fits (the first response, in all pairs, may be what is
+    too long), and whatever else `judge` raises.
+    """
+
+    async def one(part: tuple[int, ...]) -> Sequence[float] | TooLongError | None:
+        try:
+            return await judge(part)
+        except TooLongError as error:
+            return error
+
+    size = max_chunk
+    while True:
+        parts = chunks(num_responses, size)
+        found = await asyncio.gather(*map(one, parts))
+        too_long = [error for error in found if isinstance(error, TooLongError)]
+        if not too_long or len(parts[0]) <= 2:
+            break
+        size = smaller(len(parts[0]))
+    if len(too_long) == len(parts):
+        raise too_long[0]
+    return merge(parts, [None if isinstance(mean, TooLongError) else mean for mean in found])

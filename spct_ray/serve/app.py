@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +23,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from spct_ray.cluster import session
-from spct_ray.errors import ConfigError, EngineError, RequestError
+from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Completion, Message, Trajectory
@@ -37,7 +38,7 @@ APP_NAME = "spct"
 JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 SHUTDOWN_TIMEOUT_S = 60.0  # of Ray Serve; what is left then ends with Ray
-HEALTH_CHECK_PERIOD_S = 2.0  # Serve replaces a replica after three failed checks
+HEALTH_CHECK_PERIOD_S = 2.0  # after which Serve sees that a replica has died
 
 
 class JudgeReplica(LocalJudge):
@@ -47,6 +48,11 @@ class JudgeReplica(LocalJudge):
         from spct_ray.engines.vllm import VllmEngine  # here, so that only these replicas load vLLM
 
         super().__init__(VllmEngine(config.judge_model, config.resources.engine), config)
+
+    def engine_died(self) -> None:
+        """End the process: what it was asked goes to another replica then, and Serve starts one in its place. While it
+        lived on, calls would come here again and fail at once, until a health check found out."""
+        os._exit(1)
 
 
 class MetaReplica(LocalMeta):
@@ -118,7 +124,7 @@ class _RemoteMeta:
 
 
 class _ReplicaDied(EngineError):
-    """The replica or its engine died with the request in it; the work can be done again elsewhere."""
+    """The replica died with the request in it; the work can be done again elsewhere."""
 
 
 @contextlib.contextmanager
@@ -131,8 +137,6 @@ def _translated(name: str) -> Iterator[None]:
             raise error.cause from None
         if isinstance(error.cause, BackPressureError):
             raise EngineError(f"the {name}'s queue is full: {error.cause.message}") from error
-        if isinstance(error.cause, EngineError):
-            raise _ReplicaDied(f"the {name} failed: {error.cause}") from error
         raise
     except BackPressureError as error:
         raise EngineError(f"the {name}'s queue is full: {error.message}") from error
@@ -190,7 +194,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
 
     At the end the application goes, and Ray Serve itself where it was started here; one that ran before keeps its own
     address. Raises ConfigError when the address is taken or the cluster already serves an application of ours,
-    EngineError when a model will not load.
+    SpctError when Ray Serve does not start, EngineError when a model will not load.
     """
     resources = config.resources
     found = serve.status()
@@ -199,10 +203,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
     if session.is_local(resources.cluster):  # no nodes will come, so a replica without room would be waited for forever
         resources.check_room(ray.cluster_resources(), meta=config.meta_model is not None)
     try:
-        try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": resources.host, "port": resources.port})
-        except RayTaskError as error:
-            raise ConfigError(f"{error.cause} Choose another host or port.") from error
+        _start(resources.host, resources.port)
         _run(config, judge_class, OWN)
         yield f"http://{resources.host}:{resources.port}"
     finally:
@@ -212,9 +213,22 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
             _shut_down()
 
 
+def _start(host: str, port: int) -> None:
+    """Ray Serve with its HTTP proxy. Raises ConfigError when the address is taken, SpctError when no proxy comes up."""
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except RayTaskError as error:
+        raise ConfigError(f"{error.cause} Choose another host or port.") from error
+    except (RayActorError, TimeoutError) as error:  # Serve ends a proxy that is not ready in time
+        raise SpctError(
+            f"Ray Serve's HTTP proxy for {host}:{port} died or was not ready within {session.PROXY_READY_TIMEOUT_S} s; "
+            "most often the machine is overloaded: end other work or free memory, and try again"
+        ) from error
+
+
 def _shut_down() -> None:
     """`serve.shutdown()`, but its call is made once: the controller ends in answer to it, which Ray would otherwise
-    take for a failure, report on the terminal and try again."""
+    take for a failure, report on the terminal and try again. No public call of Serve's does so."""
     client = get_client(raise_if_no_controller_running=False)
     if client is None:
         return

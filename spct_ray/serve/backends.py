@@ -45,37 +45,41 @@ class LocalJudge:
         self._config = config
         self._weights = OWN
         self._judge = EngineJudge(engine, config.judge, config.name, guided=config.guided)
-        self._death = ""
         self._num_under_way = 0
 
     async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
         """All tasks are in flight at once; closing the generator cancels those that are not done."""
-        pending: set[asyncio.Future[Trajectory]] = set()
+        futures: list[asyncio.Future[Trajectory]] = []
         self._num_under_way += len(tasks)
         num_left = len(tasks)
         try:
-            pending |= {asyncio.wrap_future(self._judge.submit(task)) for task in tasks}
+            for task in tasks:
+                futures.append(asyncio.wrap_future(self._judge.submit(task)))
+            pending = set(futures)
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 num_left -= len(done)
                 self._num_under_way -= len(done)
                 yield sorted((future.result() for future in done), key=lambda t: t.sample)
-        except EngineError as error:
-            self._death = str(error)
+        except EngineError:
+            self.engine_died()
             raise
         finally:
             self._num_under_way -= num_left
-            for future in pending:
-                future.cancel()
+            for future in futures:
+                future.cancel()  # also the failed ones, else asyncio would print an error that nobody looked at
 
     async def principles(self, messages: Sequence[Message]) -> Completion:
         """As in `JudgeBackend`."""
         try:
             (completion,) = await asyncio.wrap_future(self._judge.principles(messages))
-        except EngineError as error:
-            self._death = str(error)
+        except EngineError:
+            self.engine_died()
             raise
         return completion
+
+    def engine_died(self) -> None:
+        """Called where a call finds the engine dead; it then raises EngineError, as all later ones do."""
 
     async def reconfigure(self, weights: dict[str, Any]) -> None:
         """Serve calls it (with the fields of `Weights`) when a replica starts and when new weights are rolled out.
@@ -93,11 +97,6 @@ class LocalJudge:
     async def num_under_way(self) -> int:
         """Judgements that the engine works on or holds in line."""
         return self._num_under_way
-
-    def check_health(self) -> None:
-        """Raises EngineError once the engine has died; Ray Serve then replaces the replica."""
-        if self._death:
-            raise EngineError(self._death)
 
 
 class LocalMeta:

@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack
 
 import httpx
+from pydantic import ValidationError
 
 from spct_ray.errors import SpctError
 from spct_ray.records import Message
-from spct_ray.serve.schema import BatchAnswer, BatchResult, JudgeAnswer, Tally
+from spct_ray.serve.schema import BatchAnswer, BatchResult, ErrorAnswer, Fault, JudgeAnswer, Tally
 
 _WORTH_ANOTHER_TRY = {429, 502, 503, 504}
 _LONGEST_WAIT_S = 30.0
@@ -184,7 +185,8 @@ class _Events:
             return Tally.model_validate_json(value)
         if self._kind == "verdict":
             return JudgeAnswer.model_validate_json(value)
-        raise ServerError(200, "stream", value)
+        fault = Fault.model_validate_json(value)
+        raise ServerError(200, fault.type, fault.message)
 
     def feed_all(self, lines: Iterator[str]) -> Iterator[Tally | JudgeAnswer]:
         for line in lines:
@@ -197,10 +199,11 @@ def _headers(api_key: str) -> dict[str, str]:
 
 
 def _error(reply: httpx.Response) -> ServerError:
-    if reply.headers.get("content-type", "").startswith("application/json"):
-        error = reply.json()["error"]
-        return ServerError(reply.status_code, error["type"], error["message"])
-    return ServerError(reply.status_code, "http", reply.text)  # from Serve's proxy, before our gateway
+    try:
+        fault = ErrorAnswer.model_validate_json(reply.content).error
+    except ValidationError:  # from what stands before our gateway: Serve's proxy, another proxy
+        return ServerError(reply.status_code, "http", reply.text)
+    return ServerError(reply.status_code, fault.type, fault.message)
 
 
 def _waits(max_attempts: int) -> list[float]:

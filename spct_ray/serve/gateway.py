@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
@@ -69,6 +69,7 @@ class Gateway:
         self.config = config
         self.judge = judge
         self.meta = meta
+        self.on_verdict: Callable[[JudgeAnswer], None] = lambda answer: None  # told of each, those of cohorts too
         self._principles = PrinciplesCache(judge, config.judge, config.principles_cache, config.judge_timeout_s)
         replicas = config.resources.judge
         # Parts of batches and cohorts wait here, so that a large one does not overrun the judge's queue.
@@ -96,7 +97,8 @@ class Gateway:
             return await work()
 
     async def cohort(self, item: Item, plan: Plan) -> CohortScores:
-        """Mean scores of all responses of `item`, judged in chunks of `config.max_cohort`. Raises as `answer`."""
+        """Mean scores of all responses of `item`, judged in chunks of `config.max_cohort`, or smaller ones where these
+        are too long. Raises as `answer`."""
         seed = _seed(plan)
         tokens = 0
 
@@ -130,43 +132,41 @@ class Gateway:
         limit_s = min(config.judge_timeout_s, (plan.budget.milliseconds or math.inf) / 1000)
         samples: list[Trajectory] = []
         principles = Principles(item.principles, "given" if item.principles else "none")
-        scorer = _Scorer(self.meta, item, config.meta_timeout_s)
         stopped: Literal["k", "settled", "budget"] = "k"
-        try:
-            async with asyncio.timeout(limit_s):
-                if plan.auto_principles:
-                    principles = await self._principles.of(item.messages)
-                    item = replace(item, principles=principles.text)
-                tasks = [
-                    JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)
-                ]
-                for start, end in pairwise([0, *ends]):
-                    async with aclosing(self.judge.judge(tasks[start:end])) as batches:
-                        async for batch in batches:
-                            for trajectory in batch:
-                                samples.append(trajectory)
-                                on_sample(_tally(samples))
-                            scorer.add(batch)
-                    if end == k_max:
-                        break
-                    if plan.k == "auto" and await self._may_stop(samples, scorer, k_max):
-                        stopped = "settled"
-                        break
-                    if plan.budget.tokens and sum(t.completion_tokens for t in samples) >= plan.budget.tokens:
-                        stopped = "budget"
-                        break
+        with closing(_Scorer(self.meta, item, min(config.meta_timeout_s, limit_s))) as scorer:
+            try:
+                async with asyncio.timeout(limit_s):
+                    if plan.auto_principles:
+                        principles = await self._principles.of(item.messages)
+                        item = replace(item, principles=principles.text)
+                    tasks = [
+                        JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)
+                    ]
+                    for start, end in pairwise([0, *ends]):
+                        async with aclosing(self.judge.judge(tasks[start:end])) as batches:
+                            async for batch in batches:
+                                for trajectory in batch:
+                                    samples.append(trajectory)
+                                    on_sample(_tally(samples))
+                                scorer.add(batch)
+                        if end == k_max:
+                            break
+                        if plan.k == "auto" and await self._may_stop(samples, scorer, k_max):
+                            stopped = "settled"
+                            break
+                        if plan.budget.tokens and sum(t.completion_tokens for t in samples) >= plan.budget.tokens:
+                            stopped = "budget"
+                            break
+            except TimeoutError:
+                if plan.budget.milliseconds is None or not samples:
+                    raise
+                stopped = "budget"
             samples.sort(key=lambda t: t.sample)
             logits, plain_because = await scorer.logits(samples)
-        except TimeoutError:
-            if plan.budget.milliseconds is None or not samples:
-                raise
-            stopped = "budget"
-            samples.sort(key=lambda t: t.sample)
-            logits, plain_because = await scorer.logits(samples)
-        finally:
-            scorer.cancel()
         self._principles.saw_version(max(t.weight_version for t in samples))
-        return self._answer(samples, logits, plan.k_meta, plain_because, principles, stopped, seed, started)
+        answer = self._answer(samples, logits, plan.k_meta, plain_because, principles, stopped, seed, started)
+        self.on_verdict(answer)
+        return answer
 
     async def _may_stop(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int) -> bool:
         """The rule of judge/adaptive.py."""
@@ -238,9 +238,9 @@ class _Scorer:
     async def logits(self, samples: Sequence[Trajectory]) -> tuple[list[float], str]:
         """A logit a sample (NaN for an unparsable one), or none and the reason why the vote is plain."""
         while self._running and not self._plain_because:
-            numbers, task = self._running.pop(0)
+            numbers, task = self._running[0]
             try:
-                scored = await task
+                scored = await asyncio.shield(task)  # else the end of a budget, in here, would lose them
             except TimeoutError:
                 self._plain_because = f"the meta RM did not answer within {self._timeout_s:g} s"
             except (EngineError, RequestError) as error:
@@ -249,13 +249,14 @@ class _Scorer:
                 if not all(map(math.isfinite, scored)):
                     self._plain_because = "the meta RM gave a logit that is not finite"
                 self._logits |= zip(numbers, scored, strict=True)
+                self._running.pop(0)
         if self._plain_because:
             return [], self._plain_because
         if all(t.failure for t in samples):
             return [], "no usable sample to score"
         return [self._logits.get(t.sample, math.nan) for t in samples], ""
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         for _, task in self._running:
             task.cancel()
 

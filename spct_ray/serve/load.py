@@ -123,7 +123,8 @@ def resident() -> list[Memory]:
             pages = int((directory / "statm").read_text().split()[1])
         except OSError:  # it ended meanwhile
             continue
-        found.append(Memory(now, name, int(directory.name), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+        if pages:  # else it is ending
+            found.append(Memory(now, name, int(directory.name), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
     return found
 
 
@@ -259,18 +260,29 @@ def _report(
         f"when the load was over, one by one: {figures['after_load']}",
     ]
     print("\n".join(lines))
-    figures["memory_mib"] = _memory_table(memory, started)
+    figures |= _memory_table(memory, started)
     print(json.dumps(figures))
 
 
-def _memory_table(memory: Sequence[Memory], started: float) -> dict[str, list[float]]:
-    """Prints one line a process: MiB at six times of its life under load. Gives the same, by deployment and process."""
-    found = {}
-    print(f"{'resident MiB at seconds':38}" + "(six times from the process's first to its last reading)")
+def growth(readings: Sequence[Memory]) -> float | None:
+    """MiB a minute over the second half of a process's readings, by least squares; None for too few of them."""
+    half = readings[len(readings) // 2 :]
+    if len(half) < 3:
+        return None
+    return 60 * statistics.linear_regression([m.at for m in half], [m.mib for m in half]).slope
+
+
+def _memory_table(memory: Sequence[Memory], started: float) -> dict[str, Any]:
+    """Prints one line a process: its growth, and MiB at six times of its life under load. Gives the same, by deployment
+    and process."""
+    found, grown = {}, {}
+    print(f"{'resident MiB at seconds':30}{'MiB/min':>10}  (growth in the second half of its life; then six times from "
+          "the first reading to the last)")  # fmt: skip
     for pid in dict.fromkeys(m.pid for m in memory):
         own = [m for m in memory if m.pid == pid]
         shown = [own[round(i * (len(own) - 1) / 5)] for i in range(6)]
-        name = f"{own[0].deployment} {pid}"
-        found[name] = [round(m.mib, 1) for m in shown]
-        print(f"  {name:36}" + "".join(f"{m.mib:10.0f} at {m.at - started:3.0f}" for m in shown))
-    return found
+        name, slope = f"{own[0].deployment} {pid}", growth(own)
+        found[name], grown[name] = [round(m.mib, 1) for m in shown], None if slope is None else round(slope, 2)
+        cells = "".join(f"{m.mib:10.0f} at {m.at - started:3.0f}" for m in shown)
+        print(f"  {name:28}{'-' if slope is None else f'{slope:+.1f}':>10}{cells}")
+    return {"memory_mib": found, "memory_growth_mib_per_minute": grown}

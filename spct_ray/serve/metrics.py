@@ -25,9 +25,15 @@ class Metrics:
             "spct_requests", "Requests by route and HTTP status.", ["route", "status"], registry=self._registry
         )
         self._seconds = Histogram(
-            "spct_request_seconds", "Time to the answer.", ["route"], buckets=_SECONDS, registry=self._registry
+            "spct_request_seconds",
+            "Time to the answer; of a stream, to its beginning.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
         )
-        self._in_flight = Gauge("spct_requests_in_flight", "Requests being answered.", registry=self._registry)
+        self._in_flight = Gauge(
+            "spct_requests_in_flight", "Requests being answered; of streams, those not begun.", registry=self._registry
+        )
         self._samples = Counter(
             "spct_samples",
             "Judgements by outcome: ok, or the name of the failure.",

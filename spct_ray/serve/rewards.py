@@ -14,6 +14,7 @@ from typing import Any, Unpack, get_args
 
 import httpx
 
+from spct_ray.errors import TooLongError
 from spct_ray.judge.cohort import score_cohort
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Message, Role
@@ -22,6 +23,8 @@ from spct_ray.serve.schema import MAX_SEED
 
 Cohort = tuple[tuple[Message, ...], str]  # a conversation and its reference answer: completions of equal ones compare
 TrlReward = Callable[..., Awaitable[list[float | None]]]
+MAX_UNDER_WAY = 32  # requests; a server refuses what its queue has no room for
+MAX_ATTEMPTS = 8  # a reward that is missing costs a trainer more than a wait
 _BLANK = "(no text)"  # shown for a blank completion, which the server would refuse
 
 
@@ -32,15 +35,17 @@ async def cohort_rewards(
     max_cohort: int = 8,
     **options: Unpack[Options],
 ) -> list[float]:
-    """One reward a completion; those with equal cohorts are judged together, at most `max_cohort` in one prompt.
+    """One reward a completion; those with equal cohorts are judged together, at most `max_cohort` in one prompt, and
+    fewer where so many are too long.
 
-    NaN where the server refused (too long), failed after all attempts, or gave no usable judgement. Raises ServerError
-    where no request could succeed (wrong key, wrong address, options that the schema refuses).
+    NaN where the server refused (too long even in a pair), failed after all attempts, or gave no usable judgement.
+    Raises ServerError where no request could succeed (wrong key, wrong address, options that the schema refuses).
     """
     members: dict[Cohort, list[int]] = {}
     for i, cohort in enumerate(cohorts):
         members.setdefault(cohort, []).append(i)
     rewards = [math.nan] * len(completions)
+    room = asyncio.Semaphore(MAX_UNDER_WAY)
 
     async def score(cohort: Cohort, indices: list[int]) -> None:
         async def judge(part: tuple[int, ...]) -> Sequence[float] | None:
@@ -51,16 +56,23 @@ async def cohort_rewards(
             if "seed" in own:
                 own["seed"] = derive_seed(own["seed"], *part) % MAX_SEED
             try:
-                answer = await client.judge(cohort[0], [text if text.strip() else _BLANK for text in shown], **own)
+                async with room:
+                    answer = await client.judge(cohort[0], [text if text.strip() else _BLANK for text in shown], **own)
             except httpx.TransportError:
                 return None
             except ServerError as error:
+                if error.kind == "too_long":
+                    raise TooLongError(str(error)) from error
                 if error.status in (401, 404, 405) or error.kind == "invalid_request":
                     raise  # a mistake of the set-up: no reward would ever come
                 return None
             return answer.mean_scores
 
-        for i, value in zip(indices, await score_cohort(len(indices), max_cohort, judge), strict=True):
+        try:
+            scores = await score_cohort(len(indices), max_cohort, judge)
+        except TooLongError:
+            return
+        for i, value in zip(indices, scores, strict=True):
             rewards[i] = value
 
     await asyncio.gather(*(score(cohort, indices) for cohort, indices in members.items()))
@@ -80,7 +92,7 @@ def trl_reward(
     ) -> list[float | None]:  # a coroutine function: TRL runs such functions side by side
         answers = columns[reference_column] if reference_column else [""] * len(prompts)
         cohorts = [(_conversation(p), answer) for p, answer in zip(prompts, answers, strict=True)]
-        async with AsyncJudgeClient(base_url, api_key) as client:
+        async with AsyncJudgeClient(base_url, api_key, max_attempts=MAX_ATTEMPTS) as client:
             rewards = await cohort_rewards(client, cohorts, [_text(c) for c in completions], max_cohort, **options)
         return [None if math.isnan(r) else r for r in rewards]
 
@@ -109,7 +121,7 @@ def verl_reward(
     cohorts = [(_conversation(p), reference) for p, reference in zip(prompts, references, strict=True)]
 
     async def run() -> list[float]:
-        async with AsyncJudgeClient(base_url, api_key) as client:
+        async with AsyncJudgeClient(base_url, api_key, max_attempts=MAX_ATTEMPTS) as client:
             return await cohort_rewards(client, cohorts, solution_strs, max_cohort, **options)
 
     return [{"score": r, "judge_failed": float(math.isnan(r))} for r in asyncio.run(run())]

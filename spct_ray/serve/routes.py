@@ -32,6 +32,7 @@ from spct_ray.serve.schema import (
     BatchAnswer,
     BatchRequest,
     BatchResult,
+    ErrorAnswer,
     Fault,
     InvalidRequest,
     JudgeAnswer,
@@ -49,6 +50,20 @@ _BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
     "/v1/rerank": (RerankRequest, RerankAnswer),
     "/v1/reward": (RewardRequest, RewardAnswer),
 }
+_FAULTS = {
+    str(status): {
+        "description": words,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+    }
+    for status, words in (
+        (401, "Another API key, or none."),
+        (413, "Too long; the message has the numbers."),
+        (422, "Not a request that can be judged; `details` has the path of each fault."),
+        (429, "You ask too fast; see Retry-After."),
+        (503, "The service is full or hurt; see Retry-After."),
+        (504, "No verdict in time."),
+    )
+}
 
 Handler = Callable[[Request, bytes], Coroutine[Any, Any, Response]]
 
@@ -58,6 +73,7 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
     config = gateway.config
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
     metrics = Metrics(config.name)
+    gateway.on_verdict = metrics.verdict
     is_allowed = _key_check(config.api_key_env)
     limiter = RateLimiter(config.judgements_per_minute)
 
@@ -73,19 +89,15 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
         asked = parse(JudgeRequest, body)
         charge(request, (asked.k, 1))
         if asked.stream:
-            return StreamingResponse(_events(gateway, metrics, asked), media_type="text/event-stream")
-        answer = await gateway.answer(asked)
-        metrics.verdict(answer)
-        return _json(answer)
+            return StreamingResponse(_events(gateway, asked), media_type="text/event-stream")
+        return _json(await gateway.answer(asked))
 
     async def judge_batch(request: Request, body: bytes) -> Response:
         async def one(asked: JudgeRequest) -> BatchResult:
             try:
-                answer = await gateway.part(lambda: gateway.answer(asked))
+                return BatchResult(answer=await gateway.part(lambda: gateway.answer(asked)))
             except Exception as error:  # each request of a batch has its own outcome
                 return BatchResult(error=_fault(error, gateway)[1])
-            metrics.verdict(answer)
-            return BatchResult(answer=answer)
 
         batch = parse(BatchRequest, body).requests
         charge(request, *((asked.k, 1) for asked in batch))
@@ -172,7 +184,7 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
             description=_BODIES[route][0].__doc__,
             openapi_extra={
                 "requestBody": {"content": content, "required": True},
-                "responses": {"200": {"description": _BODIES[route][1].__doc__, "content": answers}},
+                "responses": {"200": {"description": _BODIES[route][1].__doc__, "content": answers}, **_FAULTS},
             },
         )
 
@@ -219,8 +231,9 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
 
 def _describe(app: FastAPI) -> None:
     """Put the schemas of the bodies, which the routes parse themselves, into the OpenAPI document."""
+    models: list[type[BaseModel]] = [ErrorAnswer, *(model for pair in _BODIES.values() for model in pair)]
     _, schemas = models_json_schema(
-        [(model, "validation") for pair in _BODIES.values() for model in pair],
+        [(model, "validation") for model in models],
         ref_template="#/components/schemas/{model}",
     )
     plain = app.openapi
@@ -233,21 +246,24 @@ def _describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _events(gateway: Gateway, metrics: Metrics, asked: JudgeRequest) -> AsyncIterator[str]:
+async def _events(gateway: Gateway, asked: JudgeRequest) -> AsyncIterator[str]:
     """Server-sent events: `sample` for each judgement with the tally so far, then `verdict` or `error`."""
     queue: asyncio.Queue[Tally | None] = asyncio.Queue()
     work = asyncio.create_task(gateway.answer(asked, queue.put_nowait))
     work.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (tally := await queue.get()) is not None:
-            yield f"event: sample\ndata: {tally.model_dump_json()}\n\n"
-        answer = await work
-        metrics.verdict(answer)
-        yield f"event: verdict\ndata: {answer.model_dump_json()}\n\n"
+            yield _event("sample", tally)
+        yield _event("verdict", await work)
     except Exception as error:  # the status is sent already; the last event tells what happened
-        yield f"event: error\ndata: {_fault(error, gateway)[1].model_dump_json()}\n\n"
+        yield _event("error", _fault(error, gateway)[1])
     finally:
         work.cancel()
+
+
+def _event(kind: str, data: BaseModel) -> str:
+    """In ASCII: readers of lines (httpx's too) take U+2028 and others for the end of one."""
+    return f"event: {kind}\ndata: {data.model_dump_json(ensure_ascii=True)}\n\n"
 
 
 def _fault(error: Exception, gateway: Gateway) -> tuple[int, Fault]:
@@ -331,4 +347,4 @@ def _json(model: BaseModel) -> Response:
 def _error(status: int, fault: Fault, retry_after_s: int | None = None) -> Response:
     wait_s = RETRY_AFTER_S if status == 503 else retry_after_s
     headers = None if wait_s is None else {"Retry-After": str(wait_s)}
-    return JSONResponse({"error": fault.model_dump()}, status_code=status, headers=headers)
+    return JSONResponse(ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)

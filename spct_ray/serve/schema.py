@@ -168,6 +168,12 @@ class BatchRequest(_Strict):
 
     requests: Annotated[tuple[JudgeRequest, ...], Field(min_length=1, max_length=MAX_BATCH)]
 
+    @model_validator(mode="after")
+    def _consistent(self) -> BatchRequest:
+        if streamed := [i for i, request in enumerate(self.requests) if request.stream]:
+            raise ValueError(f"requests.{streamed[0]}.stream: a batch is answered as a whole; leave stream out")
+        return self
+
 
 class Fault(BaseModel):
     """What is wrong: `type` is a word for programs, `message` a sentence, `details` name the paths of a request."""
@@ -175,6 +181,12 @@ class Fault(BaseModel):
     type: str
     message: str
     details: list[dict[str, str]] = []
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is no verdict."""
+
+    error: Fault
 
 
 class BatchResult(BaseModel):

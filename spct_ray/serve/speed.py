@@ -24,12 +24,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from spct_ray.engines.base import EngineConfig
+from spct_ray.errors import ConfigError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
-from spct_ray.serve import load
+from spct_ray.serve import load, principles_effect
 from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
 
 RESPONSES = 2  # of each item
@@ -50,7 +51,7 @@ Judge = Callable[[Sequence[Item], int], Took]  # k judgements of each item, all 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--model", help="model directory of the judge (default: SmolLM2-135M's shape, random); with "
-                        "--load also a run's root")  # fmt: skip
+                        "--load and --principles also a run's root")  # fmt: skip
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of each engine")
     parser.add_argument("--items", type=int, default=6, help="items judged at once at saturation")
     parser.add_argument("--k", type=int, default=8, help="judgements of each of them")
@@ -60,12 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="of each engine; resident memory grows until "
                         "all of it was used once")  # fmt: skip
     parser.add_argument("--load", action="store_true", help="overload it instead, and kill its judge: serve/load.py")
+    parser.add_argument("--principles", action="store_true", help="what principles cost and do instead, for a trained "
+                        "judge: serve/principles_effect.py")  # fmt: skip
     parser.add_argument("--clients", type=int, default=200, help="of --load")
     parser.add_argument("--minutes", type=float, default=5.0, help="of --load")
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Measure, print the table and the JSON."""
+    """Measure, print the table and the JSON. Raises ConfigError for --principles without a model."""
+    if arguments.principles:
+        if not arguments.model:
+            raise ConfigError("--principles: name a trained judge with --model RUN_OR_MODEL, a random one writes none")
+        base = _config(os.path.abspath(arguments.model), arguments)
+        principles_effect.run(arguments, load.config_of(arguments.model, base, arguments.cores))
+        return
     with tempfile.TemporaryDirectory() as directory:
         if not arguments.model:
             from spct_ray.benchmarks.training_speed import write_model
