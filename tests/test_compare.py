@@ -12,8 +12,8 @@ import pytest
 from test_evaluation import PROMPT, is_right, judgement, judgements, make_model
 
 from spct_ray.benchmarks.curves import tabulate
-from spct_ray.benchmarks.official import Sheet
 from spct_ray.benchmarks.orders import compare_orders, draw_independent
+from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.config import to_plain
 from spct_ray.data.store import read_items, write_items

@@ -19,8 +19,8 @@ import pytest
 from spct_ray.benchmarks.compute import Rates, cost, count_weights, pareto
 from spct_ray.benchmarks.curves import tabulate
 from spct_ray.benchmarks.evaluation import Counting, Judged, Task, judge_block, weights
-from spct_ray.benchmarks.official import Sheet
 from spct_ray.benchmarks.registry import BenchmarkSpec, find
+from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
 from spct_ray.config import to_plain

@@ -60,7 +60,7 @@ def _savings_of(
     from spct_ray.benchmarks.curves import tabulate
     from spct_ray.benchmarks.evaluation import stop_early
     from spct_ray.benchmarks.metrics import bootstrap_ci
-    from spct_ray.benchmarks.official import Sheet, best_credit
+    from spct_ray.benchmarks.sheet import Sheet, best_credit
     from spct_ray.cluster.sampling import read_trajectories
     from spct_ray.data.store import judged_files, read_items
 
