@@ -86,6 +86,12 @@ def test_reward_bench_2_best_of_four_and_ties(tmp_path: Path) -> None:
     given[2:5] = [[5.5, 8], [5.5, 8], [5.5, 4]]
     again = 0.5 + 0.01 * (1 + math.tanh(-5 / 3)) / 2
     assert score("rewardbench2", items, given)["Ties"] == pytest.approx(again)
+    # 8 8 | 8: gap 0, not accurate, and 0 / 0 counts 0: 0.3 * 1/2 for the references, nothing preferred.
+    given[4] = [5.5, 8]
+    assert score("rewardbench2", items, given)["Ties"] == pytest.approx(0.15 + 0.01 * math.tanh(-5 / 3) / 2)
+    # Prompt 1's wrong response without a rating: as if its worst right response were below it.
+    given[4] = []
+    assert score("rewardbench2", items, given)["Ties"] == pytest.approx(0.15 + 0.01 * (-1 + math.tanh(-5 / 3)) / 2)
 
 
 RM_ROW = {"id": "r", "prompt": "Q?", "chosen": ["c1", "c2", "c3"], "rejected": ["w1", "w2", "w3"], "domain": "chat"}

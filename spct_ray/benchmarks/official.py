@@ -102,7 +102,9 @@ REWARD_BENCH_2_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus",
 def reward_bench_2(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Unweighted mean of six subsets: best of 4 (1 / m where the right response is among m best), and Ties by `ties`.
 
-    After allenai/reward-bench; arXiv 2506.01937.
+    After allenai/reward-bench, rewardbench/utils.py (reroll_and_score_dataset) and the data set's card ("averages over
+    these six subsets"); arXiv 2506.01937. An unreadable verdict counts 0.25 there (scripts/run_generative_v2.py)
+    and nothing here.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     parts = {name: _mean(credit_I, weight_I, _in(sheet, name)) for name in REWARD_BENCH_2_SUBSETS[:-1]}
@@ -116,8 +118,9 @@ def ties(sheet: Sheet, decision: Decision, weight_I: Floats) -> float | None:
     A prompt is accurate when its worst right response outscores its best wrong one; c is that gap, d the spread of the
     right ones. score = 0.3 accuracy of tied prompts + 0.3 of their references (one right answer)
     + 0.2 share of c_tied > d + 0.2 share of min(c_tied, c_ref) > d + 0.01 mean tanh(min(c_tied, c_ref) / d - 1),
-    the last three over prompts with both, where 0 / 0 counts 0 in the last. A prompt with an unrated response is
-    inaccurate and has no gap. After rewardbench/utils.py (_compute_prompt_stats, process_single_model).
+    the last three over prompts with both, where 0 / 0 counts 0 in the last. After rewardbench/utils.py
+    (_compute_prompt_stats, process_single_model). A prompt with an unrated response is inaccurate and has no gap; the
+    authors let -1 stand for the missing rating, so that an unrated wrong response helps there.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for i, facts in enumerate(sheet.facts_I):
