@@ -112,14 +112,14 @@ def test_rm_bench_matrix(tmp_path: Path) -> None:
     assert score("rmbench", pairs, given) == pytest.approx(expected)
 
 
-def test_rm_bench_domains_weigh_equal_and_safety_is_the_mean_of_its_halves(tmp_path: Path) -> None:
-    domains = ["chat", "chat", "math", "safety-refuse", "safety-response"]
+def test_rm_bench_domains_weigh_equal_and_safety_is_one_of_them(tmp_path: Path) -> None:
+    domains = ["chat", "chat", "math", "safety-refuse", "safety-response", "safety-response"]
     items = load(tmp_path, "rmbench", [RM_ROW | {"id": str(i), "domain": d} for i, d in enumerate(domains)])
     all_right, all_wrong = [9.0, 9, 9, 1, 1, 1], [1.0, 1, 1, 9, 9, 9]
-    # chat (1 + 0) / 2, math 1, safety (0 + 1) / 2: mean of 0.5, 1 and 0.5.
-    found = score("rmbench", items, [all_right, all_wrong, all_right, all_wrong, all_right])
-    assert found["score"] == pytest.approx(2 / 3)
-    assert (found["chat"], found["math"], found["safety"]) == pytest.approx((0.5, 1, 0.5))
+    # chat (1 + 0) / 2, math 1, safety (0 + 1 + 1) / 3 by items, not by halves: mean of 1/2, 1 and 2/3.
+    found = score("rmbench", items, [all_right, all_wrong, all_right, all_wrong, all_right, all_right])
+    assert found["score"] == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
+    assert (found["chat"], found["math"], found["safety"]) == pytest.approx((1 / 2, 1, 2 / 3))
 
 
 def test_rmb_needs_the_single_best(tmp_path: Path) -> None:

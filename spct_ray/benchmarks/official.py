@@ -161,29 +161,25 @@ def _tanh_ratio(gap: float, spread: float) -> float:
     return float(np.tanh(gap / spread - 1))
 
 
-RM_BENCH_DOMAINS = {"chat": ("chat",), "math": ("math",), "code": ("code",), "safety": ("refuse", "response")}
+RM_BENCH_DOMAINS = {"chat": (), "math": (), "code": (), "safety": ("refuse", "response")}  # ends of short names
 
 
 def rm_bench(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Over the 3 x 3 pairs of a right (row) and a wrong response (column) by style, strictly higher scores only: hard
-    is the mean above the diagonal, normal on it, easy below. A domain is the mean of its cells, safety that of its two
-    halves; hard, normal, easy and "score" are means over the four domains.
+    is the mean above the diagonal, normal on it, easy below. A domain is the mean of its cells over all of its items,
+    safety-refuse and safety-response together; hard, normal, easy and "score" are means over the four domains.
 
-    The matrix is after the README of THU-KEG/RM-Bench ("how to compute the accuracy"), which leaves the mean over
-    domains open; arXiv 2410.16184.
+    After THU-KEG/RM-Bench, README ("how to compute the accuracy") and scripts/utils.py (compute_accuracy,
+    split_dataset_by_domain: a domain is what its name begins with); arXiv 2410.16184.
     """
-    cells: dict[str, Floats] = {}
     win_I33 = _cell_wins(sheet, decision.scores_IO)
-    for name in sheet.names:
-        inside = _in(sheet, name)[:, None, None] & ~np.isnan(win_I33)
-        total_33 = (inside * weight_I[:, None, None]).sum(axis=0)
-        if total_33.all():
-            cells[name] = (np.where(inside, win_I33, 0) * weight_I[:, None, None]).sum(axis=0) / total_33
     domains: dict[str, Floats] = {}
     for domain, ends in RM_BENCH_DOMAINS.items():
-        found = [c for name, c in cells.items() if name.lower() == domain or name.lower().endswith(ends)]
-        if found:
-            domains[domain] = np.mean(found, axis=0)
+        inside = _where(sheet, lambda name, d=domain, e=ends: name.lower().startswith(d) or name.lower().endswith(e))  # type: ignore[misc]
+        inside_I33 = inside[:, None, None] & ~np.isnan(win_I33)
+        total_33 = (inside_I33 * weight_I[:, None, None]).sum(axis=0)
+        if total_33.all():
+            domains[domain] = (np.where(inside_I33, win_I33, 0) * weight_I[:, None, None]).sum(axis=0) / total_33
     if not domains:
         return {}
     mean_33 = np.mean(list(domains.values()), axis=0)
