@@ -153,7 +153,15 @@ def test_rmb_needs_the_single_best(tmp_path: Path) -> None:
 
 def test_judge_bench_counts_over_both_orders(tmp_path: Path) -> None:
     rows = [
-        {"pair_id": str(i), "question": "Q?", "response_A": "a", "response_B": "b", "label": label, "source": source}
+        {
+            "pair_id": str(i),
+            "question": "Q?",
+            "response_A": "a",
+            "response_B": "b",
+            "label": label,
+            "source": source,
+            "response_model": "gpt" if i < 3 else "claude",
+        }
         for i, (label, source) in enumerate(
             [("A>B", "mmlu-pro-law"), ("B>A", "mmlu-pro-law"), ("A>B", "livebench-math"), ("A>B", "livecodebench")]
         )
@@ -165,8 +173,12 @@ def test_judge_bench_counts_over_both_orders(tmp_path: Path) -> None:
     backward: list[list[float]] = [[6, 5], [5, 5], [2, 8], [2, 8]]
     found = score("judgebench", items, forward, forward=forward, backward=backward)
     assert found == pytest.approx(
-        {"score": 0.5, "knowledge": 1, "math": 0, "coding": 0, "both_right": 0.25, "inconsistent": 0.75}
-    )
+        {"score": 0.5, "knowledge": 1, "math": 0, "coding": 0, "both_right": 0.25, "inconsistent": 0.75,
+         "gpt": 2 / 3, "claude": 0}
+    )  # fmt: skip
+    # A tie in one order and no verdict in the other sum to 0 and are not the same.
+    tied = score("judgebench", items[:1], [[5, 5]], forward=[[5, 5]], backward=[[]])
+    assert (tied["score"], tied["inconsistent"]) == (0, 1)
 
 
 def test_ppe_preference_drops_ties(tmp_path: Path) -> None:

@@ -223,9 +223,11 @@ JUDGE_BENCH_GROUPS = {
 def judge_bench(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Accuracy over pairs judged in both orders: a right verdict counts +1, a wrong one -1, a tie or none 0, and the
     pair is right when the sum is positive. "both_right" asks for two right verdicts, "inconsistent" is the share of
-    pairs whose two verdicts differ. The verdict of an order is the vote of the judgements that saw it.
+    pairs whose two verdicts differ, a tie and none being two. The verdict of an order is the vote of the judgements
+    that saw it. Published tables are of the pairs of one response model: these stand under the model's name.
 
-    After ScalerLab/JudgeBench, utils/metrics.py (compute_final_metrics); arXiv 2410.12784.
+    After ScalerLab/JudgeBench, utils/metrics.py (compute_final_metrics) and run_judge.py (groups by the beginning of
+    the source); arXiv 2410.12784.
     """
     verdicts = [_verdict(sheet, scores_IO) for scores_IO in (decision.forward_IO, decision.backward_IO)]
     right_I = np.asarray(verdicts[0] + verdicts[1] > 0, dtype=np.float64)
@@ -235,9 +237,12 @@ def judge_bench(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
         for name, prefix in JUDGE_BENCH_GROUPS.items()
     }
     both = np.asarray((verdicts[0] > 0) & (verdicts[1] > 0), dtype=np.float64)
-    differ = np.asarray(verdicts[0] != verdicts[1], dtype=np.float64)
+    answered = decided(decision.forward_IO) == decided(decision.backward_IO)
+    differ = np.asarray((verdicts[0] != verdicts[1]) | ~answered, dtype=np.float64)
     overall = {"both_right": _mean(both, weight_I, everything), "inconsistent": _mean(differ, weight_I, everything)}
-    return _kept({"score": _mean(right_I, weight_I, everything), **parts, **overall})
+    model_I = np.array([facts.get("response model", "") for facts in sheet.facts_I])
+    models = {str(name): _mean(right_I, weight_I, model_I == name) for name in sorted(set(model_I)) if name}
+    return _kept({"score": _mean(right_I, weight_I, everything), **parts, **overall, **models})
 
 
 def _verdict(sheet: Sheet, scores_IO: Floats) -> Floats:

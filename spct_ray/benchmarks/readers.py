@@ -100,13 +100,14 @@ def rmb(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
 
 
 def judge_bench(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
-    """{question, response_A, response_B, label: "A>B" | "B>A", source}; one pair."""
+    """{question, response_A, response_B, label: "A>B" | "B>A", source, response_model}; one pair."""
     answers, label = [cells.text("response_A"), cells.text("response_B")], cells.text("label")
     if label not in ("A>B", "B>A"):
         raise cells.error(f"'label' must be 'A>B' or 'B>A', found {label!r}")
     right = int(label == "B>A")
-    source = cells.optional("source")
-    return [_item(cells, item_id, _prompt(cells, "question"), [answers[right]], [answers[1 - right]], subset=source)]
+    facts = {"response model": name} if (name := cells.optional("response_model")) else {}
+    prompt, source = _prompt(cells, "question"), cells.optional("source")
+    return [_item(cells, item_id, prompt, [answers[right]], [answers[1 - right]], source, **facts)]
 
 
 def ppe_preference(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
