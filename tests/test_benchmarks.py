@@ -215,6 +215,22 @@ def test_realmistake_auc_and_f1(tmp_path: Path) -> None:
     assert found == pytest.approx({"score": 1.5 / 2, "error F1": 2 * 1 / (2 + 2), "rated": 0.75})
 
 
+def test_realmistake_f1_is_a_mean_over_tasks_and_response_models(tmp_path: Path) -> None:
+    for task, models in {"facts": ("gpt", "llama"), "math": ("gpt",)}.items():
+        (tmp_path / task).mkdir()
+        for model in models:
+            rows = [{"input": f"{i}", "llm_response": "r", "label": "error", "metadata": {"llm_response_model": model}}
+                    for i in range(2)]  # fmt: skip
+            (tmp_path / task / f"{model}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items, _ = read_benchmark(BenchmarkSpec("realmistake", str(tmp_path), "r"), Limits(), None, 0)
+    assert [(i.subset, facts_of(i)["response model"]) for i in items[::2]] == [
+        ("facts", "gpt"), ("facts", "llama"), ("math", "gpt"),
+    ]  # fmt: skip
+    # facts/gpt: both found, 1. facts/llama: one of two, 2 / (1 + 2). math/gpt: none, 0. All together: 6 / (3 + 6).
+    found = score("realmistake", items, [[5.5, r] for r in (2, 3, 2, 9, 8, 9)])
+    assert found == pytest.approx({"error F1": (1 + 2 / 3 + 0) / 3, "rated": 1})
+
+
 def test_llmbar_means_of_subsets_without_case_studies(tmp_path: Path) -> None:
     for folder in ("Natural", "Adversarial/Neighbor", "CaseStudy"):
         (tmp_path / folder).mkdir(parents=True)

@@ -265,19 +265,29 @@ def ppe_correctness(sheet: Sheet, decision: Decision, weight_I: Floats) -> Score
 
 
 def realmistake(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
-    """ROC-AUC of the voted rating for "has no error" (the measure of arXiv 2504.02495), and the authors' own F1 of
-    finding errors, an error being a rating below the middle of the scale. "rated" is the share with a rating.
+    """ROC-AUC of the voted rating for "has no error" over all items (the measure of arXiv 2504.02495), and the
+    authors' own F1 of finding errors: its mean over the tasks (subsets) and response models, an error being a rating
+    below the middle of the scale. "rated" is the share with a rating.
 
-    Data: psunlpgroup/ReaLMistake; arXiv 2404.03602.
+    F1 after psunlpgroup/ReaLMistake, src/error_detection_analysis/calculate_performance.py (get_performance, and the
+    average over datasets of each response model; 0 where there is neither a found nor a true error); arXiv 2404.03602.
     """
     rated = decided(decision.scores_IO) & (weight_I > 0)
     rating, positive, weight = decision.scores_IO[rated, 1], sheet.right_IO[rated, 1], weight_I[rated]
-    error_found = rating < decision.scores_IO[rated, 0]
-    hits = float((weight * (error_found & ~positive)).sum())
-    claimed, true = float((weight * error_found).sum()), float((weight_I * sheet.right_IO[:, 0]).sum())
+    found_I = rated & (decision.scores_IO[:, 1] < decision.scores_IO[:, 0])
+    error_I = sheet.right_IO[:, 0]
+    setting_I = np.array([
+        f"{subset}/{facts.get('response model', '')}"
+        for subset, facts in zip(sheet.subset_I, sheet.facts_I, strict=True)
+    ])  # fmt: skip
+    f1: dict[str, float | None] = {}
+    for setting in np.unique(setting_I[weight_I > 0]):
+        weight_S = weight_I * (setting_I == setting)
+        claims = float((weight_S * found_I).sum() + (weight_S * error_I).sum())
+        f1[setting] = 2 * float((weight_S * (found_I & error_I)).sum()) / claims if claims else 0.0
     parts = {
         "score": weighted_auc(rating, positive, weight),
-        "error F1": 2 * hits / (claimed + true) if claimed + true else None,
+        "error F1": _average(f1),
         "rated": float(weight.sum() / weight_I.sum()),
     }
     return _kept(parts)

@@ -149,13 +149,17 @@ def ppe_correctness(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
 
 
 def realmistake(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
-    """{input, llm_response, error_label (or label): "error" | "no_error"}; one response, right when without error."""
+    """{input, llm_response, error_label (or label): "error" | "no_error", metadata: {llm_response_model}}; one
+    response, right when without error. The subset is the task, which is the file's folder."""
     column = "error_label" if "error_label" in cells.row else "label"
     label = cells.text(column)
     if label not in ("error", "no_error"):
         raise cells.error(f"{column!r} must be 'error' or 'no_error', found {label!r}")
+    response, metadata = (cells.text("llm_response"),), cells.row.get("metadata")
+    model = metadata.get("llm_response_model") if isinstance(metadata, Mapping) else None
+    facts = json.dumps({"response model": model}) if model else ""
     reward = (float(label == "no_error"),)
-    return [Item(item_id, _prompt(cells, "input"), (cells.text("llm_response"),), reward, subset=_subset(cells))]
+    return [Item(item_id, _prompt(cells, "input"), response, reward, subset=_subset(cells), facts=facts)]
 
 
 def llmbar(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
