@@ -204,9 +204,12 @@ def _cell_wins(sheet: Sheet, scores_IO: Floats) -> Floats:
 
 def rmb(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Mean of four accuracies: helpfulness and harmlessness, pairs and best of n. Strict: the chosen response must
-    score above every other; of a best-of-n row asked in pairs all must be right.
+    score above every other; of a best-of-n row asked in pairs all must be right. A part counts all rows of its set
+    alike, not its categories.
 
-    Data: Zhou-Zoey/RMB-Reward-Model-Benchmark; arXiv 2410.09893.
+    After Zhou-Zoey/RMB-Reward-Model-Benchmark, eval/scripts/my_run_rm.py (pairs: strictly higher, over all files of a
+    folder); its my_run_bon.py only writes which of n scored highest. Best of n in pairs, and the mean of four, as in
+    RM-R1-UIUC/RM-R1, eval/RMB-Reward-Model-Benchmark; arXiv 2410.09893.
     """
     by_question = np.ones(sheet.num_questions)
     np.minimum.at(by_question, sheet.question_I, strict_credit(sheet, decision.scores_IO))
@@ -256,7 +259,7 @@ def ppe_correctness(sheet: Sheet, decision: Decision, weight_I: Floats) -> Score
     """Mean over the benchmarks of accuracy on pairs of a right and a wrong answer; "best of k" is the share of prompts
     whose top-scored answer is right, over the prompts whose answers fitted into one prompt.
 
-    Data: lmarena/PPE, whose rows name the conflicts to compare; arXiv 2410.14872.
+    Data: lmarena-ai/PPE-*-Best-of-K on the hub, whose rows name the conflicts to compare; arXiv 2410.14872.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     whole_I = np.array([facts.get("kind") == "best of k" for facts in sheet.facts_I])
@@ -310,7 +313,8 @@ def llmbar(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     """Mean of Natural and the four adversarial subsets, "adversarial" of these four; ties broken at random. The case
     studies that come with the data are measured apart and are in neither mean.
 
-    Data: princeton-nlp/LLMBar; arXiv 2310.07641.
+    After princeton-nlp/LLMBar, LLMEvaluator/evaluate.py: an item is the mean over both orders, so that equal ratings
+    count half, and a missing verdict is wrong. arXiv 2310.07641.
     """
     credit_I = best_credit(sheet, decision.scores_IO)
     ends = {name: re.split(r"[/-]", name)[-1].lower() for name in sheet.names if not name.startswith("CaseStudy")}
