@@ -88,7 +88,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         "pareto": {
             label: {
                 axis: pareto([p for p in points if p["benchmark"] == label and p[axis]], axis)
-                for axis in ("tokens", "flops")
+                for axis in ("tokens", "flops", "seconds")
             }
             for label in blocks
         },
