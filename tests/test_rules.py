@@ -121,6 +121,18 @@ def test_an_experiment_can_be_done_on_data_of_ones_own(name: str, tmp_path: Path
     assert json.loads((tmp_path / "data_report.json").read_text())["kept"]["train"] > 0
 
 
+def test_the_order_experiment_can_be_made_at_four_responses() -> None:
+    from spct_ray.data.builtin import generate
+    from spct_ray.stages.recipe import Recipe
+
+    overrides = ["items.builtin.num_responses=[3,4]", "items.builtin.num_constraints=[3]"]
+    builtin = load(Recipe, str(ROOT / "conf/experiments/graded.yaml"), [*overrides, "items.builtin.size_train=0"])
+    assert builtin.items.builtin is not None
+    items = generate(builtin.items.builtin, 1)[1]
+    assert {len(item.responses) for item in items} == {3, 4}
+    assert all(len(set(item.rewards)) == len(item.rewards) for item in items)
+
+
 def test_the_serving_example_loads() -> None:
     from spct_ray.serve.config import ServeConfig
 

@@ -88,7 +88,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "realmistake": Benchmark("ReaLMistake", (), readers.realmistake, official.realmistake),
     "llmbar": Benchmark("LLMBar", (), readers.llmbar, official.llmbar),
     "heldout": Benchmark("held-out items", (), readers.own, official.accuracy),
-    "own": Benchmark("own file", (), readers.own, official.accuracy),
+    "own": Benchmark("own items", (), readers.own, official.accuracy),
 }
 
 
