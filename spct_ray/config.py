@@ -31,13 +31,15 @@ def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     """Read the YAML file at `path`, apply `key=value` overrides (dotted keys), and build `schema`, a dataclass.
 
     With `base: FILE` (relative to the file itself) it is merged over that file: mappings key by key, all else replaced.
-    Other relative paths stay as they are, relative to the current directory. Raises ConfigError that names the file or
-    override, the full key, the value and what is allowed.
+    The override `base=FILE` puts it over another one. Other relative paths, and that one, are relative to the current
+    directory. Raises ConfigError that names the file or override, the full key, the value and what is allowed.
     """
+    others = [override.partition("=")[2] for override in overrides if override.startswith("base=")]
     try:
-        tree = _read(path)
+        tree = _read(path, other=os.path.abspath(others[-1]) if others else None)
         for override in overrides:
-            _apply(tree, override)
+            if not override.startswith("base="):
+                _apply(tree, override)
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
@@ -48,12 +50,12 @@ def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
         raise ConfigError(f"{_source(error.key, path, overrides)}: {error}") from error
 
 
-def _read(path: str, above: tuple[str, ...] = ()) -> DictConfig:
-    """The file's tree, over that of its base. Raises ConfigError."""
+def _read(path: str, above: tuple[str, ...] = (), other: str | None = None) -> DictConfig:
+    """The file's tree, over that of its base or of the `other` one in its place. Raises ConfigError."""
     if not os.path.isfile(path):
         named = f"the base of {above[-1]}" if above else f"current directory: {os.getcwd()}"
         raise ConfigError(f"{path}: no such configuration file ({named})")
-    if any(os.path.samefile(path, other) for other in above):
+    if any(os.path.samefile(path, upper) for upper in above):
         raise ConfigError(f"{path}: is a base of itself: {' <- '.join((*above, path))}")
     try:
         tree = OmegaConf.load(path)
@@ -61,7 +63,8 @@ def _read(path: str, above: tuple[str, ...] = ()) -> DictConfig:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, found {type(tree).__name__}")
-    base = tree.pop("base", None)
+    named_base = tree.pop("base", None)
+    base = other or named_base
     if base is None:
         return tree
     if not isinstance(base, str):

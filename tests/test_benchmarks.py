@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from spct_ray.benchmarks import official
-from spct_ray.benchmarks.official import Decision, Sheet
 from spct_ray.benchmarks.readers import facts_of
 from spct_ray.benchmarks.registry import BENCHMARKS, BenchmarkSpec, find, parse_spec, read_benchmark
+from spct_ray.benchmarks.sheet import Decision, Sheet
 from spct_ray.data.validate import Limits
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item
@@ -86,6 +86,12 @@ def test_reward_bench_2_best_of_four_and_ties(tmp_path: Path) -> None:
     given[2:5] = [[5.5, 8], [5.5, 8], [5.5, 4]]
     again = 0.5 + 0.01 * (1 + math.tanh(-5 / 3)) / 2
     assert score("rewardbench2", items, given)["Ties"] == pytest.approx(again)
+    # 8 8 | 8: gap 0, not accurate, and 0 / 0 counts 0: 0.3 * 1/2 for the references, nothing preferred.
+    given[4] = [5.5, 8]
+    assert score("rewardbench2", items, given)["Ties"] == pytest.approx(0.15 + 0.01 * math.tanh(-5 / 3) / 2)
+    # Prompt 1's wrong response without a rating: as if its worst right response were below it.
+    given[4] = []
+    assert score("rewardbench2", items, given)["Ties"] == pytest.approx(0.15 + 0.01 * (-1 + math.tanh(-5 / 3)) / 2)
 
 
 RM_ROW = {"id": "r", "prompt": "Q?", "chosen": ["c1", "c2", "c3"], "rejected": ["w1", "w2", "w3"], "domain": "chat"}
@@ -106,14 +112,14 @@ def test_rm_bench_matrix(tmp_path: Path) -> None:
     assert score("rmbench", pairs, given) == pytest.approx(expected)
 
 
-def test_rm_bench_domains_weigh_equal_and_safety_is_the_mean_of_its_halves(tmp_path: Path) -> None:
-    domains = ["chat", "chat", "math", "safety-refuse", "safety-response"]
+def test_rm_bench_domains_weigh_equal_and_safety_is_one_of_them(tmp_path: Path) -> None:
+    domains = ["chat", "chat", "math", "safety-refuse", "safety-response", "safety-response"]
     items = load(tmp_path, "rmbench", [RM_ROW | {"id": str(i), "domain": d} for i, d in enumerate(domains)])
     all_right, all_wrong = [9.0, 9, 9, 1, 1, 1], [1.0, 1, 1, 9, 9, 9]
-    # chat (1 + 0) / 2, math 1, safety (0 + 1) / 2: mean of 0.5, 1 and 0.5.
-    found = score("rmbench", items, [all_right, all_wrong, all_right, all_wrong, all_right])
-    assert found["score"] == pytest.approx(2 / 3)
-    assert (found["chat"], found["math"], found["safety"]) == pytest.approx((0.5, 1, 0.5))
+    # chat (1 + 0) / 2, math 1, safety (0 + 1 + 1) / 3 by items, not by halves: mean of 1/2, 1 and 2/3.
+    found = score("rmbench", items, [all_right, all_wrong, all_right, all_wrong, all_right, all_right])
+    assert found["score"] == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
+    assert (found["chat"], found["math"], found["safety"]) == pytest.approx((1 / 2, 1, 2 / 3))
 
 
 def test_rmb_needs_the_single_best(tmp_path: Path) -> None:
@@ -147,7 +153,15 @@ def test_rmb_needs_the_single_best(tmp_path: Path) -> None:
 
 def test_judge_bench_counts_over_both_orders(tmp_path: Path) -> None:
     rows = [
-        {"pair_id": str(i), "question": "Q?", "response_A": "a", "response_B": "b", "label": label, "source": source}
+        {
+            "pair_id": str(i),
+            "question": "Q?",
+            "response_A": "a",
+            "response_B": "b",
+            "label": label,
+            "source": source,
+            "response_model": "gpt" if i < 3 else "claude",
+        }
         for i, (label, source) in enumerate(
             [("A>B", "mmlu-pro-law"), ("B>A", "mmlu-pro-law"), ("A>B", "livebench-math"), ("A>B", "livecodebench")]
         )
@@ -159,8 +173,12 @@ def test_judge_bench_counts_over_both_orders(tmp_path: Path) -> None:
     backward: list[list[float]] = [[6, 5], [5, 5], [2, 8], [2, 8]]
     found = score("judgebench", items, forward, forward=forward, backward=backward)
     assert found == pytest.approx(
-        {"score": 0.5, "knowledge": 1, "math": 0, "coding": 0, "both_right": 0.25, "inconsistent": 0.75}
-    )
+        {"score": 0.5, "knowledge": 1, "math": 0, "coding": 0, "both_right": 0.25, "inconsistent": 0.75,
+         "gpt": 2 / 3, "claude": 0}
+    )  # fmt: skip
+    # A tie in one order and no verdict in the other sum to 0 and are not the same.
+    tied = score("judgebench", items[:1], [[5, 5]], forward=[[5, 5]], backward=[[]])
+    assert (tied["score"], tied["inconsistent"]) == (0, 1)
 
 
 def test_ppe_preference_drops_ties(tmp_path: Path) -> None:
@@ -195,6 +213,22 @@ def test_realmistake_auc_and_f1(tmp_path: Path) -> None:
     # An unrated item is no part of the area: 8 and 4 against 4, 1.5 of 2.
     found = score("realmistake", items, [[5.5, 8], [5.5, 4], [5.5, 4], []])
     assert found == pytest.approx({"score": 1.5 / 2, "error F1": 2 * 1 / (2 + 2), "rated": 0.75})
+
+
+def test_realmistake_f1_is_a_mean_over_tasks_and_response_models(tmp_path: Path) -> None:
+    for task, models in {"facts": ("gpt", "llama"), "math": ("gpt",)}.items():
+        (tmp_path / task).mkdir()
+        for model in models:
+            rows = [{"input": f"{i}", "llm_response": "r", "label": "error", "metadata": {"llm_response_model": model}}
+                    for i in range(2)]  # fmt: skip
+            (tmp_path / task / f"{model}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items, _ = read_benchmark(BenchmarkSpec("realmistake", str(tmp_path), "r"), Limits(), None, 0)
+    assert [(i.subset, facts_of(i)["response model"]) for i in items[::2]] == [
+        ("facts", "gpt"), ("facts", "llama"), ("math", "gpt"),
+    ]  # fmt: skip
+    # facts/gpt: both found, 1. facts/llama: one of two, 2 / (1 + 2). math/gpt: none, 0. All together: 6 / (3 + 6).
+    found = score("realmistake", items, [[5.5, r] for r in (2, 3, 2, 9, 8, 9)])
+    assert found == pytest.approx({"error F1": (1 + 2 / 3 + 0) / 3, "rated": 1})
 
 
 def test_llmbar_means_of_subsets_without_case_studies(tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ import pytest
 from test_evaluation import PROMPT, is_right, judgement, judgements, make_model
 
 from spct_ray.benchmarks.curves import tabulate
-from spct_ray.benchmarks.official import Sheet
 from spct_ray.benchmarks.orders import compare_orders, draw_independent
+from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.config import to_plain
-from spct_ray.data.store import read_items, write_items
+from spct_ray.data.builtin import BuiltinConfig
+from spct_ray.data.store import judged_files, read_items, write_items
 from spct_ray.graph.record import StepRecord, step_directory, write_record
+from spct_ray.graph.step import StepContext
 from spct_ray.records import Item, Message, Trajectory
+from spct_ray.stages import unseen
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
 
 NUM = 24
@@ -30,8 +33,11 @@ def pairs(num: int = NUM, single: int = 0) -> list[Item]:
     return rows + [Item(f"s{i}", ask, ("7",), (1.0,)) for i in range(single)]
 
 
-def make_run(root: Path, skill: float, items_id: str = "items0000000", k: int = 8) -> Path:
-    """A root with what `spct compare` reads of a finished run: one judge, and a meta RM that knows what is right."""
+def make_run(
+    root: Path, skill: float, items_id: str = "items0000000", k: int = 8, sets: dict[str, BuiltinConfig] | None = None
+) -> Path:
+    """A root with what `spct compare` reads of a finished run: one judge, and a meta RM that knows what is right; with
+    `sets`, the step that adds them stands for the items."""
 
     def record(name: str, step_id: str, inputs: dict[str, str], config: Any) -> Path:
         sources = {role: {"step": role, "id": one} for role, one in inputs.items()}
@@ -43,13 +49,18 @@ def make_run(root: Path, skill: float, items_id: str = "items0000000", k: int = 
     items = record("items", items_id, {}, {})
     write_items(str(items / "heldout.parquet"), pairs(single=4))
     (items / "data_report.json").write_text("{}")
+    if sets:
+        plain = items.rename(root / "plain")
+        record("items", items_id, {}, {})
+        context = StepContext("unseen", 1, str(items), {"items": str(plain)}, "")
+        unseen.run(context, unseen.UnseenConfig(sets, heldout_size=10), unseen.UnseenResources())
     inputs = {"items": items_id, "judge": "judge0000000"}
     made = record("evaluate_grpo", "e" * 12, inputs, to_plain(EvaluateConfig(PROMPT, "scale", k, 0.7)))
     judgements(made, str(items), skill, k, 0.05, root.name, num_greedy=1)
     make_model(Path(step_directory(str(root), "judge", "judge0000000")) / "model")
     make_model(Path(step_directory(str(root), "meta", "meta00000000")) / "model")
     scores = record("meta_scores", "s" * 12, {"evaluate_grpo": "e" * 12, "meta": "meta00000000"}, {})
-    by_id = {item.id: item for item in read_items(str(items / "heldout.parquet"))}
+    by_id = {item.id: item for file in judged_files(str(items)).values() for item in read_items(str(file))}
     rows = [
         {
             "model": name,
@@ -86,6 +97,20 @@ def test_runs_stand_side_by_side_from_what_they_stored(tmp_path: Path, capsys: p
     page = (tmp_path / "out" / "index.html").read_text()
     assert "How many samples the meta vote keeps" in page
     assert "Balanced orders" in page
+
+
+def test_unseen_sets_stand_beside_the_held_out_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    three = BuiltinConfig(0, 12, (3,), (1.0,), (1,), (1.0,), kinds=("quotes", "last_word"))
+    root = make_run(tmp_path / "run", 0.9, k=3, sets={"three": three})
+    assert main(["compare", str(root), "--k", "1,3", "--out", str(tmp_path / "out")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = summary["benchmarks"]
+    assert {label: block["num_questions"] for label, block in found.items()} == {"heldout": 10, "three": 12}
+    assert found["three"]["chance"] == pytest.approx(1 / 3, abs=0.05)  # by drawing
+    assert set(found["three"]["models"]["run_grpo"]["by_subset"]) == {"quotes", "last_word"}
+    assert [block["in_distribution"] for block in found.values()] == [True, False]
+    assert set(summary["meta_rm"]["run_grpo"]) == {"heldout", "three"}
+    assert "own items (three): official score of 12 rows" in capsys.readouterr().out
 
 
 def test_many_runs_are_compared_with_the_first(tmp_path: Path) -> None:

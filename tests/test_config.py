@@ -167,6 +167,11 @@ def test_a_file_says_what_differs_from_its_base(tmp_path: Path, file: Path) -> N
     top.write_text("base: ../middle.yaml\nroot: runs/top\ngrpo: {optim: {fused: true}}\n")
     optim = Optim(lr=2e-6, fused=True)
     assert load(Recipe, str(top), ["grpo.beta=1"]) == Recipe("runs/top", Grpo(1.0, optim, (4,)))
+    other = tmp_path / "other.yaml"  # the same differences, from another base
+    other.write_text("root: runs/other\nsources: []\ngrpo: {beta: 2.0, ks: [5]}\n")
+    assert load(Recipe, str(top), [f"base={other}"]) == Recipe("runs/top", Grpo(2.0, Optim(fused=True), (5,)))
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such configuration file \(the base of .*top\.yaml\)"):
+        load(Recipe, str(top), ["base=gone.yaml"])
     for text, message in (
         ("base: none.yaml", r"none\.yaml: no such configuration file \(the base of .*top\.yaml\)"),
         ("base: [a, b]", "base: expected the path of a configuration file"),

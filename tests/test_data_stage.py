@@ -16,10 +16,11 @@ from spct_ray.data.builtin import BuiltinConfig
 from spct_ray.data.decontaminate import decontaminate
 from spct_ray.data.sources import BenchmarkSource, SourceConfig
 from spct_ray.data.split import query_text, split_heldout
-from spct_ray.data.store import read_items
+from spct_ray.data.store import judged_files, read_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item, Message
+from spct_ray.stages import unseen
 from spct_ray.stages.items import ItemsConfig, ItemsResources, run
 
 
@@ -153,6 +154,38 @@ def test_without_sources_the_builtin_set_alone_is_written(tmp_path: Path) -> Non
     run(context(tmp_path / "out"), ItemsConfig(builtin=BuiltinConfig(20, 5)), ItemsResources())
     assert len(read_items(str(tmp_path / "out" / "train.parquet"))) == 20
     assert len(read_items(str(tmp_path / "out" / "heldout.parquet"))) == 5
+
+
+def unseen_after(given: Path, out: Path, config: unseen.UnseenConfig) -> None:
+    out.mkdir()
+    made = StepContext(name="unseen", seed=1, out=str(out), inputs={"items": str(given)}, command="spct run")
+    unseen.run(made, config, unseen.UnseenResources())
+
+
+def test_unseen_sets_are_of_other_kinds_and_sizes_beside_some_held_out_items(tmp_path: Path) -> None:
+    trained = BuiltinConfig(60, 20, (2,), (1.0,), (1,), (1.0,), kinds=("quotes", "number"))
+    run(context(tmp_path / "items"), ItemsConfig(builtin=trained), ItemsResources())
+    sets = {
+        "kinds": BuiltinConfig(99, 12, (2,), (1.0,), (1,), (1.0,), kinds=("last_word", "bullets")),
+        "three": BuiltinConfig(99, 9, (3,), (1.0,), (2,), (1.0,), kinds=("quotes", "number")),
+        "same": trained,
+    }
+    unseen_after(tmp_path / "items", tmp_path / "out", unseen.UnseenConfig(sets, heldout_size=8))
+    files = judged_files(str(tmp_path / "out"))
+    assert list(files) == ["heldout", "kinds", "same", "three"]
+    items = {name: read_items(str(file)) for name, file in files.items()}
+    assert items["heldout"] == read_items(str(tmp_path / "items" / "heldout.parquet"))[:8]
+    assert {item.subset for item in items["kinds"]} == {"last_word", "bullets"}
+    assert {(len(i.responses), len(json.loads(i.facts))) for i in items["three"]} == {(3, 2)}
+    assert {len(items[name]) for name in ("kinds", "three", "same")} == {12, 9, 20}
+    # One judge judges them all: ids differ, and a set of the run's own kinds is not its held-out set again.
+    assert len({i.id for found in items.values() for i in found}) == 8 + 12 + 9 + 20
+    assert not {query_text(i) for i in items["same"]} <= {query_text(i) for i in items["heldout"]}
+    # What reads the items step reads this one as well.
+    assert (tmp_path / "out" / "train.parquet").read_bytes() == (tmp_path / "items" / "train.parquet").read_bytes()
+    for name in ("heldout", "a/b"):
+        with pytest.raises(ConfigError, match=f"'{name}' is no free name"):
+            unseen_after(tmp_path / "items", tmp_path / name.replace("/", "_"), unseen.UnseenConfig({name: trained}))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ import pytest
 from spct_ray.benchmarks.compute import Rates, cost, count_weights, pareto
 from spct_ray.benchmarks.curves import tabulate
 from spct_ray.benchmarks.evaluation import Counting, Judged, Task, judge_block, weights
-from spct_ray.benchmarks.official import Sheet
 from spct_ray.benchmarks.registry import BenchmarkSpec, find
+from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
 from spct_ray.config import to_plain
@@ -233,9 +233,12 @@ def test_costs_grow_with_samples_and_the_front_is_one(report: Any) -> None:
     assert votes["8"]["cost"]["tokens"] == pytest.approx(8 * votes["1"]["cost"]["tokens"])
     assert votes["1"]["cost"]["prefill_flops"] == pytest.approx(2 * 6 * 100)
     assert votes["1"]["cost"]["seconds"] == pytest.approx(0.05)
-    front = summary["pareto"]["rewardbench"]["tokens"]
-    assert [p["tokens"] for p in front] == sorted(p["tokens"] for p in front)
-    assert [p["score"] for p in front] == sorted(p["score"] for p in front)
+    page = (report[1] / "index.html").read_text()
+    for axis, title in (("tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
+        front = summary["pareto"]["rewardbench"][axis]
+        assert [p[axis] for p in front] == sorted(p[axis] for p in front)
+        assert [p["score"] for p in front] == sorted(p["score"] for p in front)
+        assert f"Score over {title}" in page
 
 
 def test_every_sample_is_kept_and_the_table_is_printed(report: Any) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import pickle
 import re
 import subprocess
@@ -67,6 +68,7 @@ FROM_GRPO = {"grpo", "onpolicy", "evaluate_grpo", "meta", "meta_scores", "report
 FROM_META = {"meta", "meta_scores", "report"}
 CHANGES = {  # what an experiment runs beside the run whose finished steps it takes over; of the others, all but these
     "beta_0": FROM_GRPO, "beta_high": FROM_GRPO, "both_orders": FROM_GRPO, "format_reward": FROM_GRPO,
+    "out_of_distribution": {"unseen", "evaluate_base", "evaluate_rft", "evaluate_grpo", "meta_scores", "report"},
     "reward_order": FROM_GRPO, "meta_off_policy": FROM_META, "meta_on_policy": FROM_META,
 }  # fmt: skip
 KEEPS = {
@@ -91,8 +93,44 @@ def test_an_experiment_runs_only_what_it_changes(name: str) -> None:
         return
     beside, others = of("experiments/graded.yaml" if name == "reward_order" else "demo.yaml")
     assert recipe.reuse == beside.root
-    changed = {step for step in ids if ids[step] != others[step]}
+    changed = {step for step in ids if ids[step] != others.get(step)}
     assert changed == (CHANGES[name] if name in CHANGES else ids.keys() - KEEPS[name])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("conf/experiments/*.yaml")))
+def test_an_experiment_can_be_done_on_data_of_ones_own(name: str, tmp_path: Path) -> None:
+    """The command of docs/evaluation.md: the same change, to a run on a file of real preferences."""
+    from spct_ray.graph.step import StepContext
+    from spct_ray.stages.items import run
+    from spct_ray.stages.recipe import Recipe, build_steps
+
+    file = tmp_path / "mine.jsonl"
+    pairs = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    mine = ["items.builtin=null", f"items.sources=[{{name: mine, path: {file}}}]"]
+    run_on_mine = build_steps(load(Recipe, str(ROOT / "conf/smollm2.yaml"), mine))
+    others = step_ids(run_on_mine, 1)
+    overrides = [f"base={ROOT}/conf/smollm2.yaml", "root=runs/new", "reuse=runs/mine", *mine]
+    recipe = load(Recipe, str(ROOT / "conf" / "experiments" / f"{name}.yaml"), overrides)
+    steps = build_steps(recipe)
+    ids = step_ids(steps, recipe.seed)
+    changed = {step for step in ids if ids[step] != others.get(step)}
+    keeps = KEEPS.get(name, set()) | {"items", "student"}
+    assert changed == (CHANGES[name] if name in CHANGES else ids.keys() - keeps)
+    run(StepContext("items", 1, str(tmp_path), {}, ""), steps[0].config, steps[0].resources)
+    assert json.loads((tmp_path / "data_report.json").read_text())["kept"]["train"] > 0
+
+
+def test_the_order_experiment_can_be_made_at_four_responses() -> None:
+    from spct_ray.data.builtin import generate
+    from spct_ray.stages.recipe import Recipe
+
+    overrides = ["items.builtin.num_responses=[3,4]", "items.builtin.num_constraints=[3]"]
+    builtin = load(Recipe, str(ROOT / "conf/experiments/graded.yaml"), [*overrides, "items.builtin.size_train=0"])
+    assert builtin.items.builtin is not None
+    items = generate(builtin.items.builtin, 1)[1]
+    assert {len(item.responses) for item in items} == {3, 4}
+    assert all(len(set(item.rewards)) == len(item.rewards) for item in items)
 
 
 def test_the_serving_example_loads() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from spct_ray.benchmarks.curves import Bools, Floats, Ints, ScoreTable
-from spct_ray.benchmarks.official import Decision
+from spct_ray.benchmarks.sheet import Decision
 from spct_ray.errors import ConfigError, DataError
 
 PLAIN = ("sum", "mean", "median", "majority")

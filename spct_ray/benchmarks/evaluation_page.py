@@ -147,7 +147,7 @@ def _behaviour(block: Mapping[str, Any], names: Sequence[str], top: str) -> str:
     rows = []
     for n, m in block["models"].items():
         vote = m["vote"].get(top) or m["greedy"]
-        failures = ", ".join(f"{c:,} {f.replace('_', ' ')}" for f, c in m["failures"].items()) or "none"
+        failures = "<br>".join(f"{c:,} {f.replace('_', ' ')}" for f, c in m["failures"].items()) or "none"
         flips = m["rates"]["position_consistency"]
         shown = [_percent(m["rates"][k]) for k in keys[:3]] + [_percent(None if flips is None else 1 - flips)]
         chunks = f"{m['num_in_chunks']:,}"
@@ -216,7 +216,7 @@ _META = {
 
 
 def _meta(block: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A row a quantity, a column a judge: narrow, to stand beside its chart."""
+    """A row a quantity, a column a judge."""
     found = {n: m["meta_rm"] for n, m in block["models"].items() if "meta_rm" in m}
     if not found:
         return ""
@@ -276,6 +276,13 @@ def _filters(groups: Mapping[str, Sequence[str]]) -> str:
     return f"<p class=filters>{''.join(group(key, values) for key, values in groups.items())}</p>"
 
 
+_COSTS = {
+    "tokens": "written tokens",
+    "flops": "2 × weights × tokens, read and written",
+    "seconds": "of the engine as measured, at this evaluation's batch sizes; without the meta RM's",
+}
+
+
 def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
     """The page; `summary` is summary.json's content, `samples` the judgements to show (see `stages.compare`)."""
     names, top = list(summary["judges"]), str(max(summary["ks"]))
@@ -289,7 +296,7 @@ def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
                          "Bands: 95&thinsp;% intervals over rows and draws of k samples.")]  # fmt: skip
         note = "Is a vote that leads by more more often right?"
         charts.append(_chart("Margins and scores", plots.calibration(block["models"]), note))
-        for axis, what in (("tokens", "written tokens"), ("flops", "2 × weights × tokens, read and written")):
+        for axis, what in _COSTS.items():
             front = summary["pareto"][label][axis]
             listed = "; ".join(f"{i} {p['judge']}, {p['way']}" for i, p in enumerate(front, 1))
             note = f"Cost of a decision: {what}. The front: {escape(listed)}."
@@ -305,7 +312,8 @@ def render(summary: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         ]  # fmt: skip
         if meta := _meta(block, names):
             reliability = plots.meta_reliability(block["models"])
-            charts += [_chart("Meta RM reliability", reliability, "Dots: area by count."), _panel("Meta RM", meta)]
+            charts += [_chart("Meta RM reliability", reliability, "Dots: area by count.")]
+            tables.append(("Meta RM", meta))
         after = [("By subset", _heat(block, names, top))]
         wide = [[_panel(t, b, wide=True) for t, b in part if b] for part in (tables, after)]
         body.append(

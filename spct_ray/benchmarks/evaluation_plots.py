@@ -57,7 +57,11 @@ def score_curves(models: Mapping[str, Any], chance: float | None) -> str:
 
 def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], axis: str) -> str:
     """Every way to decide of every judge, its score over what it costs; the front is the line, its points numbered."""
-    labels = {"tokens": "generated tokens a decision", "flops": "FLOPs a decision (prefill and decode)"}
+    labels = {
+        "tokens": "generated tokens a decision",
+        "flops": "FLOPs a decision (prefill and decode)",
+        "seconds": "engine seconds a decision",
+    }
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.9)
         for place, name in enumerate(dict.fromkeys(p["judge"] for p in points)):

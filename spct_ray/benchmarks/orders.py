@@ -16,7 +16,7 @@ import numpy as np
 
 from spct_ray.benchmarks import aggregate, metrics
 from spct_ray.benchmarks.curves import Bools, ScoreTable
-from spct_ray.benchmarks.official import Sheet, best_credit
+from spct_ray.benchmarks.sheet import Sheet, best_credit
 
 NUM_DRAWS = 200
 

@@ -41,7 +41,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
     cells = "".join(f"<tr><th scope=row>{r[0]}</th>{''.join(f'<td>{c}</td>' for c in r[1:])}</tr>" for r in rows)
     titles = "".join(f"<th scope=col>{escape(h)}</th>" for h in head)
     note = f"<p class=note>{caption}</p>" if caption else ""
-    return f"<div class=scroll><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>{note}"
+    table = f"<table class=sortable><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table>"
+    return f"<div class=scroll>{table}</div>{note}"
 
 
 def _bars(values: Mapping[str, float], unit: str = "") -> str:

@@ -100,13 +100,14 @@ def rmb(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
 
 
 def judge_bench(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
-    """{question, response_A, response_B, label: "A>B" | "B>A", source}; one pair."""
+    """{question, response_A, response_B, label: "A>B" | "B>A", source, response_model}; one pair."""
     answers, label = [cells.text("response_A"), cells.text("response_B")], cells.text("label")
     if label not in ("A>B", "B>A"):
         raise cells.error(f"'label' must be 'A>B' or 'B>A', found {label!r}")
     right = int(label == "B>A")
-    source = cells.optional("source")
-    return [_item(cells, item_id, _prompt(cells, "question"), [answers[right]], [answers[1 - right]], subset=source)]
+    facts = {"response model": name} if (name := cells.optional("response_model")) else {}
+    prompt, source = _prompt(cells, "question"), cells.optional("source")
+    return [_item(cells, item_id, prompt, [answers[right]], [answers[1 - right]], source, **facts)]
 
 
 def ppe_preference(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
@@ -148,13 +149,17 @@ def ppe_correctness(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
 
 
 def realmistake(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
-    """{input, llm_response, error_label (or label): "error" | "no_error"}; one response, right when without error."""
+    """{input, llm_response, error_label (or label): "error" | "no_error", metadata: {llm_response_model}}; one
+    response, right when without error. The subset is the task, which is the file's folder."""
     column = "error_label" if "error_label" in cells.row else "label"
     label = cells.text(column)
     if label not in ("error", "no_error"):
         raise cells.error(f"{column!r} must be 'error' or 'no_error', found {label!r}")
+    response, metadata = (cells.text("llm_response"),), cells.row.get("metadata")
+    model = metadata.get("llm_response_model") if isinstance(metadata, Mapping) else None
+    facts = json.dumps({"response model": model}) if model else ""
     reward = (float(label == "no_error"),)
-    return [Item(item_id, _prompt(cells, "input"), (cells.text("llm_response"),), reward, subset=_subset(cells))]
+    return [Item(item_id, _prompt(cells, "input"), response, reward, subset=_subset(cells), facts=facts)]
 
 
 def llmbar(cells: Cells, item_id: str, limits: Limits) -> list[Item]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from spct_ray.benchmarks import official, readers
 from spct_ray.benchmarks.curves import Floats
-from spct_ray.benchmarks.official import Scorer, Sheet
+from spct_ray.benchmarks.official import Scorer
 from spct_ray.benchmarks.readers import Reader, facts_of, is_own
+from spct_ray.benchmarks.sheet import Sheet, best_credit, strict_credit
 from spct_ray.data.shapes import Cells, Row, UnusableRow
 from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
 from spct_ray.data.validate import Limits, Problem, find_problem
@@ -39,7 +40,7 @@ class Benchmark:
     read: Reader
     score: Scorer
     several_right: bool = False
-    credit: Callable[[Sheet, Floats], Floats] = official.best_credit  # of one item, for paired tests and subset tables
+    credit: Callable[[Sheet, Floats], Floats] = best_credit  # of one item, for paired tests and subset tables
     both_orders: bool = False  # the score needs a judgement of each order
     subsets: tuple[str, ...] = ()
 
@@ -66,7 +67,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "rmbench": Benchmark(
         "RM-Bench", (("THU-KEG/RM-Bench", "train"),), readers.rm_bench, official.rm_bench, True, official.cell_credit
     ),
-    "rmb": Benchmark("RMB", (), readers.rmb, official.rmb, credit=official.strict_credit),
+    "rmb": Benchmark("RMB", (), readers.rmb, official.rmb, credit=strict_credit),
     "judgebench": Benchmark(
         "JudgeBench",
         (("ScalerLab/JudgeBench", "gpt"), ("ScalerLab/JudgeBench", "claude")),
@@ -87,7 +88,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "realmistake": Benchmark("ReaLMistake", (), readers.realmistake, official.realmistake),
     "llmbar": Benchmark("LLMBar", (), readers.llmbar, official.llmbar),
     "heldout": Benchmark("held-out items", (), readers.own, official.accuracy),
-    "own": Benchmark("own file", (), readers.own, official.accuracy),
+    "own": Benchmark("own items", (), readers.own, official.accuracy),
 }
 
 

@@ -55,8 +55,8 @@ def render(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             clean = f"Accuracy as the items are: {judge[f'{way} clean accuracy']:.3f}."
             panels.append(
                 f"<section class='panel wide'><h3>{escape(name)}, {escape(way)}</h3><p class=note>{clean}</p>"
-                "<table class=bars><thead><tr><th>probe</th><th>share fooled</th><th>items</th><th></th></tr></thead>"
-                f"<tbody>{body}</tbody></table></section>"
+                "<div class=scroll><table class='bars sortable'><thead><tr><th>probe</th><th>share fooled</th>"
+                f"<th>items</th><th></th></tr></thead><tbody>{body}</tbody></table></div></section>"
             )
     fooled = [row for row in rows if row["probe"] != "clean" and row["scores"] and row["credit"] < 1]
     shown, seen = [], dict[tuple[str, str, str], int]()

@@ -43,7 +43,8 @@ td i{font-style:normal;color:var(--soft);font-size:12px;margin-left:3px}
 .dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px;background:var(--grey)}
 .dot.rft{background:var(--blue)}.dot.grpo{background:var(--orange)}
 .filters{display:flex;flex-wrap:wrap;gap:16px;margin:0 0 14px}
-.group{display:inline-flex;border:1px solid var(--line);border-radius:8px;overflow:hidden;background:#fff}
+.group{display:inline-flex;flex-wrap:wrap;overflow:hidden;background:#fff}
+.group{border:1px solid var(--line);border-radius:8px}
 .group button{font:inherit;font-size:13px;border:0;background:none;padding:5px 13px;cursor:pointer;color:var(--soft)}
 .group button+button{border-left:1px solid var(--line)}
 .group button[aria-pressed=true]{background:var(--ink);color:#fff}
@@ -69,7 +70,8 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:13px/1.5 ui-monosp
 .sortable thead th[aria-sort=descending]::after{content:" ▾"}
 .heat td,.heat td i{color:var(--ink)}
 small{color:var(--soft);font-weight:400}
-@media(max-width:860px){.grid{grid-template-columns:minmax(0,1fr)}.samples{columns:1}main{padding:24px 14px 60px}}
+@media(max-width:860px){.grid{grid-template-columns:minmax(0,1fr)}.samples{columns:1}main{padding:24px 14px 60px}
+.bars th:first-child{white-space:normal;width:auto}}
 """
 
 SCRIPT = """

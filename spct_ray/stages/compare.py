@@ -88,7 +88,7 @@ def run(context: StepContext, config: CompareConfig, resources: CompareResources
         "pareto": {
             label: {
                 axis: pareto([p for p in points if p["benchmark"] == label and p[axis]], axis)
-                for axis in ("tokens", "flops")
+                for axis in ("tokens", "flops", "seconds")
             }
             for label in blocks
         },
@@ -145,8 +145,8 @@ def _block(task: Task, judged: Mapping[str, Judged], counting: Counting, context
 
 def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
     from spct_ray.benchmarks.evaluation import Task
-    from spct_ray.benchmarks.official import Sheet
     from spct_ray.benchmarks.registry import find
+    from spct_ray.benchmarks.sheet import Sheet
     from spct_ray.data.store import judged_files, read_items
 
     files = judged_files(directory)

@@ -56,8 +56,8 @@ def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[
 
 def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -> dict[str, Any]:
     """Write the report; the metrics hold the table for the terminal."""
-    from spct_ray.benchmarks import aggregate, official, robustness, robustness_page
-    from spct_ray.benchmarks.official import Sheet, best_credit
+    from spct_ray.benchmarks import aggregate, robustness, robustness_page
+    from spct_ray.benchmarks.sheet import Sheet, best_credit, decided
     from spct_ray.data.store import judged_files, read_items, write_rows
     from spct_ray.stages.compare import judged_tables
 
@@ -69,15 +69,15 @@ def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -
         tables = judged_tables(context.inputs, judge, {n: made for n, made in items.items() if made}, prompt)
         ways: dict[str, Any] = {}
         for way in ("greedy", f"vote@{max(config.ks)}"):
-            credit, decided = {n: _none() for n in names}, {n: _none() for n in names}
+            credit, answered = {n: _none() for n in names}, {n: _none() for n in names}
             for name, (samples, greedy) in tables.items():
                 table = greedy if way == "greedy" else samples
                 (decision,) = aggregate.decide("sum", table, aggregate.draw(table, table.num_samples, 1, 0), 1)
                 credit[name] = best_credit(Sheet.of(items[name]), decision.scores_IO)
-                decided[name] = official.decided(decision.scores_IO).astype(float)
+                answered[name] = decided(decision.scores_IO).astype(float)
                 rows += _pairs(judge, way, name, items[name], decision.scores_IO, credit[name])
             flips = {"order flip": _flips(tables["clean"][1], seed)} if way == "greedy" else {}
-            ways[way] = flips | robustness.rates(items, credit, decided, seed)
+            ways[way] = flips | robustness.rates(items, credit, answered, seed)
             ways[f"{way} clean accuracy"] = float(credit["clean"].mean())
         summary[judge] = ways
     result = {"suite": "robustness", "num_items": len(items["clean"]), "judges": summary}

@@ -30,6 +30,7 @@ from spct_ray.stages import (
     sample,
     select,
     student,
+    unseen,
 )
 from spct_ray.stages.sample import SampleConfig, SamplerConfig
 
@@ -58,7 +59,8 @@ class Recipe:
     """One run. Steps that are finished under the root `reuse` are linked, not run again. `judge` is the prompt of every
     stage; `rounds` repeats sampling, selection and RFT with the current student as sampler (one round is the paper's).
     With `nano`, the student is made from nothing, not from `student`.
-    With `bradley_terry` ({} takes its defaults), a scalar baseline is trained on the same items."""
+    With `bradley_terry` ({} takes its defaults), a scalar baseline is trained on the same items. With `unseen`, the
+    judges are evaluated on built-in items that are unlike those that they were trained on."""
 
     root: str
     reuse: str = ""
@@ -76,6 +78,7 @@ class Recipe:
     meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
     bradley_terry: bradley_terry.BradleyTerryConfig | None = None
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
+    unseen: unseen.UnseenConfig | None = None
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
     resources: Resources = field(default_factory=Resources)
 
@@ -140,17 +143,21 @@ def build_steps(recipe: Recipe) -> list[Step]:
         inputs = {"items": "items", "init": _init(recipe.bradley_terry.init, judge)}
         scalar, training = recipe.bradley_terry, _training(where.bradley_terry)
         add("bradley_terry", bradley_terry, scalar, where.bradley_terry, training, inputs)
+    judged = "items"
+    if recipe.unseen:
+        judged = add("unseen", unseen, recipe.unseen, unseen.UnseenResources(), one, {"items": "items"})
     evaluated: Inputs = {}
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
-        name, inputs = f"evaluate_{model}", {"items": "items", "judge": step}
+        name, inputs = f"evaluate_{model}", {"items": judged, "judge": step}
         evaluated[name] = add(
             name, evaluate, recipe.evaluate, where.evaluate, Demand.of_replicas(where.evaluate), inputs
         )
     scores = where.meta_scores
-    score_inputs = {"items": "items", "meta": "meta", **evaluated}
+    score_inputs = {"items": judged, "meta": "meta", **evaluated}
     add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, Demand.of_replicas(scores), score_inputs)
-    read = {name: name for name in ("items", "grpo", "meta", "meta_scores")}
+    read = {name: name for name in ("grpo", "meta", "meta_scores")}
     read |= {
+        "items": judged,
         "student": "student",
         "sample": sampled,
         "select": selected,
