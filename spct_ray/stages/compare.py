@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
