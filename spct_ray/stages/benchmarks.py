@@ -15,7 +15,7 @@ from spct_ray.data.validate import Limits
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
