@@ -9,8 +9,8 @@ import torch
 from test_grpo_stage import make_context
 from tiny import make_tiny_model
 
-from spct_ray.cluster.weight_transfer import PoolClient, _meeting_point, weight_source
 from spct_ray.engines.base import EngineConfig, EngineResources
+from spct_ray.engines.vllm_transfer import PoolClient, weight_source
 from spct_ray.errors import ConfigError
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, run
@@ -74,12 +74,6 @@ def test_shapes_are_those_of_what_is_given_and_every_pass_is_a_fresh_one() -> No
     assert [names for names, _ in source.iter_groups()] == [["weight", "bias"]]
 
 
-def test_the_meeting_point_is_a_free_port_of_this_node() -> None:
-    address, port = _meeting_point()
-    assert address.count(".") == 3
-    assert 1024 < port < 65536
-
-
 IPC, NCCL = EngineConfig(transfer="ipc"), EngineConfig(transfer="nccl")
 HALF = TrainResources(gpus_per_worker=0.5), EngineResources(gpus_per_replica=0.5)
 WHOLE = TrainResources(gpus_per_worker=1), EngineResources(gpus_per_replica=1)
@@ -122,7 +116,7 @@ def test_an_engine_on_the_trainers_gpu_gets_its_weights_and_sleeps(tmp_path) -> 
     from spct_ray.cluster.pool import EnginePool
     from spct_ray.cluster.session import ClusterResources, start
     from spct_ray.cluster.sync import check_parity
-    from spct_ray.cluster.weight_transfer import WeightTransfer
+    from spct_ray.engines.vllm_transfer import WeightTransfer
     from spct_ray.learn.batch import make_batch
     from spct_ray.learn.trainer import Trainer
 

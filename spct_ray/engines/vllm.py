@@ -1,7 +1,7 @@
 """The vLLM engine, inside this process: continuous batching for concurrent callers without a child process.
 
 One background thread owns vLLM (its OpenMP state is per thread): it takes jobs from a queue, steps, and resolves
-futures. The only file that imports vLLM. Leaves out placement and restarts; see `spct_ray.cluster.pool`.
+futures. Here and in `vllm_transfer.py` vLLM is imported. Leaves out placement and restarts; see `cluster.pool`.
 """
 
 from __future__ import annotations

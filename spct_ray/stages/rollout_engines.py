@@ -66,7 +66,7 @@ class Rollouts:
             self._pool = EnginePool(model_dir, resources.engine, resources.rollout, max_restarts=restarts)
         self._transfer = None
         if resources.engine.transfer != "directory":
-            from spct_ray.cluster.weight_transfer import WeightTransfer
+            from spct_ray.engines.vllm_transfer import WeightTransfer
 
             self._transfer = WeightTransfer(trainer, self._pool, resources.engine, resources.rollout.num_replicas)
         self._shares_gpu = resources.engine.transfer == "ipc"

@@ -1,24 +1,21 @@
 """Weights from the trainer's GPUs straight to the engines', by vLLM's own weight transfer: IPC on one GPU, else NCCL.
 
 vLLM drives both sides: it iterates the trainer's weights and calls the engines through a client, which here is a pool.
-Leaves out the way over a directory, which needs no GPU and outlives a dead engine (see `sync.py`).
+Leaves out the way over a directory, which needs no GPU and outlives a dead engine (see `spct_ray.cluster.sync`).
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-import ray
-
 from spct_ray.engines.base import EngineConfig
+
+InfoOf = Callable[[int], dict[str, Any] | None]
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from spct_ray.cluster.pool import EnginePool
 
 
 class Source(Protocol):
@@ -32,6 +29,12 @@ class Source(Protocol):
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]: ...
 
 
+class Pool(Protocol):
+    """Engines, each told its own `info_of` its number."""
+
+    def transfer(self, method: str, info_of: InfoOf, weight_version: int) -> None: ...
+
+
 class WeightTransfer:
     """Rank 0's pool of engines (None on other ranks) tied to the ranks for a whole run. Collective throughout.
 
@@ -39,17 +42,18 @@ class WeightTransfer:
     transfer by NCCL, rank 0 may wait for it forever, as NCCL has no way to tell.
     """
 
-    def __init__(self, trainer: Source, pool: EnginePool | None, engine: EngineConfig, num_replicas: int) -> None:
+    def __init__(self, trainer: Source, pool: Pool | None, engine: EngineConfig, num_replicas: int) -> None:
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_ip, get_open_port
 
         info: IPCTrainerInitInfo | NCCLTrainerInitInfo
         if engine.transfer == "ipc":
             info = IPCTrainerInitInfo(rank=trainer.rank, packed=True)
         else:
             world_size = 1 + num_replicas * engine.tensor_parallel
-            info = NCCLTrainerInitInfo(*_meeting_point(), world_size, rank=trainer.rank)
+            info = NCCLTrainerInitInfo(get_ip(), get_open_port(), world_size, rank=trainer.rank)
         self._client = PoolClient(pool, engine.tensor_parallel)
         self._engine = WeightTransferTrainerFactory.trainer_init(
             info, client=self._client, source=weight_source(trainer)
@@ -64,7 +68,7 @@ class WeightTransfer:
 class PoolClient:
     """vLLM's `VLLMWeightSyncClient` over a pool: what it asks, every engine does."""
 
-    def __init__(self, pool: EnginePool | None, workers_per_engine: int) -> None:
+    def __init__(self, pool: Pool | None, workers_per_engine: int) -> None:
         self._pool, self._workers_per_engine, self.version = pool, workers_per_engine, 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -84,7 +88,7 @@ class PoolClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("finish_weight_update", lambda _: None)
 
-    def _call(self, method: str, info_of: Any) -> None:
+    def _call(self, method: str, info_of: InfoOf) -> None:
         assert self._pool is not None  # vLLM asks on rank 0 only
         self._pool.transfer(method, info_of, self.version)
 
@@ -102,11 +106,3 @@ def weight_source(trainer: Source) -> Any:
             return iter(trainer.named_weights())
 
     return TrainerSource()
-
-
-def _meeting_point() -> tuple[str, int]:
-    """Address and free port of this node, where an NCCL group meets."""
-    address = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return address, probe.getsockname()[1]
