@@ -202,16 +202,13 @@ def test_with_staleness_1_a_step_is_sampled_while_the_one_before_is_trained_on(r
 
 
 @pytest.mark.timeout(1800)
-def test_adapters_trained_a_step_behind_the_engines_survive_a_killed_driver(root: Path, tmp_path: Path) -> None:
+def test_adapters_trained_a_step_behind_the_engines_survive_a_killed_rank(root: Path, tmp_path: Path) -> None:
     for name in ("items", "rft"):
         (tmp_path / name).symlink_to(root / name)
     driver = start_driver(tmp_path, "ADAPTERS_AHEAD")
     wait_for_steps(tmp_path, driver, 4)
-    orphans = descendants(driver, "RayTrainWorker") + descendants(driver, "EngineHost")
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    psutil.wait_procs(orphans, timeout=120)
-    driver = start_driver(tmp_path, "ADAPTERS_AHEAD")
+    (rank,) = descendants(driver, "RayTrainWorker")
+    os.kill(rank.pid, signal.SIGKILL)
     assert driver.wait(timeout=600) == 0, (tmp_path / "driver.log").read_text()[-5000:]
 
     metrics = read_metrics(tmp_path)
@@ -219,7 +216,7 @@ def test_adapters_trained_a_step_behind_the_engines_survive_a_killed_driver(root
     ages = [line["staleness"] for line in metrics]
     assert set(ages) == {0, 1}
     assert ages[0] == 0
-    assert ages[4:].count(0) == 1  # the first step after the start is sampled from the newest weights
+    assert ages[1:].count(0) == 1  # the first step after the new start is sampled from the newest weights
     assert all(line["parity"] < 0.01 for line in metrics)  # engines hold the sum of weights and adapters
     states = list((tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
     names = {name for path in states for name in load_file(path)}
