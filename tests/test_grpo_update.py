@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_model
+from transformers import AutoConfig, AutoTokenizer
 
+from spct_ray.errors import ConfigError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.batch import BatchSize, make_batch
 from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
@@ -140,6 +142,17 @@ def test_updates_of_adapters_equal_plain_peft_and_the_reference_is_the_policy_wi
 
 
 @pytest.mark.slow
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model_dir: str, tmp_path: Path) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(model_dir, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    vocab = AutoConfig.from_pretrained(other).vocab_size
+    tokenizer.add_tokens([f"<new{i}>" for i in range(vocab)])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ConfigError, match=rf"the tokenizer has \d+ tokens, the model's vocabulary {vocab}: they do not"):
+        Trainer(str(other), head="lm", optim=OPTIM, resources=TrainResources(threads=1), total_steps=2, seed=0)
+
+
 def test_dropout_acts_only_where_a_gradient_is_asked_for(model_dir: str) -> None:
     resources = TrainResources(threads=1)
     lora = LoraConfig(rank=4, dropout=0.5)

@@ -69,6 +69,12 @@ class Trainer:
             del active
         else:
             self.model = load_model(model_dir, head, self.dtype)
+        vocab = self.model.config.get_text_config().vocab_size
+        if len(self.tokenizer) > vocab:
+            raise ConfigError(
+                f"{model_dir}: the tokenizer has {len(self.tokenizer)} tokens, the model's vocabulary {vocab}: they do "
+                "not belong together, or tokens were added and the embeddings not resized"
+            )
         self.has_adapters = bool(lora and lora.rank)
         if lora and lora.rank:
             torch.manual_seed(derive_seed(seed, "adapters"))
