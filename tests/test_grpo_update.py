@@ -153,6 +153,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model_dir: str, 
         Trainer(str(other), head="lm", optim=OPTIM, resources=TrainResources(threads=1), total_steps=2, seed=0)
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_where_a_gradient_is_asked_for(model_dir: str) -> None:
     resources = TrainResources(threads=1)
     lora = LoraConfig(rank=4, dropout=0.5)

@@ -50,3 +50,24 @@ def test_every_file_that_the_readme_links_or_lists_exists():
         assert (ROOT / target).exists(), target
     for folder in re.findall(r"^  (\w+/)  ", text, re.MULTILINE):
         assert (ROOT / "spct_ray" / folder).is_dir(), folder
+
+
+def test_the_readme_shows_every_subcommand_and_every_step():
+    from spct_ray.cli import _parser
+
+    text = (ROOT / "README.md").read_text()
+    (subparsers,) = [action for action in _parser()._actions if action.dest == "command" or action.choices]
+    assert len(subparsers.choices) >= 7
+    for name in subparsers.choices:
+        assert re.search(rf"^spct {name}\b", text, re.MULTILINE), name
+    for step in (
+        "items",
+        "student",
+        "sample",
+        "select",
+        "rft",
+        "grpo",
+        "onpolicy, meta",
+        "evaluate, meta_scores, report",
+    ):
+        assert f"\n| {step} |" in text, step
