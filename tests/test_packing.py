@@ -218,7 +218,9 @@ def test_rows_hold_every_sequence_once_within_the_budget_and_ranks_are_balanced(
         return make_batch([sequences[i] for i in row], [prompts[i] for i in row], share)
 
     assert all(batch_of(row).num_tokens <= micro_tokens or len(row) == 1 for row in rows)
-    loads = [sum(batch_of(row).num_tokens for row in rank) for rank in plan]
+    lengths = [[batch_of(row).num_tokens for row in rank] for rank in plan]
+    assert all(of_rank == sorted(of_rank, reverse=True) for of_rank in lengths)
+    loads = list(map(sum, lengths))
     assert max(loads) - min(loads) <= max(p + sum(c) for p, c in groups)
 
 
@@ -254,14 +256,20 @@ def test_both_ways_of_attention_equal_a_dense_mask(window: int | None, softcap: 
         [bool(owners[q] & owners[k]) and k <= q and positions[q] - positions[k] < (window or num) for k in range(num)]
         for q in range(num)
     ])  # fmt: skip
-    query, key, value = (torch.randn(1, heads, num, 16) for heads in (4, 2, 2))
+    query, key, value = inputs = [torch.randn(1, heads, num, 16, requires_grad=True) for heads in (4, 2, 2)]
     scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
-    for attend in (attention._attend_tree_by_tree, attention._attend_flex):
-        torch.testing.assert_close(
-            attend(query, key, value, TREES, 0.3, window, softcap), expected, atol=1e-5, rtol=1e-5
-        )
+    arguments = (TREES, 0.3, window, softcap)
+    output = attention._attend_tree_by_tree(query, key, value, *arguments)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    without_grad = [tensor.detach() for tensor in inputs]  # flex has no backward on CPU
+    torch.testing.assert_close(attention._attend_flex(*without_grad, *arguments), expected, atol=1e-5, rtol=1e-5)
+    slope = torch.randn_like(expected)
+    for ours, dense in zip(
+        torch.autograd.grad(output, inputs, slope), torch.autograd.grad(expected, inputs, slope), strict=True
+    ):
+        torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
 
 
 def test_models_that_packed_rows_would_falsify_are_refused(tmp_path: Path) -> None:

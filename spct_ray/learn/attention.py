@@ -1,8 +1,8 @@
 """Attention over packed rows, plugged into transformers' models: each sequence sees its own tokens only.
 
-On CPU one SDPA call a trunk and a branch, in fp32: for judge-shaped sequences this beats a block mask over the row (by
-7x) and SDPA in bf16 (by 1.3-1.8x), whose kernels are slow there. On CUDA one flex-attention call a row. Sliding windows
-and Gemma-2's soft-cap of the scores are applied; what else a model asks of its attention is refused.
+On CPU one call of PyTorch's kernel a trunk and a branch, in fp32: for judge-shaped sequences this beats a block mask
+over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA one flex-attention call a row.
+Sliding windows and Gemma-2's soft-cap of the scores are applied; what else a model asks of its attention is refused.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spct_ray.errors import ConfigError
 from spct_ray.learn.batch import Tree
@@ -76,35 +77,102 @@ def _attend_tree_by_tree(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """In fp32 [1, heads, T, D]."""
-    pieces = [length for tree in trees for length in (tree.trunk, *tree.branches)]
-    queries, keys, values = (iter(torch.split(x.float(), pieces, 2)) for x in (query, key, value))
+    query, key, value = query.float(), key.float(), value.float()
+    if softcap is None:
+        return _TreeAttention.apply(query, key, value, trees, scale, window)  # type: ignore[no-any-return, no-untyped-call]
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
-    for tree in trees:
-        trunk_key, trunk_value = next(keys), next(values)
-        outputs.append(_attend(next(queries), trunk_key, trunk_value, scale, window, softcap))
-        for _ in tree.branches:
-            branch_key = torch.cat([trunk_key, next(keys)], 2)
-            branch_value = torch.cat([trunk_value, next(values)], 2)
-            outputs.append(_attend(next(queries), branch_key, branch_value, scale, window, softcap))
+    for piece in _pieces(trees):
+        scores = softcap * torch.tanh(query[:, :, piece.own] @ piece.seen(key).transpose(-1, -2) * (scale / softcap))
+        mask = _causal_mask(piece.own.stop - piece.own.start, scores.shape[-1], window)
+        outputs.append((scores + mask).softmax(-1) @ piece.seen(value))
     return torch.cat(outputs, 2)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """Causal attention of the last tokens of a sequence (query) to all of it."""
-    num, num_keys = query.shape[2], key.shape[2]
-    if num == 0:
-        return query
-    if softcap is None and num == num_keys and (window is None or num_keys <= window):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
-    mask = _causal_mask(num, num_keys, window)
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
-    return (scores + mask).softmax(-1) @ value
+class _TreeAttention(torch.autograd.Function):
+    """PyTorch's attention kernel for CPU, once a trunk and a branch, on slices of one row.
+
+    One function for the row, as autograd would keep what each call is given, cut the row up for it, and put the pieces'
+    gradients together by copies: here keys of trunk and branch are put side by side again in the backward pass, and
+    gradients are written to their places.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None
+    ) -> Tensor:
+        output, logsumexps = torch.empty_like(query), []
+        for piece in _pieces(trees):
+            result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, piece.own], piece.seen(key), piece.seen(value), 0.0, **piece.mask(window), scale=scale
+            )
+            output[:, :, piece.own] = result
+            logsumexps.append(logsumexp)
+        ctx.save_for_backward(query, key, value, output, *logsumexps)
+        ctx.trees, ctx.scale, ctx.window = trees, scale, window
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, *logsumexps = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for piece, logsumexp in zip(_pieces(ctx.trees), logsumexps, strict=True):
+            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad[:, :, piece.own], query[:, :, piece.own], piece.seen(key), piece.seen(value),
+                output[:, :, piece.own], logsumexp, 0.0, **piece.mask(ctx.window), scale=ctx.scale,
+            )  # fmt: skip
+            grad_query[:, :, piece.own] = of_query
+            piece.add(grad_key, of_key)
+            piece.add(grad_value, of_value)
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A trunk, or a branch with the trunk before it, as places in the row."""
+
+    own: slice
+    trunk: slice | None = None
+
+    def seen(self, row: Tensor) -> Tensor:
+        """Keys or values [1, heads, K, D] of all that the piece's tokens may attend to."""
+        if self.trunk is None:
+            return row[:, :, self.own]
+        if self.trunk.stop == self.own.start:
+            return row[:, :, self.trunk.start : self.own.stop]
+        by_token = row.transpose(1, 2)  # as a model's projections lie in memory
+        return torch.cat([by_token[:, self.trunk], by_token[:, self.own]], 1).transpose(1, 2)
+
+    def add(self, row: Tensor, seen: Tensor) -> None:
+        """To the row's gradient that of `seen`."""
+        length = self.trunk.stop - self.trunk.start if self.trunk else 0
+        if self.trunk:
+            row[:, :, self.trunk] += seen[:, :, :length]
+        row[:, :, self.own] += seen[:, :, length:]
+
+    def mask(self, window: int | None) -> dict[str, Any]:
+        """What the kernel is told of who sees whom."""
+        num = self.own.stop - self.own.start
+        num_keys = num + (self.trunk.stop - self.trunk.start if self.trunk else 0)
+        causal = num == num_keys and (window is None or num_keys <= window)
+        return {"is_causal": causal, "attn_mask": None if causal else _causal_mask(num, num_keys, window)}
+
+
+@functools.lru_cache(maxsize=4)  # the layers of a row share its pieces
+def _pieces(trees: tuple[Tree, ...]) -> tuple[_Piece, ...]:
+    """In the order of the row, but for branches without tokens."""
+    pieces, end = [], 0
+    for tree in trees:
+        trunk = slice(end, end + tree.trunk)
+        pieces.append(_Piece(trunk))
+        end = trunk.stop
+        for length in tree.branches:
+            if length:
+                pieces.append(_Piece(slice(end, end + length), trunk))
+            end += length
+    return tuple(pieces)
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a row share its masks

@@ -125,7 +125,7 @@ def plan_rows(
 
     Sequences with equal prompts stay together where `micro_tokens` allows, as they then cost their prompt once. Ranks
     get about equally many tokens (longest first, to the rank with the least). A row holds at most `micro_tokens`, but
-    for a sequence that alone is longer.
+    for a sequence that alone is longer. The longest row comes first, so that the memory it frees fits all others.
     """
     trunks = [max(1, length) for length in prompt_lengths]
     units: list[tuple[int, list[int]]] = []  # tokens, indices
@@ -154,7 +154,10 @@ def plan_rows(
         else:
             rows[rank].append(list(members))
             sizes[rank].append(size)
-    return rows
+    return [
+        [row for _, row in sorted(zip(used, planned, strict=True), key=lambda pair: -pair[0])]
+        for used, planned in zip(sizes, rows, strict=True)
+    ]
 
 
 def _groups(sequences: Sequence[Sequence[int]], trunks: Sequence[int], share_prompts: bool) -> list[list[int]]:

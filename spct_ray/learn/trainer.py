@@ -7,6 +7,8 @@ brings, and starting processes (see `spct_ray.cluster.train`).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -121,6 +123,8 @@ class Trainer:
             loss = loss_fn(micro_batches[i]) if i < len(micro_batches) else self._empty_loss()
             self._engine.backward(loss * self.world_size)  # DeepSpeed takes the mean over ranks
             loss_sum += loss.detach()
+        if self.device.type == "cpu":
+            _give_back_memory()
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         loss_value = float(self._reduce(loss_sum, dist.ReduceOp.SUM))
@@ -276,6 +280,13 @@ class Trainer:
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         zero.checkpoint_event_epilogue()
+
+
+def _give_back_memory() -> None:
+    """Freed activations to the system. glibc would keep them, beside Adam's state and whatever else this machine runs
+    between two updates."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _import_deepspeed(resources: TrainResources) -> Any:
