@@ -241,6 +241,18 @@ class TestVllm:
     def test_prompt_logprobs_of_short_sequences(self, engine):
         assert [len(row) for row in engine.prompt_logprobs([[5], [5, 6], [5, 6, 7]])] == [0, 1, 2]
 
+    def test_freed_memory_goes_back_to_the_system_now_and_then(self, engine, monkeypatch):
+        from spct_ray.engines import vllm
+
+        trims = []
+        monkeypatch.setattr(vllm, "_trim", lambda: trims.append(1))
+        monkeypatch.setattr(vllm, "_TRIM_PERIOD_S", 3600.0)
+        engine.generate([ask("at once")])
+        assert not trims
+        monkeypatch.setattr(vllm, "_TRIM_PERIOD_S", 0.0)
+        engine.generate([ask("and later")])
+        assert trims
+
     def test_settings_and_templates_that_cannot_work(self, tmp_path):
         from spct_ray.engines.vllm import VllmEngine
 

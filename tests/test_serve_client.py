@@ -22,7 +22,8 @@ from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, re
 from spct_ray.serve.rewards import MAX_UNDER_WAY, cohort_rewards, trl_reward, verl_reward
 from spct_ray.serve.schema import JudgeAnswer
 from tests.test_serve import Script, refuse
-from tests.test_serve_http import app_of, by_length
+from tests.test_serve_http import app_of
+from tests.test_serve_routes import by_length
 
 QUERY = [Message("user", "Which word?")]
 

@@ -53,8 +53,9 @@ def test_an_answer_that_contradicts_itself_is_named(change, name):
     assert fault(alone.model_copy(update=change), BODY, alone) == name
 
 
-def test_growth_is_that_of_the_second_half():
-    """Five minutes of 60 MiB a minute, then five of 2."""
-    made = [Memory(t, "JudgeReplica", 1, 1000.0 + min(t, 300) + max(0, t - 300) / 30) for t in range(0, 600, 2)]
+def test_growth_is_that_of_the_second_half_whatever_is_freed_now_and_then():
+    """Five minutes of 60 MiB a minute, then five of 2, and up to 90 MiB that are given back every 30 s."""
+    trend = [(t, 1000.0 + min(t, 300) + max(0, t - 300) / 30) for t in range(0, 600, 2)]
+    made = [Memory(t, "JudgeReplica", 1, mib + 3 * (t % 30)) for t, mib in trend]
     assert growth(made) == pytest.approx(2)
-    assert growth(made[:4]) is None
+    assert growth(made[:100]) is None

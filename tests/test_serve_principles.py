@@ -203,4 +203,5 @@ def test_a_single_response_is_right_on_its_side_of_the_scale_and_no_verdict_is_w
         assert (credit(good, verdict), credit(bad, verdict)) == shares
     assert credit(good, None) == credit(good, answer.model_copy(update={"mean_scores": None})) == 0
     pair = Item("i", TALK, ("a", "b"), (0.0, 1.0))
-    assert [credit(pair, answer.model_copy(update={"winners": w})) for w in ([1], [0], [0, 1])] == [1, 0, 0.5]
+    means = ([2.0, 5.5], [5.5, 2.0], [4.0, 4.0])
+    assert [credit(pair, answer.model_copy(update={"mean_scores": mean})) for mean in means] == [1, 0, 0.5]

@@ -86,6 +86,17 @@ def test_a_verdict_over_http(url):
     assert [s.order for s in again.samples] == [s.order for s in answer.samples]
 
 
+def test_a_judge_replica_writes_its_log(url):
+    """An engine that closes the process's log handlers leaves Serve's to hold each record for ever, and write none."""
+    import ray
+
+    with JudgeClient(url) as client:
+        client.judge([Message("user", "Name a prime.")], ["4", "7"], k=1)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path(), "serve")
+    written = "".join(log.read_text() for log in logs.glob("replica_spct_JudgeReplica_*.log"))
+    assert "CALL judge OK" in written
+
+
 def test_replicas_keep_the_niceness_of_the_process_that_started_ray(url):
     import ray
 

@@ -82,7 +82,7 @@ def test_overload_and_a_killed_judge_give_right_answers_or_clean_refusals(ray_cl
     monkeypatch.setattr(load, "NUM_ITEMS", 4)
     config = config_of("unused", ReplicaConfig(max_ongoing_requests=4, max_queued_requests=4))
     with app.serving(config, ScriptedReplica) as url:
-        asyncio.run(load.drive(argparse.Namespace(clients=30, minutes=0.2, k=2), url, config))
+        asyncio.run(load.drive(argparse.Namespace(clients=30, minutes=0.2, k=2, kill_minute=None), url, config))
     out = capsys.readouterr().out
     assert "graceful_shutdown" not in out  # Serve's end is no failure
     figures = json.loads(out.splitlines()[-1])

@@ -72,8 +72,9 @@ class Votes:
         }
 
 
-def options_of(scores: Sequence[int], middle: float) -> tuple[float, ...]:
-    """What one judgement gives to each option of its item (see the top of the file); `middle` is used for n = 1."""
+def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
+    """What one judgement, or the mean of several, gives to each option of its item (see the top of the file); `middle`
+    is used for n = 1."""
     return tuple(float(s) for s in scores) if len(scores) > 1 else (middle, float(scores[0]))
 
 

@@ -1,14 +1,16 @@
-"""The voting service under more load than it can bear, with its judge killed in the middle.
+"""The voting service under more load than it can bear, with its judge killed once.
 
-`python jobs/bench.py serve --load [--model RUN_OR_MODEL --clients 200 --minutes 5]`. HTTP clients together ask for
-twice what the service was measured to answer, and do not try again. Every answer is compared with the one that the idle
-service gave to the same request; memory is read from /proc. Prints tables and, as its last line, one JSON object.
+`python jobs/bench.py serve --load [--model RUN_OR_MODEL --clients 200 --minutes 5 --kill-minute 2.5]`. HTTP clients
+together ask for twice what the service was measured to answer, and do not try again. Every answer is compared with the
+one that the idle service gave to the same request; memory is read from /proc. Prints tables and, as its last line, one
+JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -34,6 +36,8 @@ OVERLOAD = 2.0  # requests asked for, as a multiple of those answered at saturat
 NUM_ITEMS = 32
 PROBE_S = 10.0  # for which the capacity is measured
 MEMORY_PERIOD_S = 2.0
+TROUGH_S = 40.0
+FLAT = 5.0  # MiB a minute, the most that a process may grow by in the second half of its life
 DEPLOYMENTS = ("GatewayReplica", "JudgeReplica", "MetaReplica")
 KINDS = ("quotes", "first_word", "no_commas", "number", "title")  # short texts, which fit a nano judge
 
@@ -150,7 +154,7 @@ async def drive(arguments: argparse.Namespace, url: str, config: ServeConfig) ->
         memory: list[Memory] = []
         watch = asyncio.create_task(_watch(memory))
         clients = [asyncio.create_task(_client(http, questions, i, end, interval_s)) for i in range(arguments.clients)]
-        await asyncio.sleep(30 * arguments.minutes)
+        await asyncio.sleep(60 * (arguments.minutes / 2 if arguments.kill_minute is None else arguments.kill_minute))
         killed_at = time.monotonic()
         await asyncio.to_thread(_kill_judge)
         print(f"killed the judge replica after {killed_at - started:.0f} s", flush=True)
@@ -265,24 +269,28 @@ def _report(
 
 
 def growth(readings: Sequence[Memory]) -> float | None:
-    """MiB a minute over the second half of a process's readings, by least squares; None for too few of them."""
+    """MiB a minute over the second half of a process's readings, by least squares through the least reading of each
+    whole `TROUGH_S`, for a judge on CPUs frees memory now and then; None for fewer than three of these."""
     half = readings[len(readings) // 2 :]
-    if len(half) < 3:
+    spans = itertools.groupby(half, lambda m: (m.at - half[0].at) // TROUGH_S)
+    *troughs, _ = [min(span, key=lambda m: m.mib) for _, span in spans]  # the last span may not be whole
+    if len(troughs) < 3:
         return None
-    return 60 * statistics.linear_regression([m.at for m in half], [m.mib for m in half]).slope
+    return 60 * statistics.linear_regression([m.at for m in troughs], [m.mib for m in troughs]).slope
 
 
 def _memory_table(memory: Sequence[Memory], started: float) -> dict[str, Any]:
     """Prints one line a process: its growth, and MiB at six times of its life under load. Gives the same, by deployment
     and process."""
     found, grown = {}, {}
-    print(f"{'resident MiB at seconds':30}{'MiB/min':>10}  (growth in the second half of its life; then six times from "
-          "the first reading to the last)")  # fmt: skip
+    print(f"{'resident MiB at seconds':28}{'MiB/min':>10}         (growth in the second half of its life, flat up to "
+          f"{FLAT:+.0f}; then six times from the first reading to the last)")  # fmt: skip
     for pid in dict.fromkeys(m.pid for m in memory):
         own = [m for m in memory if m.pid == pid]
         shown = [own[round(i * (len(own) - 1) / 5)] for i in range(6)]
         name, slope = f"{own[0].deployment} {pid}", growth(own)
         found[name], grown[name] = [round(m.mib, 1) for m in shown], None if slope is None else round(slope, 2)
         cells = "".join(f"{m.mib:10.0f} at {m.at - started:3.0f}" for m in shown)
-        print(f"  {name:28}{'-' if slope is None else f'{slope:+.1f}':>10}{cells}")
+        told = f"{'-':>10}{'':7}" if slope is None else f"{slope:+10.1f}{' flat' if slope <= FLAT else ' grows':7}"
+        print(f"  {name:26}{told}{cells}")
     return {"memory_mib": found, "memory_growth_mib_per_minute": grown}

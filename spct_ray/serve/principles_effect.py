@@ -20,7 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from spct_ray.benchmarks.curves import options_of
 from spct_ray.benchmarks.metrics import bootstrap_ci, paired_difference
+from spct_ray.benchmarks.sheet import Sheet, best_credit
 from spct_ray.data.builtin import SOURCE, BuiltinConfig, constraints_of, generate
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Engine
@@ -70,10 +74,8 @@ def credit(item: Item, answer: JudgeAnswer | None) -> float:
     """The chance that the vote is right when it breaks its ties at random; 0 without a usable sample."""
     if answer is None or answer.mean_scores is None:
         return 0.0
-    if len(item.responses) > 1:
-        return (item.best in answer.winners) / len(answer.winners)
-    above = answer.mean_scores[0] - sum(answer.scale) / 2
-    return 0.5 if above == 0 else float((above > 0) == (item.rewards[0] > 0.5))
+    options = options_of(answer.mean_scores, sum(answer.scale) / 2)
+    return float(best_credit(Sheet.of([item]), np.array([options]))[0])
 
 
 async def measure(

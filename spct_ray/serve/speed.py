@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "judge: serve/principles_effect.py")  # fmt: skip
     parser.add_argument("--clients", type=int, default=200, help="of --load")
     parser.add_argument("--minutes", type=float, default=5.0, help="of --load")
+    parser.add_argument("--kill-minute", type=float, help="of --load: when the judge is killed (default: half-way)")
 
 
 def serve(arguments: argparse.Namespace) -> None:
