@@ -110,10 +110,11 @@ def test_an_experiment_can_be_done_on_data_of_ones_own(name: str, tmp_path: Path
     file = tmp_path / "mine.jsonl"
     pairs = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    mine = ["items.builtin=null", f"items.sources=[{{name: mine, path: {file}}}]"]
-    run_on_mine = build_steps(load(Recipe, str(ROOT / "conf/smollm2.yaml"), mine))
-    others = step_ids(run_on_mine, 1)
-    overrides = [f"base={ROOT}/conf/smollm2.yaml", "root=runs/new", "reuse=runs/mine", *mine]
+    mine = tmp_path / "mine.yaml"
+    items = f"items: {{builtin: null, sources: [{{name: mine, path: {file}}}]}}"
+    mine.write_text(f"base: {ROOT}/conf/smollm2.yaml\nroot: runs/mine\n{items}\n")
+    others = step_ids(build_steps(load(Recipe, str(mine))), 1)
+    overrides = [f"base={mine}", "root=runs/new", "reuse=runs/mine", "items.builtin=null"]
     recipe = load(Recipe, str(ROOT / "conf" / "experiments" / f"{name}.yaml"), overrides)
     steps = build_steps(recipe)
     ids = step_ids(steps, recipe.seed)
