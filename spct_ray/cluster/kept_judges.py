@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayActorError
@@ -52,7 +52,8 @@ class JudgeSpec:
 class JudgeHost:
     """One engine in a process of its own, that judges for one spec after the other.
 
-    Every call says for which, so that a host that died and was started again needs to be told nothing.
+    Every call says for which. Where the engine dies, so does the process: Ray starts another and sends the call again,
+    which starts an engine on the model that it names.
     """
 
     def __init__(self, engine: EngineConfig, make_engine: MakeEngine = vllm_engine) -> None:
@@ -63,25 +64,32 @@ class JudgeHost:
 
     def load(self, spec: JudgeSpec) -> None:
         """Become the judge of `spec`: the first one's engine is started, later ones' weights are loaded into it (and
-        count as version 0, like those of an engine of their own). Raises ConfigError and EngineError."""
+        count as version 0, like those of an engine of their own). Raises ConfigError and EngineError when none starts.
+        """
         if self._engine is None:
             self._engine = self._make_engine(spec.model, self._config)
-        elif self._spec is None or self._spec.model != spec.model:
-            self._spec = None  # until the reload has succeeded, nobody's
-            self._engine.reload(spec.model, weight_version=0)
+        elif self._spec is not None and self._spec.model != spec.model:
+            try:
+                self._engine.reload(spec.model, weight_version=0)
+            except EngineError as error:
+                _die(error)
         if self._spec != spec:
             self._judge = EngineJudge(self._engine, spec.prompt, spec.name, in_chunks=spec.in_chunks)
         self._spec = spec
 
     def judge(self, spec: JudgeSpec, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
-        """One trajectory a task. Where the engine dies the process ends; Ray starts another, and calls that again."""
+        """One trajectory a task, in order."""
+        self.load(spec)
+        assert self._judge is not None
         try:
-            self.load(spec)
-            assert self._judge is not None
             return self._judge.judge(tasks)
         except EngineError as error:
-            print(f"judge engine died, its process is replaced: {error}", flush=True)
-            os._exit(1)
+            _die(error)
+
+
+def _die(error: EngineError) -> NoReturn:
+    print(f"judge engine died, its process is replaced: {error}", flush=True)
+    os._exit(1)
 
 
 class KeptJudge:
