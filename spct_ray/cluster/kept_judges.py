@@ -141,9 +141,11 @@ def family(model: str) -> str:
 
 
 def _make_hosts(resources: SamplingResources, make_engine: MakeEngine) -> list[Any]:
+    """They hold GPUs, but no CPUs: a step's sampling actors hold these, and Ray Data needs one before it starts them."""
     host = ray.remote(JudgeHost).options(
-        num_cpus=resources.cpus_per_replica,
+        num_cpus=0,
         num_gpus=resources.gpus_per_replica,
+        scheduling_strategy="SPREAD",
         max_restarts=MAX_RESTARTS,
         max_task_retries=MAX_RESTARTS,
     )
