@@ -157,7 +157,7 @@ def test_without_sources_the_builtin_set_alone_is_written(tmp_path: Path) -> Non
 
 
 def unseen_after(given: Path, out: Path, config: unseen.UnseenConfig) -> None:
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     made = StepContext(name="unseen", seed=1, out=str(out), inputs={"items": str(given)}, command="spct run")
     unseen.run(made, config, unseen.UnseenResources())
 
@@ -181,8 +181,15 @@ def test_unseen_sets_are_of_other_kinds_and_sizes_beside_some_held_out_items(tmp
     # One judge judges them all: ids differ, and a set of the run's own kinds is not its held-out set again.
     assert len({i.id for found in items.values() for i in found}) == 8 + 12 + 9 + 20
     assert not {query_text(i) for i in items["same"]} <= {query_text(i) for i in items["heldout"]}
-    # What reads the items step reads this one as well.
-    assert (tmp_path / "out" / "train.parquet").read_bytes() == (tmp_path / "items" / "train.parquet").read_bytes()
+    # What reads the items step reads this one as well, also after a second attempt and in a root that was moved.
+    unseen_after(tmp_path / "items", tmp_path / "out", unseen.UnseenConfig(sets, heldout_size=8))
+    (tmp_path / "moved").mkdir()
+    for name in ("items", "out"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert (tmp_path / "moved/out/train.parquet").is_symlink()
+    assert len(read_items(str(tmp_path / "moved/out/train.parquet"))) == 60
+    assert len(read_items(str(tmp_path / "moved/items/heldout.parquet"))) == 20  # not cut through a link
+    (tmp_path / "moved/items").rename(tmp_path / "items")
     for name in ("heldout", "a/b"):
         with pytest.raises(ConfigError, match=f"'{name}' is no free name"):
             unseen_after(tmp_path / "items", tmp_path / name.replace("/", "_"), unseen.UnseenConfig({name: trained}))

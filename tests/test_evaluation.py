@@ -501,27 +501,39 @@ def test_errors_say_what_to_do(
 
 
 @pytest.mark.slow
-def test_a_real_engine_from_the_command_line_twice(tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_two_judges_on_one_real_engine_and_a_command_that_is_killed(tmp_path: Path) -> None:
     from tiny import make_tiny_model
 
-    make_tiny_model(tmp_path / "tiny")
+    for name, seed in (("one", 1), ("two", 2)):
+        make_tiny_model(tmp_path / name, seed=seed)
     make_benchmarks(tmp_path, 6)
     (tmp_path / "c.yaml").write_text(
         "judge: {template: compact, max_tokens: 8}\ncluster: {num_cpus: 2, object_store_gib: 0.2}\n"
-        "evaluate: {block_size: 12, engine: {max_model_len: 512, max_num_seqs: 16, kv_cache_gib: 0.1}}\n"
+        "evaluate: {block_size: 4, engine: {max_model_len: 512, max_num_seqs: 16, kv_cache_gib: 0.1}}\n"
     )
     command = [
-        sys.executable, "-m", "spct_ray.cli", "evaluate", str(tmp_path / "tiny"), f"--root={tmp_path}/out", "--k=1,2",
+        sys.executable, "-m", "spct_ray.cli", "evaluate", f"{tmp_path}/one", f"{tmp_path}/two",
+        f"--root={tmp_path}/out", "--k=1,2",
         f"--benchmarks=rewardbench={tmp_path}/rb.jsonl", f"--config={tmp_path}/c.yaml",
     ]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert first.returncode == 0, first.stdout + first.stderr
-    summary = json.loads((tmp_path / "out/report/summary.json").read_text())
-    assert summary["judges"]["tiny"]["weights"] > 1000
-    failures = summary["benchmarks"]["rewardbench"]["models"]["tiny"]["failures"]
-    assert sum(failures.values()) <= 12
-    assert pq.read_table(tmp_path / "out/report/samples.parquet").num_rows == 12
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
+        said = []
+        for line in first.stdout or ():
+            said.append(line)
+            if "loads its weights into the engines of the judge before" in line:
+                break
+        first.kill()
+    (done,) = [line.split()[0] for line in said if line.startswith("[evaluate_") and "] done" in line]
+    resumed = {"[evaluate_one]": "[evaluate_two]", "[evaluate_two]": "[evaluate_one]"}[done]
+    assert said[-1].startswith(resumed)
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == 0
-    assert "starts" not in again.stdout
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{done} " not in again.stdout
+    assert f"{resumed} starts engines\n" in again.stdout
     assert "official score of 6 rows" in again.stdout
+    summary = json.loads((tmp_path / "out/report/summary.json").read_text())
+    assert summary["judges"]["two"]["weights"] > 1000
+    failures = summary["benchmarks"]["rewardbench"]["models"]["two"]["failures"]
+    assert sum(failures.values()) <= 12
+    assert pq.read_table(tmp_path / "out/report/samples.parquet").num_rows == 2 * 12

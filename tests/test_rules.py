@@ -22,8 +22,11 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("spct_ray/**/*.py"), *ROOT.glob("jobs/*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 UNSAFE = re.compile(r"torch\.load\(|\bpickle\.loads?\(|trust_remote_code\s*=\s*True|(?<![\w.])(eval|exec)\(")
-HOMES = {"ray": ("spct_ray/graph/runner.py", "spct_ray/cluster/", "spct_ray/stages/", "spct_ray/serve/"),
-         "vllm": ("spct_ray/engines/vllm",)}  # fmt: skip
+HOMES = {
+    "ray": ("spct_ray/graph/runner.py", "spct_ray/graph/keeper.py", "spct_ray/cluster/", "spct_ray/stages/",
+            "spct_ray/serve/"),
+    "vllm": ("spct_ray/engines/vllm",),
+}  # fmt: skip
 RECIPES = sorted(str(p.relative_to(ROOT / "conf")) for p in ROOT.glob("conf/**/*.yaml") if p.name != "serve.yaml")
 
 
@@ -107,10 +110,11 @@ def test_an_experiment_can_be_done_on_data_of_ones_own(name: str, tmp_path: Path
     file = tmp_path / "mine.jsonl"
     pairs = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no"} for i in range(8)]
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    mine = ["items.builtin=null", f"items.sources=[{{name: mine, path: {file}}}]"]
-    run_on_mine = build_steps(load(Recipe, str(ROOT / "conf/smollm2.yaml"), mine))
-    others = step_ids(run_on_mine, 1)
-    overrides = [f"base={ROOT}/conf/smollm2.yaml", "root=runs/new", "reuse=runs/mine", *mine]
+    mine = tmp_path / "mine.yaml"
+    items = f"items: {{builtin: null, sources: [{{name: mine, path: {file}}}]}}"
+    mine.write_text(f"base: {ROOT}/conf/smollm2.yaml\nroot: runs/mine\n{items}\n")
+    others = step_ids(build_steps(load(Recipe, str(mine))), 1)
+    overrides = [f"base={mine}", "root=runs/new", "reuse=runs/mine", "items.builtin=null"]
     recipe = load(Recipe, str(ROOT / "conf" / "experiments" / f"{name}.yaml"), overrides)
     steps = build_steps(recipe)
     ids = step_ids(steps, recipe.seed)

@@ -187,6 +187,39 @@ def test_an_engine_that_always_dies_ends_in_a_clear_error(tmp_path, ray_session)
         )
 
 
+def dying_engine(marker, deaths, model, config):
+    """The engine of a host, that dies on its first call until `deaths` processes have died."""
+    return dying_judge(marker, deaths).engine
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_kept_engine_that_dies_is_replaced_and_its_block_done_again(tmp_path, ray_session):
+    import ray
+
+    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
+    from spct_ray.cluster.sampling import read_trajectories
+    from spct_ray.cluster.sampling import sample as sample_tasks
+    from spct_ray.graph.keeper import keeper
+
+    _, train = items_dir(tmp_path)
+    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    (tmp_path / "config.json").write_text("{}")
+    kept, resources, spec = keeper(), SamplingResources(block_size=40), JudgeSpec(str(tmp_path), JUDGE, "scripted")
+    out = tmp_path / "out"
+    out.mkdir()
+    make_judge = keep_judges(kept, "k", spec, resources, print, partial(dying_engine, str(tmp_path), 2))
+    made = sample_tasks(tasks, make_judge, str(out), replace(resources, cpus_per_replica=0), lambda *a: None)
+    ray.get(kept.end.remote("k"))
+    assert len(list(tmp_path.glob("death-*"))) == 2
+    assert made["judgements"] == 160
+    assert {t.model for t in read_trajectories(str(out))} == {"scripted"}
+    mortal = keep_judges(kept, "k", spec, resources, print, partial(dying_engine, str(tmp_path), 99))
+    with pytest.raises(EngineError, match="died"):
+        sample_tasks(tasks, mortal, str(tmp_path / "never"), replace(resources, cpus_per_replica=0), lambda *a: None)
+    ray.get(kept.end.remote("k"))
+
+
 @pytest.mark.slow
 def test_killed_sampling_resumes_without_doing_a_block_twice(tmp_path):
     """A driver killed in mid-run leaves whole blocks; the next call judges only the rest."""

@@ -14,7 +14,8 @@
 
 Steps only coordinate (num_cpus=0); the workers that they start take the CPUs and GPUs. A step is admitted beside
 others when its declared demand fits beside theirs in the whole cluster; alone it always starts, so that an autoscaler
-can bring what is missing. Not here: locks and ids (`lock.py`, `fingerprint.py`), a step's process (`worker.py`).
+can bring what is missing. Actors that a step leaves for the next one like it (`keeper.py`) end when it does not follow
+at once. Not here: locks and ids (`lock.py`, `fingerprint.py`), a step's process (`worker.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import ray.exceptions
 
 from spct_ray.errors import SpctError, StepError
 from spct_ray.graph.fingerprint import step_ids, topological
+from spct_ray.graph.keeper import keeper
 from spct_ray.graph.record import StepRecord, describe, local_root, log_path, read_record, step_directory
 from spct_ray.graph.step import Step, StepContext, log_prefix
 from spct_ray.graph.worker import execute
@@ -71,11 +73,14 @@ class _Run:
         self.records: dict[str, StepRecord] = {}
         self.failures: list[StepError] = []
         self.next_node_check = 0.0
+        self.kept: set[str] = set()  # what running steps, or those that just ended, keep
+        self.keeper = keeper() if any(step.keeps for step in steps) else None
 
     def finish(self) -> dict[str, StepRecord]:
         while True:
             if not self.failures:
                 self._start_ready()
+            self._end_kept()
             if not self.running:
                 break
             finished, _ = ray.wait(list(self.running), timeout=POLL_SECONDS)
@@ -103,8 +108,17 @@ class _Run:
                 self.waiting.remove(step)
                 self._start(step, number=1)
 
+    def _end_kept(self) -> None:
+        """End what is kept for steps none of which runs, so that its place is free."""
+        used = {attempt.step.keeps for attempt in self.running.values()}
+        if self.keeper is not None and self.kept - used:
+            ray.get([self.keeper.end.remote(name) for name in self.kept - used])
+        self.kept &= used
+
     def _fits(self, step: Step) -> bool:
         """Whether the step may start beside what runs; alone, it always may."""
+        if step.keeps and any(attempt.step.keeps == step.keeps for attempt in self.running.values()):
+            return False
         total = ray.cluster_resources()
         demands = [attempt.step.demand for attempt in self.running.values()] + [step.demand]
         cpus, gpus = sum(d.cpus for d in demands), sum(d.gpus for d in demands)
@@ -130,6 +144,7 @@ class _Run:
         )
         offset = os.path.getsize(log) if os.path.exists(log) else 0
         context.log("resumes" if os.path.isdir(context.out) else "starts")
+        self.kept |= {step.keeps} - {""}
         task = _execute.options(name=step.name)
         self.running[task.remote(step, context, describe(step, self.ids, self.seed))] = _Attempt(step, number, offset)
 

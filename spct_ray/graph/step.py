@@ -98,7 +98,8 @@ class Step:
     """One node of the graph. What it is (function, version, config, inputs) makes its id; where it runs does not.
 
     `function(context, config, resources) -> metrics` lives at the top level of a module, so that a worker can import
-    it; `inputs` names, for each role, the step whose finished directory is read.
+    it; `inputs` names, for each role, the step whose finished directory is read. Steps that name the same `keeps` run
+    one after the other, on actors that outlive a step (`graph.keeper`).
     """
 
     name: str
@@ -108,6 +109,7 @@ class Step:
     resources: Any
     demand: Demand
     inputs: Mapping[str, str] = field(default_factory=dict)
+    keeps: str = ""
 
     @property
     def function_name(self) -> str:

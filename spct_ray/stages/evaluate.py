@@ -5,7 +5,7 @@ Every smaller k, and meta voting, is computed from these samples by `stages.repo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,13 @@ from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError, RequestError
-from spct_ray.graph.step import StepContext
+from spct_ray.graph.step import Demand, Step, StepContext
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.prompt import JudgeConfig, check_items
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
-from spct_ray.stages.sample import engine_judge, remote_judge
+from spct_ray.stages.sample import remote_judge
 
 VERSION = 2
 
@@ -59,12 +59,12 @@ class EndpointResources:
 
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """Judge all held-out and benchmark items with input "judge"; writes trajectories/*.parquet and timing.json."""
-    return _judge(context, config, resources, _engine(context, config, resources), num_greedy=1)
+    return _judge_kept(context, config, resources, num_greedy=1)
 
 
 def run_both_orders(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """The same with two greedy judgements of items with n >= 2, in two orders (of a pair, both)."""
-    return _judge(context, config, resources, _engine(context, config, resources), num_greedy=2)
+    return _judge_kept(context, config, resources, num_greedy=2)
 
 
 def run_endpoint(context: StepContext, config: EvaluateConfig, resources: EndpointResources) -> dict[str, Any]:
@@ -75,9 +75,29 @@ def run_endpoint(context: StepContext, config: EvaluateConfig, resources: Endpoi
     return _judge(context, config, SamplingResources(block_size=resources.block_size), make_judge, num_greedy=2)
 
 
-def _engine(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> Callable[[], Judge]:
-    model, name = str(Path(context.inputs["judge"]) / "model"), context.name.removeprefix("evaluate_")
-    return partial(engine_judge, model, resources.engine, config.prompt, name, False, config.in_chunks)
+def step(
+    name: str,
+    function: Callable[..., dict[str, Any]],
+    config: EvaluateConfig,
+    resources: SamplingResources,
+    inputs: Mapping[str, str],
+) -> Step:
+    """A step that judges by engines, which the next one with equal resources takes over (`cluster.kept_judges`)."""
+    demand = Demand.of_replicas(resources)
+    return Step(name, function, VERSION, config, resources, demand, inputs, keeps=str(resources))
+
+
+def _judge_kept(
+    context: StepContext, config: EvaluateConfig, resources: SamplingResources, num_greedy: int
+) -> dict[str, Any]:
+    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
+    from spct_ray.graph.keeper import keeper
+
+    model, name = str((Path(context.inputs["judge"]) / "model").resolve()), context.name.removeprefix("evaluate_")
+    kept, spec = keeper(), JudgeSpec(model, config.prompt, name, config.in_chunks)
+    make_judge = keep_judges(kept, str(resources), spec, resources, context.log)
+    senders = replace(resources, gpus_per_replica=0)  # of blocks; the engines have the GPUs
+    return _judge(context, config, senders, make_judge, num_greedy)
 
 
 def _judge(

@@ -222,48 +222,40 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
                     {"items": "benchmarks"})  # fmt: skip
         steps.append(made)
     read = {"items": items}
+    models, judged, scored = list[Step](), list[Step](), list[Step]()
     for judge in judges:
         name, model = f"evaluate_{judge.name}", f"model_{judge.name}"
         inputs = {"items": items}
         if judge.model is not None:
             judge_model.check(judge.model, needs_template=judge.config is not None)
-            steps.append(_model_step(model, judge.model, one))
+            models.append(_model_step(model, judge.model, one))
             inputs, read = inputs | {"judge": model}, read | {model: model}
         if judge.config is None:
             if asked.suite == "robustness":
                 raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
             scoring = where.meta_scores
-            steps.append(
-                Step(
-                    name,
-                    scalar.run,
-                    scalar.VERSION,
-                    scalar.ScalarConfig(),
-                    scoring,
-                    Demand.of_replicas(scoring),
-                    inputs,
-                )
-            )
+            unset, demand = scalar.ScalarConfig(), Demand.of_replicas(scoring)
+            scored.append(Step(name, scalar.run, scalar.VERSION, unset, scoring, demand, inputs))
             read |= {name: name}
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
         config = replace(judge.config, k_max=max(asked.ks), temperature=temperature, in_chunks=True)
         if isinstance(judge.resources, evaluate.EndpointResources):
             ask = judge.resources
-            steps.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
+            judged.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
         else:
             engines = where.evaluate or judge.resources
-            demand = Demand.of_replicas(engines)
-            steps.append(Step(name, evaluate.run_both_orders, evaluate.VERSION, config, engines, demand, inputs))
+            judged.append(evaluate.step(name, evaluate.run_both_orders, config, engines, inputs))
         read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
             scorers, demand = where.meta_scores, Demand.of_replicas(where.meta_scores)
-            steps.append(_model_step(meta, judge.meta, one))
+            models.append(_model_step(meta, judge.meta, one))
             inputs = {"items": "benchmarks", "meta": meta, name: name}
-            unset = meta_scores.MetaScoresConfig()
-            steps.append(Step(scores, meta_scores.run, meta_scores.VERSION, unset, scorers, demand, inputs))
+            nothing = meta_scores.MetaScoresConfig()
+            scored.append(Step(scores, meta_scores.run, meta_scores.VERSION, nothing, scorers, demand, inputs))
             read |= {scores: scores, meta: meta}
+    steps += [*models, *judged, *scored]  # evaluations follow each other at once, so that they share engines
     names = tuple(judge.name for judge in judges)
     prompts = tuple(None if judge.config is None else judge.config.prompt for judge in judges)
     ks = tuple(sorted(set(asked.ks)))

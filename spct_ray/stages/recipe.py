@@ -149,9 +149,9 @@ def build_steps(recipe: Recipe) -> list[Step]:
     evaluated: Inputs = {}
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         name, inputs = f"evaluate_{model}", {"items": judged, "judge": step}
-        evaluated[name] = add(
-            name, evaluate, recipe.evaluate, where.evaluate, Demand.of_replicas(where.evaluate), inputs
-        )
+        config = _with_judge(name, recipe.evaluate, recipe.judge)
+        steps.append(evaluate.step(name, evaluate.run, config, where.evaluate, inputs))
+        evaluated[name] = name
     scores = where.meta_scores
     score_inputs = {"items": judged, "meta": "meta", **evaluated}
     add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, Demand.of_replicas(scores), score_inputs)

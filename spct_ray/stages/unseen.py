@@ -2,12 +2,12 @@
 
 A step of its own between the items and the evaluations, so that asking for other sets trains nothing again. It needs
 no data; benchmarks from files are `ItemsConfig.benchmarks` or `spct evaluate`.
-Outputs: all files of the items step, heldout.parquet cut to size, and bench_<name>.parquet of each set.
+Outputs: links to all files of the items step, but heldout.parquet cut to size, and bench_<name>.parquet of each set.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ def run(context: StepContext, config: UnseenConfig, _: UnseenResources) -> dict[
     from spct_ray.data.store import read_items, write_items
 
     given, out = Path(context.inputs["items"]), Path(context.out)
-    for file in (given / "data_report.json", *given.glob("*.parquet")):
-        shutil.copyfile(file, out / file.name)
+    for name in {"data_report.json", *(file.name for file in given.glob("*.parquet"))} - {"heldout.parquet"}:
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(os.path.relpath(given / name, out))  # relative, so that a root can be moved
     heldout = read_items(str(given / "heldout.parquet"))[: config.heldout_size]
     write_items(str(out / "heldout.parquet"), heldout)
     for name, builtin in config.sets.items():
