@@ -245,7 +245,7 @@ class TestVllm:
         from spct_ray.engines import vllm
 
         trims = []
-        monkeypatch.setattr(vllm, "_trim", lambda: trims.append(1))
+        monkeypatch.setattr(vllm, "give_back_freed", lambda: trims.append(1))
         monkeypatch.setattr(vllm, "_TRIM_PERIOD_S", 3600.0)
         engine.generate([ask("at once")])
         assert not trims

@@ -7,7 +7,6 @@ futures. Here and in `vllm_transfer.py` vLLM is imported. Leaves out placement a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import time
@@ -40,6 +39,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from spct_ray.chat import encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
+from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 from spct_ray.records import Completion
 
@@ -244,7 +244,7 @@ class VllmEngine:
                     if output.finished and output.request_id in running:
                         self._resolve(running.pop(output.request_id), output)
             if current_platform.is_cpu() and time.monotonic() > trimmed_at + _TRIM_PERIOD_S:
-                _trim()
+                give_back_freed()
                 trimmed_at = time.monotonic()
 
     def _admit(self, core: LLMEngine, job: _Sample | _Score, request_id: str) -> bool:
@@ -325,13 +325,6 @@ class VllmEngine:
 def _fail(job: _Job, error: Exception) -> None:
     if job.future.set_running_or_notify_cancel():
         job.future.set_exception(error)
-
-
-def _trim() -> None:
-    """Give the C heap's free pages back to the system, where it is glibc's: kernels that oneDNN makes for each batch
-    size, keeps by the thousand and drops again leave holes between them, without this 200 MiB in some minutes."""
-    if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        malloc_trim(0)
 
 
 def _repack_kept_weights(worker: Any) -> None:

@@ -7,8 +7,6 @@ brings, and starting processes (see `spct_ray.cluster.train`).
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import math
 import os
@@ -28,6 +26,7 @@ from spct_ray.learn.batch import EMPTY, Batch
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, learning_rate
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
 _GATHER_NUMEL = 1 << 28  # elements gathered at once under ZeRO-3
@@ -124,7 +123,7 @@ class Trainer:
             self._engine.backward(loss * self.world_size)  # DeepSpeed takes the mean over ranks
             loss_sum += loss.detach()
         if self.device.type == "cpu":
-            _give_back_memory()
+            give_back_freed()
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         loss_value = float(self._reduce(loss_sum, dist.ReduceOp.SUM))
@@ -280,13 +279,6 @@ class Trainer:
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         zero.checkpoint_event_epilogue()
-
-
-def _give_back_memory() -> None:
-    """Freed activations to the system. glibc would keep them, beside Adam's state and whatever else this machine runs
-    between two updates."""
-    with contextlib.suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _import_deepspeed(resources: TrainResources) -> Any:
