@@ -76,6 +76,35 @@ def toy_steps(gate: str = "", fail: bool = False, config: PartsConfig | None = N
     ]
 
 
+class Pid:
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def make_pids() -> list[Any]:
+    import ray
+
+    return [ray.remote(Pid).options(num_cpus=1).remote()]
+
+
+def ask_kept(context: StepContext, kind: str, _: None) -> dict[str, Any]:
+    """What the keeper had of this kind, and the process of the actor that it lends."""
+    import ray
+
+    from spct_ray.graph.keeper import keeper
+
+    kept = keeper()
+    there = ray.get(kept.keep.remote("pids", kind, make_pids))
+    return {"there": there, "pid": ray.get(ray.get(kept.lend.remote("pids")).pid.remote())}
+
+
+def take_the_cpu(context: StepContext, config: None, _: None) -> dict[str, Any]:
+    import ray
+
+    (actor,) = make_pids()
+    return {"pid": ray.get(actor.pid.remote(), timeout=60)}
+
+
 def wait_until(condition: Any, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

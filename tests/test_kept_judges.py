@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from graph_toys import ask_kept, take_the_cpu
 from tiny import make_tiny_model
 
 from spct_ray.cluster.kept_judges import JudgeHost, JudgeSpec, family
@@ -15,9 +16,8 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
-from spct_ray.graph.keeper import keeper
 from spct_ray.graph.runner import run_steps
-from spct_ray.graph.step import Demand, Step, StepContext
+from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
@@ -100,33 +100,6 @@ def test_after_a_reload_a_judge_says_what_it_says_on_an_engine_of_its_own(tmp_pa
     assert after == fresh
     assert back == before
     assert all(a.text != b.text for a, b in zip(before, after, strict=True))
-
-
-class Pid:
-    def pid(self) -> int:
-        return os.getpid()
-
-
-def make_pids() -> list[Any]:
-    import ray
-
-    return [ray.remote(Pid).options(num_cpus=1).remote()]
-
-
-def ask_kept(context: StepContext, kind: str, _: None) -> dict[str, Any]:
-    """What the keeper had of this kind, and the process of the actor that it lends."""
-    import ray
-
-    kept = keeper()
-    there = ray.get(kept.keep.remote("pids", kind, make_pids))
-    return {"there": there, "pid": ray.get(ray.get(kept.lend.remote("pids")).pid.remote())}
-
-
-def take_the_cpu(context: StepContext, config: None, _: None) -> dict[str, Any]:
-    import ray
-
-    (actor,) = make_pids()
-    return {"pid": ray.get(actor.pid.remote(), timeout=60)}
 
 
 @pytest.mark.slow

@@ -205,18 +205,19 @@ def test_a_kept_engine_that_dies_is_replaced_and_its_block_done_again(tmp_path, 
     _, train = items_dir(tmp_path)
     tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
     (tmp_path / "config.json").write_text("{}")
-    kept, resources, spec = keeper(), SamplingResources(block_size=40), JudgeSpec(str(tmp_path), JUDGE, "scripted")
+    kept, spec = keeper(), JudgeSpec(str(tmp_path), JUDGE, "scripted")
+    resources = SamplingResources(num_replicas=3, block_size=40)  # all CPUs: what is kept must leave room to begin
     out = tmp_path / "out"
     out.mkdir()
     make_judge = keep_judges(kept, "k", spec, resources, print, partial(dying_engine, str(tmp_path), 2))
-    made = sample_tasks(tasks, make_judge, str(out), replace(resources, cpus_per_replica=0), lambda *a: None)
+    made = sample_tasks(tasks, make_judge, str(out), resources, lambda *a: None)
     ray.get(kept.end.remote("k"))
     assert len(list(tmp_path.glob("death-*"))) == 2
     assert made["judgements"] == 160
     assert {t.model for t in read_trajectories(str(out))} == {"scripted"}
     mortal = keep_judges(kept, "k", spec, resources, print, partial(dying_engine, str(tmp_path), 99))
     with pytest.raises(EngineError, match="died"):
-        sample_tasks(tasks, mortal, str(tmp_path / "never"), replace(resources, cpus_per_replica=0), lambda *a: None)
+        sample_tasks(tasks, mortal, str(tmp_path / "never"), resources, lambda *a: None)
     ray.get(kept.end.remote("k"))
 
 

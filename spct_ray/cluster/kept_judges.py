@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,7 +141,8 @@ def family(model: str) -> str:
 
 
 def _make_hosts(resources: SamplingResources, make_engine: MakeEngine) -> list[Any]:
-    """They hold GPUs, but no CPUs: a step's sampling actors hold these, and Ray Data needs one before it starts them."""
+    """Hosts hold the GPUs, but no CPUs: those are held by the sampling actors that send them blocks, and so are free
+    between two steps (Ray Data needs one to begin)."""
     host = ray.remote(JudgeHost).options(
         num_cpus=0,
         num_gpus=resources.gpus_per_replica,
@@ -149,4 +150,6 @@ def _make_hosts(resources: SamplingResources, make_engine: MakeEngine) -> list[A
         max_restarts=MAX_RESTARTS,
         max_task_retries=MAX_RESTARTS,
     )
-    return [host.remote(resources.engine, make_engine) for _ in range(resources.num_replicas)]
+    threads = resources.engine.threads or max(1, int(resources.cpus_per_replica))  # Ray gives an actor without CPUs one
+    engine = replace(resources.engine, threads=threads)
+    return [host.remote(engine, make_engine) for _ in range(resources.num_replicas)]

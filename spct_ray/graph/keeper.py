@@ -28,6 +28,7 @@ class Keeper:
     ) -> Literal["nothing", "the same", "another kind"]:
         """Have actors of the kind under the name: those that are there, else what `make` makes, in place of others.
         Returns what was there."""
+        self._num_lent = 0  # so that a step that needs fewer actors than there are takes those that the last one took
         there = self._kept.get(name)
         if there is not None and there[0] == kind:
             return "the same"
@@ -36,10 +37,10 @@ class Keeper:
         return "nothing" if there is None else "another kind"
 
     def lend(self, name: str) -> Any:
-        """One of the name's actors, each in turn."""
-        self._num_lent += 1
+        """One of the name's actors, each in turn, from the first on for each call of `keep`."""
         actors = self._kept[name][1]
-        return actors[self._num_lent % len(actors)]
+        self._num_lent += 1
+        return actors[(self._num_lent - 1) % len(actors)]
 
     def end(self, name: str) -> None:
         """Kill the name's actors, if there are any."""
