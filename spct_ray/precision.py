@@ -16,5 +16,7 @@ def resolve(dtype: str, on_gpu: bool) -> str:
 
     if dtype != "auto":
         return dtype
+    if on_gpu:
+        return "bfloat16"
     able = torch.cpu.get_capabilities()
-    return "bfloat16" if on_gpu or any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "float32"
+    return "bfloat16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "float32"

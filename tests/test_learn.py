@@ -51,7 +51,7 @@ def test_logprobs_and_gradients_equal_plain_transformers(
     tiny: str, max_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learn_model, "_MAX_LOGITS", {"cpu": max_logits})
-    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32))
+    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32, on_gpu=False))
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     batch = make_batch(SEQUENCES, PROMPTS)
     logp_N = policy(batch)
@@ -96,7 +96,7 @@ def test_output_layer_by_slices_equals_all_logits_at_once(
 
 
 def test_logprobs_of_nothing_still_reach_every_weight(tiny: str) -> None:
-    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32))
+    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32, on_gpu=False))
     policy(make_batch([[5, 6, 7]], [3])).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
@@ -107,12 +107,12 @@ def test_models_that_scale_their_logits_are_refused(tmp_path: Path) -> None:
                       num_key_value_heads=1, logits_scaling=8.0)
     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(ConfigError, match="logits_scaling"):
-        load_model(str(tmp_path), "lm", torch.float32)
+        load_model(str(tmp_path), "lm", torch.float32, on_gpu=False)
 
 
 def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = load_model(tiny, "scalar", torch.bfloat16)
+    model = load_model(tiny, "scalar", torch.bfloat16, on_gpu=False)
     model.save_pretrained(tmp_path)
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)

@@ -42,7 +42,7 @@ def fill(parameters: Any) -> None:
 
 
 def test_log_probs_gradients_and_merged_weights_equal_plain_peft(tiny: str) -> None:
-    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32))
+    policy = TokenLogprobs(load_model(tiny, "lm", torch.float32, on_gpu=False))
     add_adapters(policy.model, LORA)
     plain = plain_peft(tiny)
     fill(policy.model.named_parameters())
@@ -72,7 +72,7 @@ def test_log_probs_gradients_and_merged_weights_equal_plain_peft(tiny: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_new_adapters_change_nothing_and_all_linear_layers_of_the_trunk_get_them(tiny: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = load_model(tiny, "scalar", dtype)
+    model = load_model(tiny, "scalar", dtype, on_gpu=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     add_adapters(model, LoraConfig(rank=2, dropout=0.5))
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -92,7 +92,7 @@ def test_a_model_without_adapters_gives_its_live_weights(tiny: str) -> None:
 
 @pytest.mark.parametrize("target", ["q_prj", "embed_tokens", "lm_head", "mlp"])
 def test_targets_that_are_no_linear_layer_of_the_trunk_are_refused(tiny: str, target: str) -> None:
-    model = load_model(tiny, "lm", torch.float32)
+    model = load_model(tiny, "lm", torch.float32, on_gpu=False)
     with pytest.raises(ConfigError, match=rf"lora.target_modules: {target} names no linear layer .* it has down_proj"):
         add_adapters(model, LoraConfig(rank=2, target_modules=("q_proj", target)))
     assert all(p.requires_grad for p in model.parameters())

@@ -121,7 +121,7 @@ def test_packing_and_sharing_change_neither_logprobs_nor_gradients(
     plain = AutoModelForCausalLM.from_pretrained(directories[name], dtype=torch.float32, attn_implementation="eager")
     expected = logprobs_one_by_one(plain, sequences, prompts)
     weighted_sum(expected).backward()
-    policy = TokenLogprobs(load_model(directories[name], "lm", torch.float32))
+    policy = TokenLogprobs(load_model(directories[name], "lm", torch.float32, on_gpu=False))
     for logp, logp_expected in zip(packed_run(policy, sequences, prompts, micro_tokens, share), expected, strict=True):
         torch.testing.assert_close(logp, logp_expected, atol=2e-5, rtol=1e-5)
     got = gradients(policy.model)
@@ -137,7 +137,7 @@ LLAMA_GROUPS = st.lists(
 @pytest.fixture(scope="module")
 def llama(directories: dict[str, str]) -> tuple[PreTrainedModel, TokenLogprobs]:
     plain = AutoModelForCausalLM.from_pretrained(directories["llama"], dtype=torch.float32)
-    return plain, TokenLogprobs(load_model(directories["llama"], "lm", torch.float32))
+    return plain, TokenLogprobs(load_model(directories["llama"], "lm", torch.float32, on_gpu=False))
 
 
 @settings(max_examples=25)
@@ -165,7 +165,7 @@ def test_bf16_rows_agree_with_one_pass_a_sequence_up_to_rounding(directories: di
 
     def run(dtype: torch.dtype, packed: bool) -> dict[str, torch.Tensor]:
         if packed:
-            policy = TokenLogprobs(load_model(directories["llama"], "lm", dtype))
+            policy = TokenLogprobs(load_model(directories["llama"], "lm", dtype, on_gpu=False))
             packed_run(policy, sequences, prompts, 10_000, True)
             return gradients(policy.model)
         plain = AutoModelForCausalLM.from_pretrained(directories["llama"], dtype=dtype)
@@ -181,14 +181,14 @@ def test_bf16_rows_agree_with_one_pass_a_sequence_up_to_rounding(directories: di
 @pytest.mark.parametrize("share", [True, False])
 def test_scores_are_read_at_each_sequences_last_token(directories: dict[str, str], share: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = load_model(directories["llama"], "scalar", torch.float32)
+    model = load_model(directories["llama"], "scalar", torch.float32, on_gpu=False)
     model.config.pad_token_id = 0
     model.save_pretrained(tmp_path)
     sequences, prompts = make_sequences(GROUPS)
     sequences, prompts = [*sequences, sequences[0], sequences[0][: prompts[0]]], [*prompts, prompts[0], prompts[0]]
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
     expected = torch.stack([plain(torch.tensor([ids])).logits[0, 0] for ids in sequences])
-    module = LastTokenScore(load_model(str(tmp_path), "scalar", torch.float32))
+    module = LastTokenScore(load_model(str(tmp_path), "scalar", torch.float32, on_gpu=False))
     torch.testing.assert_close(module(make_batch(sequences, prompts, share)), expected, atol=2e-5, rtol=1e-5)
 
 
@@ -283,6 +283,6 @@ def test_models_that_packed_rows_would_falsify_are_refused(tmp_path: Path) -> No
     AutoModelForCausalLM.from_config(GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)).save_pretrained(
         tmp_path
     )
-    policy = TokenLogprobs(load_model(str(tmp_path), "lm", torch.float32))
+    policy = TokenLogprobs(load_model(str(tmp_path), "lm", torch.float32, on_gpu=False))
     with pytest.raises(ConfigError, match=r"unsupported options: .*s_aux"):
         policy(make_batch([[5, 6, 7]], [1]))

@@ -66,7 +66,7 @@ class FakeTrainer:
     """The scores of a model without an optimizer."""
 
     def __init__(self, directory: str) -> None:
-        self.module = LastTokenScore(load_model(directory, "scalar", torch.float32))
+        self.module = LastTokenScore(load_model(directory, "scalar", torch.float32, on_gpu=False))
 
     def scores(self, batch: Any) -> Any:
         return self.module(batch)

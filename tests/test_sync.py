@@ -154,7 +154,7 @@ def test_engine_holds_the_pushed_weights_and_a_stale_head_is_caught(engine, tmp_
 @pytest.mark.timeout(300)
 def test_engine_holds_adapters_after_an_update(engine, tmp_path):
     """LoRA: the policy computes with base and adapters apart, the engine with their sum."""
-    policy = TokenLogprobs(load_model(engine._model_dir, "lm", torch.bfloat16))
+    policy = TokenLogprobs(load_model(engine._model_dir, "lm", torch.bfloat16, on_gpu=False))
     add_adapters(policy.model, LoraConfig(rank=4))
     batch = make_batch(SEQUENCES, [1] * len(SEQUENCES))
 

@@ -1,7 +1,7 @@
 """Attention over packed rows, plugged into transformers' models: each sequence sees its own tokens only.
 
 On CPU one call of PyTorch's kernel a trunk and a branch, in fp32: for judge-shaped sequences this beats a block mask
-over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA one flex-attention call a row.
+over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA one compiled flex-attention call a row.
 Sliding windows and Gemma-2's soft-cap of the scores are applied; what else a model asks of its attention is refused.
 """
 
@@ -21,6 +21,11 @@ from spct_ray.errors import ConfigError
 from spct_ray.learn.batch import Tree
 
 NAME = "spct_packed"
+BLOCK = 128  # tokens of a block of flex attention's mask
+FLEX_BACKENDS = {"cuda": "inductor"}  # torch.compile's, by kind of device; elsewhere attention runs tree by tree
+Ordered = tuple[Tensor, Tensor]
+
+_MAX_GRAPHS = 16  # with and without gradients, of the few models that a process may hold
 _UNSUPPORTED = ("s_aux", "position_bias", "cache", "head_mask")  # attention sinks (gpt-oss), biases, caches
 
 
@@ -41,6 +46,11 @@ def check_model(model_dir: str, config: Any) -> None:
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError(f"{model_dir}: attention_dropout is {config.attention_dropout}; set it to 0 in config.json")
+
+
+def num_padding(num_tokens: int, device: torch.device) -> int:
+    """How many tokens a row on `device` lacks to whole blocks, at least two of them, where attention works on blocks."""
+    return max(2 * BLOCK, -(-num_tokens // BLOCK) * BLOCK) - num_tokens if device.type in FLEX_BACKENDS else 0
 
 
 def packed_attention(
@@ -67,8 +77,9 @@ def packed_attention(
             f"{attention_mask is not None}, dropout {dropout}, unsupported options: {asked or 'none'}"
         )
     scale = module.head_dim**-0.5 if scaling is None else scaling
-    attend = _attend_flex if query.is_cuda else _attend_tree_by_tree
-    output = attend(query, key, value, tuple(trees), scale, sliding_window, softcap)
+    arguments = (query, key, value, tuple(trees), scale, sliding_window, softcap)
+    backend = FLEX_BACKENDS.get(query.device.type)
+    output = _attend_flex(*arguments, backend) if backend else _attend_tree_by_tree(*arguments)
     return output.transpose(1, 2).to(query.dtype), None
 
 
@@ -184,38 +195,110 @@ def _causal_mask(num: int, num_keys: int, window: int | None) -> Tensor:
 
 def _attend_flex(
     query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None,
-    softcap: float | None,
+    softcap: float | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    mask = _flex_mask(trees, window, query.device)
-    cap = functools.partial(_capped, softcap) if softcap else None
-    return _flex_attention(query.is_cuda)(  # type: ignore[no-any-return]
-        query, key, value, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    """One compiled flex-attention call [1, heads, T, D]; T is a multiple of BLOCK and at least two of it.
+
+    Only T varies between calls, and all that depends on it is marked dynamic: each model has one graph with gradients
+    and one without, whatever its rows hold. Compiling more than _MAX_GRAPHS of them raises instead of running eagerly,
+    which would materialise T x T scores.
+    """
+    blocks = [rows.unflatten(2, (-1, BLOCK)) for rows in (query, key, value)]
+    for rows in blocks:
+        torch._dynamo.mark_dynamic(rows, 2)
+    with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
+        return _compiled_flex(backend)(*blocks, *_flex_mask(trees, window, query.device), scale, softcap)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+def _compiled_flex(backend: str) -> Any:
+    return torch.compile(_flex, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _capped(softcap: float, score: Tensor, *place: Tensor) -> Tensor:
-    return softcap * torch.tanh(score / softcap)
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, sees: tuple[Tensor, Tensor, Tensor], partial: Ordered, full: Ordered,
+    partial_by_key: Ordered, full_by_key: Ordered, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Query, key, value [1, heads, T / BLOCK, BLOCK, D]: so the compiler knows that BLOCK divides T, and leaves out the
+    kernel's bounds checks."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    own, start, stop = sees
+
+    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((k >= own[q]) & (k <= q)) | ((k >= start[q]) & (k < stop[q]))
+
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+    mask = BlockMask(
+        (query.shape[2], key.shape[2]), *partial, *full, *partial_by_key, *full_by_key,
+        BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen,
+    )  # fmt: skip
+    return flex_attention(  # type: ignore[no-any-return]
+        query, key, value, capped if softcap else None, mask, scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a row share a mask, or two: with and without a sliding window
-def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def _flex_mask(
+    trees: tuple[Tree, ...], window: int | None, device: torch.device
+) -> tuple[tuple[Tensor, ...], Ordered, Ordered, Ordered, Ordered]:
+    """`intervals` on the device, and which of its blocks are partly and wholly seen, by queries and by keys."""
+    intervals_3T = intervals(trees, window).to(device, non_blocking=True)
+    partial_QK, full_QK = _seen_blocks(intervals_3T)
+    sees = tuple(places_T.clone() for places_T in intervals_3T)
+    for places_T in sees:
+        torch._dynamo.mark_dynamic(places_T, 0)
+    return sees, *map(_ordered, (partial_QK, full_QK, partial_QK.T, full_QK.T))
 
-    pieces = [(i, j, n) for i, tree in enumerate(trees) for j, n in enumerate((tree.trunk, *tree.branches))]
-    lengths = torch.tensor([n for *_, n in pieces])
-    tree_T, branch_T = (torch.tensor([p[k] for p in pieces]).repeat_interleave(lengths).to(device) for k in (0, 1))
-    starts = [range(0 if j == 0 else trees[i].trunk, n + (0 if j == 0 else trees[i].trunk)) for i, j, n in pieces]
-    position_T = torch.tensor([p for r in starts for p in r], device=device)
 
-    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (tree_T[q] == tree_T[k]) & ((branch_T[k] == 0) | (branch_T[q] == branch_T[k])) & (k <= q)
-        return same & (position_T[q] - position_T[k] < window) if window else same
+def intervals(trees: Sequence[Tree], window: int | None) -> Tensor:
+    """What each token of a row sees, as two intervals of places in it: own .. itself, and start .. stop - 1.
 
-    return create_block_mask(seen, None, None, len(position_T), len(position_T), device=str(device))
+    Returns (own, start, stop) [3, T] int32. A trunk's token sees its trunk so far, a branch's token its branch so far
+    and the trunk, and either no more than `window` tokens, itself included.
+    """
+    starts, trunks, lengths, end = [], [], [], 0  # of pieces: trunks and branches, in the order of the row
+    for tree in trees:
+        trunk, end = (end, end + tree.trunk), end + tree.trunk
+        starts, trunks, lengths = [*starts, trunk[0]], [*trunks, (0, 0)], [*lengths, tree.trunk]
+        for length in tree.branches:
+            joined = end == trunk[1]  # with the trunk right before it, both are one interval
+            starts.append(trunk[0] if joined else end)
+            trunks.append((0, 0) if joined else trunk)
+            lengths.append(length)
+            end += length
+    starts_P, trunks_P2, lengths_P = (torch.tensor(x, dtype=torch.int32) for x in (starts, trunks, lengths))
+    own_T, (start_T, stop_T) = starts_P.repeat_interleave(lengths_P), trunks_P2.repeat_interleave(lengths_P, 0).T
+    if window:
+        place_T = torch.arange(len(own_T), dtype=torch.int32)
+        # The token `window` back from a branch's token lies in the trunk where the branch so far is shorter.
+        start_T = torch.maximum(start_T, stop_T - window + 1 + place_T - own_T).minimum(stop_T)
+        own_T = torch.maximum(own_T, place_T - window + 1)
+    return torch.stack([own_T, start_T, stop_T])
+
+
+def _seen_blocks(intervals_3T: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [T / BLOCK of queries, T / BLOCK of keys] of which some but not all places are seen, and all."""
+    num = intervals_3T.shape[1]
+    own_T1, start_T1, stop_T1 = intervals_3T[:, :, None]
+    after_T1 = torch.arange(1, num + 1, dtype=torch.int32, device=intervals_3T.device)[:, None]
+    low_K = torch.arange(0, num, BLOCK, dtype=torch.int32, device=intervals_3T.device)
+    high_K = low_K + BLOCK
+    seen_TK = (after_T1.minimum(high_K) - own_T1.maximum(low_K)).clamp_(min=0)
+    seen_TK += (stop_T1.minimum(high_K) - start_T1.maximum(low_K)).clamp_(min=0)
+    seen_QBK = seen_TK.view(-1, BLOCK, len(low_K))
+    full_QK = seen_QBK.amin(1) == BLOCK
+    return (seen_QBK.amax(1) > 0) & ~full_QK, full_QK
+
+
+def _ordered(chosen_RC: Tensor) -> Ordered:
+    """How many are chosen in each row, and the columns with the chosen ones first: [1, 1, R] and [1, 1, R, C]."""
+    count, columns = chosen_RC.sum(1), chosen_RC.int().argsort(dim=1, descending=True, stable=True)
+    ordered = count.int()[None, None], columns.int()[None, None].contiguous()
+    for tensor in ordered:
+        for dim in range(2, tensor.dim()):
+            torch._dynamo.mark_dynamic(tensor, dim)
+    return ordered

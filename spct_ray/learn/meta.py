@@ -40,13 +40,14 @@ class MetaScorer:
     def __init__(self, model_dir: str, micro_tokens: int = 8192) -> None:
         from transformers import AutoTokenizer
 
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        on_gpu = torch.cuda.is_available()
+        self._device = "cuda" if on_gpu else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        dtype = getattr(torch, resolve("auto", on_gpu=self._device == "cuda"))
-        self._module = LastTokenScore(load_model(model_dir, "scalar", dtype)).to(self._device).eval()
+        dtype = getattr(torch, resolve("auto", on_gpu))
+        self._module = LastTokenScore(load_model(model_dir, "scalar", dtype, on_gpu)).to(self._device).eval()
         self._micro_tokens = micro_tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors would have attention compiled once more
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """A raw logit for each of `judge.prompt.meta_messages`, in order; above 0 means "right" is more likely."""
         if not conversations:

@@ -16,17 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from spct_ray.errors import ConfigError
 from spct_ray.learn import attention
-from spct_ray.learn.batch import Batch
+from spct_ray.learn.batch import Batch, Tree
 
 Head = Literal["lm", "scalar"]
 
 _MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # alive at once, in fp32: what a cache keeps, what a GPU is busy with
 
 
-def load_model(model_dir: str, head: Head, dtype: torch.dtype) -> Any:
+def load_model(model_dir: str, head: Head, dtype: torch.dtype, on_gpu: bool) -> Any:
     """A transformers causal LM, or sequence classifier with one output, with its weights in `dtype`.
 
-    It takes packed rows. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
+    It takes packed rows. For a GPU, norms, gated MLPs and rotary embeddings are Liger's fused kernels, where Liger knows
+    the architecture. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
     for models whose output layer does more than a linear map and a soft-cap, or whose attention is of another kind.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -38,12 +39,28 @@ def load_model(model_dir: str, head: Head, dtype: torch.dtype) -> Any:
             raise ConfigError(f"{model_dir}: {type(text).__name__}.{name} scales the logits, which is not supported")
     attention.check_model(model_dir, text)
     attention.register()
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention.NAME}
     if head == "lm":
-        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=attention.NAME)
-    config.num_labels = 1
-    return AutoModelForSequenceClassification.from_pretrained(
-        model_dir, config=config, dtype=dtype, attn_implementation=attention.NAME
-    )
+        model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
+    else:
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_pretrained(model_dir, config=config, **options)
+    if on_gpu:
+        fuse_layers(model)
+    return model
+
+
+def fuse_layers(model: Any) -> None:
+    """Let a loaded model compute with Liger's Triton kernels; its weights and their names stay as they are.
+
+    They also replace the rotary embedding of the architecture's module in transformers, for all models of this process.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise ConfigError(f"training on GPUs takes liger-kernel: pip install 'spct-ray[gpu]' ({error})") from error
+    # Not its loss: see _Logprobs, which also serves ZeRO-3.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 class TokenLogprobs(nn.Module):
@@ -153,8 +170,10 @@ class LastTokenScore(nn.Module):
 
 def _hidden_states(model: Any, batch: Batch) -> Tensor:
     """[T, H]."""
-    output = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, trees=batch.trees
-    )
+    ids, positions, trees = batch.input_ids, batch.position_ids, batch.trees
+    if padding := attention.num_padding(batch.num_tokens, ids.device):
+        ids, positions = F.pad(ids, (0, padding)), F.pad(positions, (0, padding))
+        trees = (*trees, Tree(padding))
+    output = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, trees=trees)
     hidden_1TH: Tensor = output.last_hidden_state
-    return hidden_1TH[0]
+    return hidden_1TH[0, : batch.num_tokens]

@@ -33,9 +33,9 @@ class Reference:
             self._adapters_off = partial(rescale_adapter_scale, policy.model, 0.0)
             self._logprobs: Callable[[Batch], Tensor] = policy.logprobs
             return
-        dtype = policy.dtype  # else there is a KL before step 1
+        dtype, on_gpu = policy.dtype, policy.device.type == "cuda"  # else there is a KL before step 1
         if resources.zero_stage < 3:
-            module: Any = TokenLogprobs(load_model(model_dir, "lm", dtype)).to(policy.device)
+            module: Any = TokenLogprobs(load_model(model_dir, "lm", dtype, on_gpu)).to(policy.device)
         else:
             import deepspeed
             from transformers.integrations import HfDeepSpeedConfig
@@ -46,7 +46,7 @@ class Reference:
                 "zero_optimization": {"stage": 3},
             }
             active = HfDeepSpeedConfig(config)  # makes from_pretrained partition the weights while this object lives
-            partitioned = TokenLogprobs(load_model(model_dir, "lm", dtype))
+            partitioned = TokenLogprobs(load_model(model_dir, "lm", dtype, on_gpu))
             del active
             deepspeed.utils.set_z3_leaf_module(partitioned.head, True)
             module = deepspeed.initialize(model=partitioned, config=config)[0]

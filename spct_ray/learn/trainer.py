@@ -66,10 +66,10 @@ class Trainer:
             from transformers.integrations import HfDeepSpeedConfig
 
             active = HfDeepSpeedConfig(config)  # makes from_pretrained partition the weights while this object lives
-            self.model = load_model(model_dir, head, self.dtype)
+            self.model = load_model(model_dir, head, self.dtype, self.device.type == "cuda")
             del active
         else:
-            self.model = load_model(model_dir, head, self.dtype)
+            self.model = load_model(model_dir, head, self.dtype, self.device.type == "cuda")
         vocab = self.model.config.get_text_config().vocab_size
         if len(self.tokenizer) > vocab:
             raise ConfigError(
