@@ -28,7 +28,12 @@ from spct_ray.cli import guarded
 from spct_ray.errors import SpctError
 from spct_ray.serve import speed
 
-_FORK = multiprocessing.get_context("fork")  # nothing is computed before it, so that no thread is lost
+
+def _processes() -> Any:
+    """Forked ones start fast (nothing is computed before, so no thread is lost), but none of them could use CUDA."""
+    import torch
+
+    return multiprocessing.get_context("spawn" if torch.version.cuda else "fork")
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ class SideProcess:
 
     def __init__(self, make: Callable[..., Any], threads: int, *args: Any) -> None:
         self._name = make.__name__
-        self._pipe, theirs = _FORK.Pipe()
-        self._process = _FORK.Process(target=_serve, args=(theirs, make, threads, args), daemon=True)
+        processes = _processes()
+        self._pipe, theirs = processes.Pipe()
+        self._process = processes.Process(target=_serve, args=(theirs, make, threads, args), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -201,7 +207,7 @@ def _model(options: argparse.Namespace) -> Iterator[str]:
         yield options.model
         return
     with tempfile.TemporaryDirectory() as scratch:
-        writer = _FORK.Process(target=sides.write_model, args=(scratch, options.layers))
+        writer = _processes().Process(target=sides.write_model, args=(scratch, options.layers))
         writer.start()
         writer.join()
         yield scratch

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.bench import compare
 from spct_ray.benchmarks.training_speed import Repeat, Side, Sizes, head_naive, head_ours
@@ -35,7 +36,9 @@ def broken_side() -> Side:
     raise RuntimeError("no such model")
 
 
-def test_sides_of_equal_work_are_compared_and_others_refused() -> None:
+@pytest.mark.parametrize("cuda", [None, pytest.param("13.0", marks=pytest.mark.slow)])  # forked, started anew
+def test_sides_of_equal_work_are_compared_and_others_refused(cuda: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     result = compare("toy", fast_side, slow_side, 3, 1)
     assert (result.tokens_ours, result.tokens_theirs, result.runs) == (5, 10, 2)
     assert result.ratio == result.theirs / result.ours
@@ -48,7 +51,9 @@ def test_sides_of_equal_work_are_compared_and_others_refused() -> None:
 def test_sliced_and_naive_log_probs_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "_MAX_LOGITS", {"cpu": 1000})  # four slices of the vocabulary
     sizes = Sizes(1, 2, 8, 4, 64, head_tokens=35, head_vocab=100, head_hidden=8)
-    assert head_ours("", sizes)().loss == pytest.approx(head_naive("", sizes)().loss, rel=1e-5)
+    ours, naive = head_ours("", sizes)(), head_naive("", sizes)()
+    assert ours.loss == pytest.approx(naive.loss, rel=1e-5)
+    assert ours.flops == 4 / 3 * naive.flops  # logits are computed twice, beside two gradients
 
 
 @pytest.mark.slow
@@ -74,6 +79,7 @@ def test_the_bench_runs_and_both_sides_find_the_same_losses(tmp_path: Path) -> N
     assert [grpo["name"], head["name"], sft["name"]] == ["grpo update", "log-probs 256k", "sft update"]
     assert grpo["tokens_ours"] < 0.75 * grpo["tokens_theirs"]
     assert sft["tokens_ours"] < sft["tokens_theirs"]
+    assert 0 < grpo["flops_ours"] < grpo["flops_theirs"]
     assert all(result["peak_gib_ours"] > 0 and result["ratio"] > 0 for result in content["results"])
 
 

@@ -6,23 +6,22 @@ left-padded prompts, logits of the completions alone. Both sides are given the s
 
 from __future__ import annotations
 
-import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from spct_ray.learn.batch import BatchSize
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.examples import Example
 from spct_ray.learn.fit import rank_rows
+from spct_ray.learn.flops import ModelShape, Work, training_flops, work_of
 from spct_ray.learn.grpo import importance_N, policy_loss, token_weights
 from spct_ray.learn.grpo_update import Sample, rank_micro_batches, update_policy
 from spct_ray.learn.model import LogprobHead
@@ -54,8 +53,8 @@ class Sizes:
 class Repeat:
     """What one repeat computed (equal on both sides), how many tokens passed through the network for it, and its work.
 
-    `flops` are those of all matrix products and of attention that were really computed, forward and backward, a causal
-    half counted as half (0: not counted; attention is counted on CPU only).
+    `flops` are those of linear layers, attention and output layer that were really computed, forward and backward, by
+    formula (see `learn.flops`; 0: not counted).
     """
 
     loss: float
@@ -64,47 +63,7 @@ class Repeat:
 
 
 Side = Callable[[], Repeat]
-
-
-def _counting(make: Callable[[str, Sizes], Side]) -> Callable[[str, Sizes], Side]:
-    """The side with `flops`, counted while its first repeat runs."""
-
-    @functools.wraps(make)
-    def make_counted(model_dir: str, sizes: Sizes) -> Side:
-        side, flops = make(model_dir, sizes), 0.0
-
-        def repeat() -> Repeat:
-            nonlocal flops
-            if flops:
-                return replace(side(), flops=flops)
-            with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
-                done = side()
-            flops = counter.get_total_flops()
-            return replace(done, flops=flops)
-
-        return repeat
-
-    return make_counted
-
-
-def _attention_flops(products: int, first: int) -> Callable[..., int]:
-    """Of an operator whose arguments from `first` on are query, key, value, dropout, is_causal; a product is 2 flops a
-    pair of tokens and channel."""
-
-    def flops(*args: Any, is_causal: bool = False, out_val: Any = None, **_: Any) -> int:
-        (_, heads, queries, width), keys = args[first].shape, args[first + 1].shape[2]
-        causal = is_causal or any(a is True for a in args)
-        total: int = products * 2 * heads * queries * keys * width
-        return total // 2 if causal else total
-
-    flops._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
-    return flops
-
-
-_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2, first=0),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(5, first=1),
-}
+_PaddedRow = tuple[Tensor, Tensor, int]  # loss, token ids [B, T], places of a sequence with logits
 
 
 def matmul_ceiling() -> Callable[[], float]:
@@ -150,7 +109,6 @@ def write_model(directory: str, layers: int = 30) -> None:
     LlamaForCausalLM(shape).save_pretrained(directory)
 
 
-@_counting
 def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
     """Packed rows, each prompt once, on the trainer."""
     trainer = make_trainer(model_dir, sizes.micro_tokens)
@@ -160,12 +118,11 @@ def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
     def repeat() -> Repeat:
         batches, _ = rank_micro_batches(samples, 0, 1, sizes.micro_tokens)
         numbers = update_policy(trainer, batches, LOSS, size)
-        return Repeat(numbers["loss"], int(numbers["tokens_trained"]))
+        return Repeat(numbers["loss"], int(numbers["tokens_trained"]), training_flops(trainer.model.config, batches))
 
     return repeat
 
 
-@_counting
 def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
     """Left-padded prompts, right-padded completions, every prompt once a completion."""
     samples = _samples(sizes)
@@ -173,7 +130,7 @@ def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
     model, optimiser, autocast = _plain(model_dir)
     device = next(model.parameters()).device
 
-    def row_loss(row: Sequence[Sample]) -> tuple[Tensor, int]:
+    def row_loss(row: Sequence[Sample]) -> _PaddedRow:
         width = max(s.num_prompt_tokens for s in row)
         length = max(len(s.engine_logprobs) for s in row)
         ids, mask = torch.zeros(len(row), width + length, dtype=torch.long), torch.zeros(len(row), width + length)
@@ -194,13 +151,12 @@ def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
         engine_N = torch.tensor([lp for s in row for lp in s.engine_logprobs], device=device)
         weights_N = token_weights(LOSS, lengths, size).to(device)
         tis_N = importance_N(logp_N, engine_N, LOSS.tis_cap)
-        return policy_loss(logp_N, logp_N.detach(), None, advantages, weights_N, LOSS, tis_N), ids.numel()
+        return policy_loss(logp_N, logp_N.detach(), None, advantages, weights_N, LOSS, tis_N), ids, length + 1
 
     longest = max(len(s.token_ids) for s in samples)
     return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(samples, sizes.micro_tokens // longest)))
 
 
-@_counting
 def sft_ours(model_dir: str, sizes: Sizes) -> Side:
     """Packed rows on the trainer."""
     return sft_packed(make_trainer(model_dir, sizes.micro_tokens), _examples(sizes), sizes.micro_tokens)
@@ -213,12 +169,12 @@ def sft_packed(trainer: Trainer, examples: Sequence[Example], micro_tokens: int)
     def repeat() -> Repeat:
         rows = rank_rows(examples, 0, 1, micro_tokens)
         numbers = trainer.step(rows, lambda row: sft_loss(trainer, row, size))
-        return Repeat(numbers["loss"], sum(row.num_tokens for row in rows))
+        flops = training_flops(trainer.model.config, rows)
+        return Repeat(numbers["loss"], sum(row.num_tokens for row in rows), flops)
 
     return repeat
 
 
-@_counting
 def sft_padded(model_dir: str, sizes: Sizes) -> Side:
     """Right-padded examples and labels through transformers' own loss, which computes all logits."""
     examples = _examples(sizes)
@@ -226,7 +182,7 @@ def sft_padded(model_dir: str, sizes: Sizes) -> Side:
     model, optimiser, autocast = _plain(model_dir)
     device = next(model.parameters()).device
 
-    def row_loss(row: Sequence[Example]) -> tuple[Tensor, int]:
+    def row_loss(row: Sequence[Example]) -> _PaddedRow:
         width = max(len(e.ids) for e in row)
         ids, mask = torch.zeros(len(row), width, dtype=torch.long), torch.zeros(len(row), width)
         labels = torch.full((len(row), width), -100)
@@ -239,21 +195,19 @@ def sft_padded(model_dir: str, sizes: Sizes) -> Side:
                 input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device),
                 num_items_in_batch=num_trained, use_cache=False,
             )  # fmt: skip
-        return output.loss, ids.numel()
+        return output.loss, ids, width
 
     longest = max(len(e.ids) for e in examples)
     return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(examples, sizes.micro_tokens // longest)))
 
 
-@_counting
 def head_ours(_: str, sizes: Sizes) -> Side:
     """Log-probs of given tokens slice by slice of the vocabulary, forward and backward."""
     lm_head, hidden_NH, targets_N = _head(sizes)
     head = LogprobHead(lm_head, None)
-    return _head_repeat(lm_head, hidden_NH, lambda: head(hidden_NH, targets_N))
+    return _head_repeat(lm_head, hidden_NH, lambda: head(hidden_NH, targets_N), sliced=True)
 
 
-@_counting
 def head_naive(_: str, sizes: Sizes) -> Side:
     """All logits at once."""
     lm_head, hidden_NH, targets_N = _head(sizes)
@@ -263,7 +217,7 @@ def head_naive(_: str, sizes: Sizes) -> Side:
         logp_N: Tensor = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])[:, 0]
         return logp_N
 
-    return _head_repeat(lm_head, hidden_NH, logprobs)
+    return _head_repeat(lm_head, hidden_NH, logprobs, sliced=False)
 
 
 def _head(sizes: Sizes) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -274,12 +228,17 @@ def _head(sizes: Sizes) -> tuple[nn.Linear, Tensor, Tensor]:
     return lm_head, hidden_NH, torch.randint(sizes.head_vocab, (sizes.head_tokens,), device=device)
 
 
-def _head_repeat(lm_head: nn.Linear, hidden_NH: Tensor, logprobs: Callable[[], Tensor]) -> Side:
+def _head_repeat(lm_head: nn.Linear, hidden_NH: Tensor, logprobs: Callable[[], Tensor], *, sliced: bool) -> Side:
+    vocab, hidden = lm_head.weight.shape
+    shape = ModelShape(hidden, 0, 0, 0, 0, 0, vocab)
+
     def repeat() -> Repeat:
         lm_head.weight.grad = hidden_NH.grad = None
         loss = -logprobs().mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        return Repeat(loss.item(), len(hidden_NH))
+        work = Work(0, 0, len(hidden_NH))
+        flops = work.forward(shape) + work.backward(shape, sliced=sliced)
+        return Repeat(loss.item(), len(hidden_NH), flops)
 
     return repeat
 
@@ -305,18 +264,21 @@ def _plain(model_dir: str) -> tuple[Any, torch.optim.Optimizer, Callable[[], Any
     return model, optimiser, lambda: torch.autocast(device, torch.bfloat16, enabled=_dtype() == torch.bfloat16)
 
 
-def _plain_repeat(
-    model: Any, optimiser: torch.optim.Optimizer, losses: Callable[[], Iterator[tuple[Tensor, int]]]
-) -> Side:
+def _plain_repeat(model: Any, optimiser: torch.optim.Optimizer, losses: Callable[[], Iterator[_PaddedRow]]) -> Side:
+    shape = ModelShape.of(model.config.to_dict())
+    assert shape is not None
+
     def repeat() -> Repeat:
-        total, tokens = 0.0, 0
-        for loss, num in losses():
+        total, tokens, flops = 0.0, 0, 0.0
+        for loss, ids, num_logits in losses():
             loss.backward()  # type: ignore[no-untyped-call]
-            total, tokens = total + loss.item(), tokens + num
+            total, tokens = total + loss.item(), tokens + ids.numel()
+            work = work_of(shape, [(ids.shape[1], ())] * len(ids), len(ids) * num_logits)
+            flops += work.forward(shape) + work.backward(shape, sliced=False)
         nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
         optimiser.step()
         optimiser.zero_grad()
-        return Repeat(total, tokens)
+        return Repeat(total, tokens, flops)
 
     return repeat
 

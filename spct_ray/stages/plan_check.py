@@ -13,6 +13,7 @@ from typing import Any
 
 from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.errors import ConfigError
+from spct_ray.learn.flops import ModelShape, work_of
 from spct_ray.stages.recipe import Recipe
 from spct_ray.stages.scaling import (
     COMPLETION_TOKENS,
@@ -21,7 +22,6 @@ from spct_ray.stages.scaling import (
     MFU,
     PEAK_FLOPS,
     PROMPT_SHARE,
-    ModelShape,
     Training,
     engine_memory,
     shape_of,
@@ -33,10 +33,11 @@ def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     config, where = recipe.grpo, recipe.resources.grpo
     completion = min(COMPLETION_TOKENS, recipe.judge.budget)
     prompt, sequences = PROMPT_SHARE * config.max_prompt_tokens, config.prompts_per_step * config.group_size
-    tokens = config.prompts_per_step * prompt + sequences * completion
+    trees = [(prompt, [completion] * config.group_size)] * config.prompts_per_step
+    work = work_of(shape, trees, sequences * completion)
     training = Training(where.train, config.lora, config.optim, config.beta > 0)
     engine, replicas = where.engine, where.rollout.num_replicas
-    prefill = 2 * shape.weights * config.prompts_per_step * prompt
+    prefill = work_of(shape, [(prompt, ())] * config.prompts_per_step, 0).forward(shape)
     prefill /= replicas * engine.tensor_parallel * PEAK_FLOPS * MFU
     running = min(engine.max_num_seqs, math.ceil(sequences / replicas))
     waves = math.ceil(sequences / replicas / running)
@@ -45,8 +46,8 @@ def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     return {
         "sync": 2 * 2 * shape.weights / FILE_BYTES_S,
         "rollout": prefill + decode,
-        "reference": training.forward_seconds(shape, tokens) if config.beta > 0 else 0.0,
-        "train": training.seconds(shape, tokens),
+        "reference": training.forward_seconds(shape, work) if config.beta > 0 else 0.0,
+        "train": training.seconds(shape, work),
     }
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spct_ray.engines.base import EngineConfig
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
+from spct_ray.learn.flops import ModelShape, Work
 
 GIB = 2**30
 # What DeepSpeed and the trainer hold beside the model's state.
@@ -31,69 +32,8 @@ CPU_ADAM_BYTES_S = 12.5e9  # host memory for one rank of eight; an update touche
 COMPLETION_TOKENS = 300  # mean of a judgement (paper: 220 to 380)
 PROMPT_SHARE = 0.5  # mean prompt, as a share of the longest
 
-MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A dense decoder with gated MLP."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool = True
-
-    @property
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's linear maps."""
-        hidden, query, key = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (hidden, query),
-            "k_proj": (hidden, key),
-            "v_proj": (hidden, key),
-            "o_proj": (query, hidden),
-            "gate_proj": (hidden, self.intermediate),
-            "up_proj": (hidden, self.intermediate),
-            "down_proj": (self.intermediate, hidden),
-        }
-
-    @property
-    def layer_weights(self) -> int:
-        """Without norms."""
-        return sum(inputs * outputs for inputs, outputs in self.linear.values())
-
-    @property
-    def embedding(self) -> int:
-        """Weights of the embedding; the output layer has as many."""
-        return self.vocab * self.hidden
-
-    @property
-    def weights(self) -> int:
-        """All of them."""
-        return self.layers * self.layer_weights + self.embedding * (1 if self.tied else 2)
-
-    @property
-    def kv_numel(self) -> int:
-        """Cached values of a token in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def activation_numel(self) -> int:
-        """Values that one layer keeps of a token for its backward pass: inputs of norms, linear maps and products."""
-        return 6 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + 4 * self.intermediate
-
-    def adapters(self, lora: LoraConfig) -> int:
-        """Weights of LoRA's A and B."""
-        chosen = [self.linear[name] for name in lora.target_modules or self.linear if name in self.linear]
-        return self.layers * lora.rank * sum(inputs + outputs for inputs, outputs in chosen)
-
-
 KNOWN = {
-    "google/gemma-2-27b": ModelShape(4608, 46, 36864, 32, 16, 128, 256000),
+    "google/gemma-2-27b": ModelShape(4608, 46, 36864, 32, 16, 128, 256000, window=4096, num_windowed=23),
     "Qwen/Qwen2.5-0.5B-Instruct": ModelShape(896, 24, 4864, 14, 2, 64, 151936),
 }
 
@@ -105,24 +45,7 @@ def shape_of(model: str) -> ModelShape | None:
     path = Path(model, "config.json")
     if not path.is_file():
         return None
-    config = json.loads(path.read_text())
-    config = config.get("text_config", config)
-    if any(config.get(key) for key in MOE_KEYS):
-        return None
-    try:
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        return ModelShape(
-            hidden,
-            config["num_hidden_layers"],
-            config["intermediate_size"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or hidden // heads,
-            config["vocab_size"],
-            bool(config.get("tie_word_embeddings", True)),
-        )
-    except KeyError:
-        return None
+    return ModelShape.of(json.loads(path.read_text()))
 
 
 @dataclass(frozen=True)
@@ -160,16 +83,16 @@ class Training:
         }
         return {name: size / GIB for name, size in sizes.items()} | {"logits": LOGITS_GIB, "reserve": RESERVE_GIB}
 
-    def seconds(self, shape: ModelShape, tokens: float) -> float:
-        """Time of an update from so many packed tokens: computing beside communicating, then the optimizer."""
+    def seconds(self, shape: ModelShape, work: Work) -> float:
+        """Time of an update: computing beside communicating, then the optimizer."""
         where, weights = self.resources, shape.weights
         ranks = where.num_workers
         trained = shape.adapters(self.lora) if self.lora.rank else weights
-        passes = (
-            2 + (2 if self.lora.rank else 4) + (2 if where.gradient_checkpointing else 0)
-        )  # FLOPs a weight and token
-        compute = passes * weights * tokens / (ranks * PEAK_FLOPS * MFU)
-        rows = max(1, math.ceil(tokens / ranks / where.micro_tokens))
+        flops = work.forward(shape) + work.backward(shape, frozen=bool(self.lora.rank))
+        if where.gradient_checkpointing:
+            flops += replace(work, logits=0).forward(shape)
+        compute = flops / (ranks * PEAK_FLOPS * MFU)
+        rows = max(1, math.ceil(work.tokens / ranks / where.micro_tokens))
         moved = 4 * trained * (rows if where.zero_stage > 1 else 2) + self.width * trained
         if where.zero_stage == 3:
             moved += 2 * self.width * weights * rows
@@ -177,12 +100,12 @@ class Training:
         update = 28 * trained / ranks / (CPU_ADAM_BYTES_S if where.offload_optimizer else MEMORY_BYTES_S)
         return max(compute, communicate) + update
 
-    def forward_seconds(self, shape: ModelShape, tokens: float) -> float:
-        """Time of a forward pass over so many packed tokens (the reference's)."""
+    def forward_seconds(self, shape: ModelShape, work: Work) -> float:
+        """Time of a forward pass (the reference's)."""
         where, ranks = self.resources, self.resources.num_workers
-        rows = max(1, math.ceil(tokens / ranks / where.micro_tokens))
+        rows = max(1, math.ceil(work.tokens / ranks / where.micro_tokens))
         moved = self.width * shape.weights * rows if where.zero_stage == 3 and ranks > 1 else 0
-        return max(2 * shape.weights * tokens / (ranks * PEAK_FLOPS * MFU), moved / link(ranks))
+        return max(work.forward(shape) / (ranks * PEAK_FLOPS * MFU), moved / link(ranks))
 
 
 def link(ranks: int) -> float:
