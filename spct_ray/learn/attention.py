@@ -1,7 +1,7 @@
 """Attention over packed rows, plugged into transformers' models: each sequence sees its own tokens only.
 
 On CPU one call of PyTorch's kernel a trunk and a branch, in fp32: for judge-shaped sequences this beats a block mask
-over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA one compiled flex-attention call a row.
+over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA it is one compiled call.
 Sliding windows and Gemma-2's soft-cap of the scores are applied; what else a model asks of its attention is refused.
 """
 
@@ -49,7 +49,7 @@ def check_model(model_dir: str, config: Any) -> None:
 
 
 def num_padding(num_tokens: int, device: torch.device) -> int:
-    """How many tokens a row on `device` lacks to whole blocks, at least two of them, where attention works on blocks."""
+    """Tokens that a row lacks to whole blocks, at least two of them; 0 where `device` does not work on blocks."""
     return max(2 * BLOCK, -(-num_tokens // BLOCK) * BLOCK) - num_tokens if device.type in FLEX_BACKENDS else 0
 
 
@@ -206,12 +206,12 @@ def _attend_flex(
     blocks = [rows.unflatten(2, (-1, BLOCK)) for rows in (query, key, value)]
     for rows in blocks:
         torch._dynamo.mark_dynamic(rows, 2)
-    with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
-        return _compiled_flex(backend)(*blocks, *_flex_mask(trees, window, query.device), scale, softcap)  # type: ignore[no-any-return]
+    return _compiled_flex(backend)(*blocks, *_flex_mask(trees, window, query.device), scale, softcap)  # type: ignore[no-any-return]
 
 
 @functools.cache
 def _compiled_flex(backend: str) -> Any:
+    torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     return torch.compile(_flex, backend=backend, fullgraph=True, dynamic=False)
 
 

@@ -26,8 +26,8 @@ _MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # alive at once, in fp32: what 
 def load_model(model_dir: str, head: Head, dtype: torch.dtype, on_gpu: bool) -> Any:
     """A transformers causal LM, or sequence classifier with one output, with its weights in `dtype`.
 
-    It takes packed rows. For a GPU, norms, gated MLPs and rotary embeddings are Liger's fused kernels, where Liger knows
-    the architecture. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
+    It takes packed rows. On a GPU, norms, gated MLPs and rotary embeddings are Liger's fused kernels, for architectures
+    that Liger knows. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
     for models whose output layer does more than a linear map and a soft-cap, or whose attention is of another kind.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
