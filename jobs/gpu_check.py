@@ -131,8 +131,9 @@ def model_dir(case: Case, kind: str, layers: int, spread: float = 0.02) -> str:
     """A random model of the kind's widths, with a tokenizer: "qwen" (Qwen2.5-0.5B) or "gemma" (Gemma-2-2B)."""
     name = f"{kind}-{layers}-{spread}"
     if name not in case.models:
-        case.models[name] = str(case.scratch / name)
-        write_model(case.models[name], kind, layers, spread, case.tiny, case.device)
+        directory = str(case.scratch / name)
+        write_model(directory, kind, layers, spread, case.tiny, case.device)
+        case.models[name] = directory
     return case.models[name]
 
 
@@ -244,7 +245,7 @@ def versions(case: Case, result: Figures) -> None:
 
     result |= {
         "torch": torch.__version__, "transformers": transformers.__version__, "deepspeed": deepspeed.__version__,
-        "python": sys.version.split()[0],
+        "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     with contextlib.suppress(PackageNotFoundError):
         result["liger"] = version("liger-kernel")
@@ -285,15 +286,15 @@ def dense_mask(trees: Sequence[Tree], window: int | None, device: str) -> Tensor
     """[T, T]: who sees whom, from what trees mean, without intervals or blocks."""
     import torch
 
-    tree_T, branch_T, place_T = [], [], []
+    tree_T, branch_T, place_T = list[int](), list[int](), list[int]()
     for number, tree in enumerate(trees):
         for branch, length in enumerate((tree.trunk, *tree.branches)):
             tree_T += [number] * length
             branch_T += [branch] * length
             place_T += range(tree.trunk if branch else 0, (tree.trunk if branch else 0) + length)
-    tree, branch, place = (torch.tensor(values, device=device) for values in (tree_T, branch_T, place_T))
+    owner, part, place = (torch.tensor(values, device=device) for values in (tree_T, branch_T, place_T))
     row = torch.arange(len(place), device=device)
-    seen = (tree[:, None] == tree) & ((branch == 0) | (branch[:, None] == branch)) & (row <= row[:, None])
+    seen = (owner[:, None] == owner) & ((part == 0) | (part[:, None] == part)) & (row <= row[:, None])
     return seen & (place[:, None] - place < window) if window else seen
 
 
@@ -329,9 +330,9 @@ def attention_inputs(case: Case, shape: str, tokens: int) -> tuple[list[Tensor],
 def flex(case: Case, inputs: Sequence[Tensor], trees: tuple[Tree, ...], window: int | None, **options: Any) -> Tensor:
     from spct_ray.learn import attention
 
-    return attention._attend_flex(
-        *inputs, trees, options["scale"], window, options["softcap"], attention.FLEX_BACKENDS[case.device]
-    )
+    query, key, value = inputs
+    backend = attention.FLEX_BACKENDS[case.device]
+    return attention._attend_flex(query, key, value, trees, options["scale"], window, options["softcap"], backend)
 
 
 def num_graphs() -> int:
@@ -370,7 +371,8 @@ def flex_oracle(case: Case, result: Figures) -> None:
             if tokens == 2:
                 result[f"compile_s_{shape}_{window}"] = time.perf_counter() - started
             exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
-            expected = dense_attention(*exact, dense_mask(trees, window, case.device), **options)
+            query, key, value = exact
+            expected = dense_attention(query, key, value, dense_mask(trees, window, case.device), **options)
             expected_grads = torch.autograd.grad(expected, exact, slope.float())
             for name, got, want in zip("oqkv", (output, *grads), (expected, *expected_grads), strict=True):
                 error = float((got.float() - want).norm() / want.norm())
@@ -424,7 +426,8 @@ def flex_speed(case: Case, result: Figures) -> None:
 
         def theirs(backward: bool, plain: Any = plain, slope: Any = plain_slope) -> None:
             with torch.set_grad_enabled(backward):
-                output = F.scaled_dot_product_attention(*plain, is_causal=True)
+                query, key, value = plain
+                output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
                 if backward:
                     torch.autograd.grad(output, plain, slope)
 
@@ -531,7 +534,7 @@ def trainer_unfused(case: Case, result: Figures) -> None:
     from spct_ray.learn import model
 
     directory, micro_tokens = model_dir(case, "qwen", case.size(24, 2)), case.size(16384, 512)
-    fuse, model.fuse_layers = model.fuse_layers, lambda _: None
+    fuse, model.fuse_layers = model.fuse_layers, lambda model: None
     try:
         from transformers.models.qwen2 import modeling_qwen2
 
@@ -772,7 +775,6 @@ def ipc_parent() -> None:
 def ipc_child(pipe: Any) -> None:
     import torch
 
-    torch.cuda.init()
     torch.empty(1, device="cuda")
     pipe.send("ready")
     tensor = pipe.recv()
@@ -882,6 +884,82 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
+# The table
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of a phase as docs/results.md shows it, and what it is to be."""
+
+    phase: str
+    key: str
+    says: str
+    aim: str = ""
+    unit: str = ""
+
+
+ROWS = (
+    Row("versions", "matmul_tflops", "bf16 matrix product, the ceiling", unit="TFLOP/s"),
+    Row("versions", "copy_tb_s", "copy within the card's memory, read + write", unit="TB/s"),
+    Row("flex_oracle", "worst_error", "attention against a dense float32 mask, worst relative error", "< 0.02"),
+    Row("flex_oracle", "graphs", "graphs compiled for two models over all lengths, trees and windows", "4"),
+    Row("flex_speed", "qwen_both_ratio", "attention, judge trees at 8 k, speed beside SDPA (D = 64)", ">= 1", "x"),
+    Row("flex_speed", "gemma_both_ratio", "the same, Gemma-2's heads with soft-cap (D = 256)", "", "x"),
+    Row("flex_speed", "mask_16384_ms", "block mask of a row of 16 k tokens", unit="ms"),
+    Row("trainer", "tokens_s", "trainer, 0.5B, rows of 16 k tokens", unit="tokens/s"),
+    Row("trainer", "mfu", "the same, share of the ceiling (nothing counted twice)", ">= 0.40"),
+    Row("trainer", "peak_to_plan", "its peak memory over `spct plan`'s", "0.9 to 1.1"),
+    Row("trainer_unfused", "seconds_update", "an update with transformers' own layers", unit="s"),
+    Row("trainer", "seconds_update", "the same update with Liger's", unit="s"),
+    Row("grpo", "shared_to_own", "GRPO update, prompt shared, speed beside each its own", ">= 2", "x"),
+    Row("grpo", "shared_to_padded", "the same beside padded batches of plain transformers", "", "x"),
+    Row("logprobs", "qwen_bfloat16_mean", "bf16 log-probs against transformers, mean", "< 0.01", "nats"),
+    Row("logprobs", "qwen_bfloat16_p99", "the same, 99th percentile", "< 0.06", "nats"),
+    Row("logprobs", "gemma_bfloat16_mean", "Gemma-2's, mean", "< 0.01", "nats"),
+    Row("logprobs", "gemma_bfloat16_p99", "the same, 99th percentile", "< 0.06", "nats"),
+    Row("zero", "resumed_zero3", "ZeRO-3: loss after a resume minus loss without", "0"),
+    Row("lora", "seconds_update", "LoRA 32, an update of 6 prompts x 4", unit="s"),
+    Row("lora", "peak_gib", "the same, peak memory", unit="GiB"),
+    Row("meta", "first_s", "meta RM, first call (compiles)", unit="s"),
+    Row("meta", "warm_s", "meta RM, warm call on eight judgements", unit="s"),
+    Row("ipc", "default_gib_s", "1 GiB to another process by CUDA IPC", unit="GiB/s"),
+    Row("ipc", "expandable_gib_s", "the same from expandable segments", unit="GiB/s"),
+)  # fmt: skip
+RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
+BEGIN, END = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
+
+
+def table(files: Sequence[str]) -> str:
+    """Markdown of the newest line of each phase in the files; a figure that no line has is open."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for text in Path(file).read_text().splitlines():
+            line = json.loads(text)
+            found[line["phase"]] = line
+    told = found.get("versions", {})
+    software = ", ".join(
+        f"{name} {told[name]}" for name in ("torch", "transformers", "deepspeed", "liger") if name in told
+    )
+    head = (
+        f"{told.get('card', told['python'])}, {told['date']}: {software}" if told else "No card has been at hand yet."
+    )
+    lines = [head, "", "| figure | measured | to be |", "|---|---|---|"]
+    for row in ROWS:
+        line = found.get(row.phase, {})
+        value = f"{line[row.key]:.4g} {row.unit}".strip() if row.key in line else "open"
+        value += "" if line.get("ok", True) else " (the phase failed)"
+        lines.append(f"| {row.says} | {value} | {row.aim} |")
+    failures = [f"* `{name}` failed: {line['error']}" for name, line in found.items() if not line["ok"]]
+    return "\n".join([*lines, "", *failures]).strip()
+
+
+def write_table(files: Sequence[str]) -> None:
+    """Put the table between its marks in docs/results.md."""
+    before, _, rest = RESULTS.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    RESULTS.write_text(f"{before}{BEGIN}\n{table(files)}\n{END}{after}")
+
+
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -892,12 +970,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PHASES), default=list(PHASES), metavar="PHASE")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for all phases")
     parser.add_argument("--patience", type=float, default=1.0, help="all deadlines times this")
+    parser.add_argument("--table", nargs="*", metavar="FILE", help="write the lines of these files to docs/results.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     parser.add_argument("--ipc", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.ipc:
+    if options.table is not None:
+        write_table(options.table)
+    elif options.ipc:
         ipc_parent()
     elif options.worker:
         work(options)

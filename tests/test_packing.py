@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -238,38 +239,115 @@ def test_a_group_costs_its_prompt_once_and_is_split_only_where_it_does_not_fit()
 TREES = (Tree(5, (3, 4)), Tree(6), Tree(2, (1, 0, 7)), Tree(9, (2, 3, 4, 8, 1)), Tree(3, (0, 0)))
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_both_ways_of_attention_equal_a_dense_mask(window: int | None, softcap: float | None) -> None:
+def dense_mask(trees: Sequence[Tree], window: int | None) -> torch.Tensor:
     """The mask by what it means: a token sees its own sequence's earlier tokens, at most `window` of them."""
-    torch.manual_seed(0)
     owners: list[set[tuple[int, int]]] = []  # the sequences (tree, branch) that each token of the row belongs to
     positions: list[int] = []
-    for t, tree in enumerate(TREES):
+    for t, tree in enumerate(trees):
         owners += [{(t, b) for b in range(max(1, len(tree.branches)))}] * tree.trunk
         positions += range(tree.trunk)
         for b, length in enumerate(tree.branches):
             owners += [{(t, b)}] * length
             positions += range(tree.trunk, tree.trunk + length)
     num = len(owners)
-    seen = torch.tensor([
+    return torch.tensor([
         [bool(owners[q] & owners[k]) and k <= q and positions[q] - positions[k] < (window or num) for k in range(num)]
         for q in range(num)
     ])  # fmt: skip
-    query, key, value = inputs = [torch.randn(1, heads, num, 16, requires_grad=True) for heads in (4, 2, 2)]
+
+
+@pytest.fixture
+def compiled_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention through the function that CUDA compiles, traced and differentiated alike, its operators run eagerly."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setitem(attention.FLEX_BACKENDS, "cpu", "aot_eager")
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # refuses gradients on CPU
+
+
+def num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.usefixtures("compiled_on_cpu")
+def test_both_ways_of_attention_equal_a_dense_mask(window: int | None, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    trees = (*TREES, Tree(256 - sum(tree.trunk + sum(tree.branches) for tree in TREES)))
+    inputs = [torch.randn(1, heads, 256, 16, requires_grad=True) for heads in (4, 2, 2)]
+    query, key, value = inputs
     scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
-    arguments = (TREES, 0.3, window, softcap)
-    output = attention._attend_tree_by_tree(query, key, value, *arguments)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    without_grad = [tensor.detach() for tensor in inputs]  # flex has no backward on CPU
-    torch.testing.assert_close(attention._attend_flex(*without_grad, *arguments), expected, atol=1e-5, rtol=1e-5)
+    scores = scores.masked_fill(~dense_mask(trees, window), -torch.inf)
+    expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     slope = torch.randn_like(expected)
-    for ours, dense in zip(
-        torch.autograd.grad(output, inputs, slope), torch.autograd.grad(expected, inputs, slope), strict=True
+    expected_grads = torch.autograd.grad(expected, inputs, slope)
+    arguments = (query, key, value, trees, 0.3, window, softcap)
+    for output in (attention._attend_tree_by_tree(*arguments), attention._attend_flex(*arguments, "aot_eager")):
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+        for ours, dense in zip(torch.autograd.grad(output, inputs, slope), expected_grads, strict=True):
+            torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15)
+@given(
+    pieces=st.lists(st.tuples(st.integers(1, 150), st.lists(st.integers(0, 90), max_size=4)), min_size=1, max_size=4),
+    window=st.none() | st.integers(1, 200),
+)
+def test_intervals_and_blocks_follow_from_lengths_as_from_every_pair(
+    pieces: list[tuple[int, list[int]]], window: int | None
+) -> None:
+    trees = tuple(Tree(trunk, tuple(branches)) for trunk, branches in pieces)
+    padding = attention.num_padding(sum(trunk + sum(b) for trunk, b in pieces), torch.device("cuda"))
+    trees = (*trees, Tree(padding)) if padding else trees
+    own, start, stop = intervals = attention.intervals(trees, window)
+    place = torch.arange(len(own))
+    query, key = place[:, None], place[None]
+    seen = ((key >= own[:, None]) & (key <= query)) | ((key >= start[:, None]) & (key < stop[:, None]))
+    expected = dense_mask(trees, window)
+    assert torch.equal(seen, expected)
+    size = attention.BLOCK
+    blocks = expected.view(len(own) // size, size, -1, size)
+    partial, full = attention._seen_blocks(intervals)
+    assert torch.equal(full, blocks.all(3).all(1))
+    assert torch.equal(partial, blocks.any(3).any(1) & ~full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("compiled_on_cpu")
+def test_a_model_is_compiled_once_with_gradients_and_once_without(directories: dict[str, str], name: str) -> None:
+    """Over rows of other lengths, trees and masks; windows and soft-caps included. And it computes the same."""
+    plain = AutoModelForCausalLM.from_pretrained(directories[name], dtype=torch.float32, attn_implementation="eager")
+    policy = TokenLogprobs(load_model(directories[name], "lm", torch.float32, on_gpu=False))
+    for seed, groups in enumerate((GROUPS, [(40, [9, 30])], [(200, [90, 3, 41]), (7, [60])], [(2, [1])])):
+        sequences, prompts = make_sequences(groups, seed)
+        expected = logprobs_one_by_one(plain, sequences, prompts)
+        plain.zero_grad()
+        policy.zero_grad()
+        weighted_sum(expected).backward()
+        packed = packed_run(policy, sequences, prompts, 10_000, True)
+        for logp, logp_expected in zip(packed, expected, strict=True):
+            torch.testing.assert_close(logp, logp_expected, atol=2e-5, rtol=1e-5)
+        got = gradients(policy.model)
+        for parameter, gradient in gradients(plain).items():
+            torch.testing.assert_close(got[parameter], gradient, atol=1e-3 * float(gradient.abs().max()), rtol=1e-3)
+        with torch.no_grad():
+            again = policy(make_batch(sequences, prompts))
+        assert len(again) == sum(map(len, packed))
+    assert num_graphs() == 2
+
+
+@pytest.mark.usefixtures("compiled_on_cpu")
+def test_more_graphs_than_expected_are_an_error_not_eager_attention() -> None:
+    inputs = [torch.randn(1, heads, 256, 16) for heads in (4, 2, 2)]
+    attention._attend_flex(*inputs, (Tree(256),), 0.3, None, None, "aot_eager")
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
     ):
-        torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+        attention._attend_flex(*inputs, (Tree(256),), 0.3, None, 1.5, "aot_eager")
 
 
 def test_models_that_packed_rows_would_falsify_are_refused(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def _attend_flex(
     and one without, whatever its rows hold. Compiling more than _MAX_GRAPHS of them raises instead of running eagerly,
     which would materialise T x T scores.
     """
-    blocks = [rows.unflatten(2, (-1, BLOCK)) for rows in (query, key, value)]
+    blocks = [rows.view(1, rows.shape[1], -1, BLOCK, rows.shape[3]) for rows in (query, key, value)]
     for rows in blocks:
         torch._dynamo.mark_dynamic(rows, 2)
     return _compiled_flex(backend)(*blocks, *_flex_mask(trees, window, query.device), scale, softcap)  # type: ignore[no-any-return]
@@ -229,6 +229,7 @@ def _flex(
         return ((k >= own[q]) & (k <= q)) | ((k >= start[q]) & (k < stop[q]))
 
     def capped(score: Tensor, *place: Tensor) -> Tensor:
+        assert softcap
         return softcap * torch.tanh(score / softcap)
 
     query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
@@ -236,15 +237,13 @@ def _flex(
         (query.shape[2], key.shape[2]), *partial, *full, *partial_by_key, *full_by_key,
         BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen,
     )  # fmt: skip
-    return flex_attention(  # type: ignore[no-any-return]
+    return flex_attention(
         query, key, value, capped if softcap else None, mask, scale, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a row share a mask, or two: with and without a sliding window
-def _flex_mask(
-    trees: tuple[Tree, ...], window: int | None, device: torch.device
-) -> tuple[tuple[Tensor, ...], Ordered, Ordered, Ordered, Ordered]:
+def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
     """`intervals` on the device, and which of its blocks are partly and wholly seen, by queries and by keys."""
     intervals_3T = intervals(trees, window).to(device, non_blocking=True)
     partial_QK, full_QK = _seen_blocks(intervals_3T)
@@ -260,18 +259,17 @@ def intervals(trees: Sequence[Tree], window: int | None) -> Tensor:
     Returns (own, start, stop) [3, T] int32. A trunk's token sees its trunk so far, a branch's token its branch so far
     and the trunk, and either no more than `window` tokens, itself included.
     """
-    starts, trunks, lengths, end = [], [], [], 0  # of pieces: trunks and branches, in the order of the row
+    pieces, end = list[tuple[int, int, int, int]](), 0  # length, own, start, stop of trunks and branches in the row
     for tree in trees:
-        trunk, end = (end, end + tree.trunk), end + tree.trunk
-        starts, trunks, lengths = [*starts, trunk[0]], [*trunks, (0, 0)], [*lengths, tree.trunk]
+        first, stop = end, end + tree.trunk
+        pieces.append((tree.trunk, first, 0, 0))
+        end = stop
         for length in tree.branches:
-            joined = end == trunk[1]  # with the trunk right before it, both are one interval
-            starts.append(trunk[0] if joined else end)
-            trunks.append((0, 0) if joined else trunk)
-            lengths.append(length)
+            joined = end == stop  # with the trunk right before it, both are one interval
+            pieces.append((length, first, 0, 0) if joined else (length, end, first, stop))
             end += length
-    starts_P, trunks_P2, lengths_P = (torch.tensor(x, dtype=torch.int32) for x in (starts, trunks, lengths))
-    own_T, (start_T, stop_T) = starts_P.repeat_interleave(lengths_P), trunks_P2.repeat_interleave(lengths_P, 0).T
+    lengths_P, *intervals_P = torch.tensor(pieces, dtype=torch.int32).T
+    own_T, start_T, stop_T = (places_P.repeat_interleave(lengths_P) for places_P in intervals_P)
     if window:
         place_T = torch.arange(len(own_T), dtype=torch.int32)
         # The token `window` back from a branch's token lies in the trunk where the branch so far is shorter.
