@@ -22,11 +22,16 @@ def gpus_of(asked: float | None, needed: int, nodes: Nodes) -> float:
     return float(needed) if any(node.get("GPU", 0.0) for node in nodes) else 0.0
 
 
-def check_engine(gpus: float | None, tensor_parallel: int) -> None:
+def check_engine(gpus: float | None, tensor_parallel: int, memory_share: float) -> None:
     """Raise ConfigError unless an engine on `tensor_parallel` GPUs can run with so many GPUs (None: left open).
 
-    One that is not divided may also share a GPU with others, or run on CPUs.
+    One that is not divided may also run on CPUs, or share a GPU with others, of whose memory it then takes no larger
+    part than of the GPU.
     """
+    if gpus is not None and 0 < gpus < min(1.0, memory_share):
+        raise ConfigError(
+            f"an engine on {gpus:g} of a GPU would take {memory_share:g} of its memory: lower gpu_memory_utilization"
+        )
     if gpus is None or gpus == tensor_parallel or (tensor_parallel == 1 and 0 <= gpus < 1):
         return
     raise ConfigError(

@@ -382,6 +382,22 @@ def test_judges_run_on_what_they_ran_on_in_the_run_and_else_on_gpus_if_there_are
         resources("evaluate.num_replica=2")
 
 
+def test_the_command_takes_overrides_among_its_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_benchmarks(tmp_path)
+    model, benchmark = str(make_model(tmp_path / "m")), f"--benchmarks=rewardbench={tmp_path}/rb.jsonl"
+    for words, told in (
+        (
+            [model, "evaluate.gpus_per_replica=1", "evaluate.engine.tensor_parallel=2"],
+            "takes 2 GPUs, but 1 are asked for",
+        ),
+        ([model, "evalute.num_replicas=2"], "did you mean 'evaluate'"),
+        (["evaluate.num_replicas=2"], "name at least one run"),
+    ):
+        assert main(["evaluate", *words, benchmark, f"--root={tmp_path}/out"]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_graph_and_its_ids(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     specs = make_benchmarks(tmp_path / "data")

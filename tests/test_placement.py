@@ -32,10 +32,12 @@ def test_what_is_left_open_takes_what_it_needs_where_there_are_gpus() -> None:
 
 def test_an_engine_is_divided_over_as_many_gpus_as_it_asks_for() -> None:
     for gpus, size in ((None, 4), (4, 4), (1, 1), (0.5, 1), (0, 1)):
-        check_engine(gpus, size)
+        check_engine(gpus, size, 0.5)
     for gpus, size in ((0, 2), (0.5, 2), (1, 2), (2, 1), (1.5, 1), (-1, 1)):
         with pytest.raises(ConfigError, match=f"tensor_parallel {size} takes {size} GPUs, but {gpus} are asked for"):
-            check_engine(gpus, size)
+            check_engine(gpus, size, 0.5)
+    with pytest.raises(ConfigError, match=r"0\.5 of a GPU would take 0\.6 of its memory"):
+        check_engine(0.5, 1, 0.6)
     with pytest.raises(ConfigError, match="but 1 are asked for"):
         SamplingResources(gpus_per_replica=1, engine=EngineConfig(tensor_parallel=2))
 

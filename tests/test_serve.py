@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spct_ray.cli import _parser as parser
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import to_plain
 from spct_ray.engines.base import EngineConfig, SamplingParams
@@ -338,6 +339,8 @@ def test_a_model_directory_or_a_configuration_can_be_served(tmp_path):
     config = resolve(str(tmp_path))
     assert (config.judge_model, config.name, config.judge.max_tokens) == (str(tmp_path), tmp_path.name, 256)
     assert resolve("conf/serve.yaml").resources.host == "127.0.0.1"
+    arguments = parser().parse_args(["serve", str(tmp_path), "resources.engine.tensor_parallel=2", "--port", "9"])
+    assert resolve(arguments.target, arguments.overrides).resources.engine.tensor_parallel == 2
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match="no run"):
         resolve(str(tmp_path))
@@ -362,6 +365,7 @@ def test_a_judge_takes_its_engines_gpus_a_meta_rm_one_and_a_gateway_none_where_t
         where.check_room(nodes[:1], meta=True)  # also where no replica runs at first: one could never start
     with pytest.raises(ConfigError, match="takes 2 GPUs, but 0 are asked for; where there are no GPUs"):
         ServeResources(engine=pair).on([{"CPU": 16.0}])
-    stated = ServeResources(judge=ReplicaConfig(num_gpus=0.7), meta=ReplicaConfig(num_gpus=0.3))
+    smaller = EngineConfig(gpu_memory_utilization=0.65)
+    stated = ServeResources(judge=ReplicaConfig(num_gpus=0.7), meta=ReplicaConfig(num_gpus=0.3), engine=smaller)
     assert stated.on(nodes).judge.num_gpus == 0.7
     stated.on(nodes).check_room([{"CPU": 16.0, "GPU": 1.0}], meta=True)

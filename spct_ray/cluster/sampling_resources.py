@@ -23,4 +23,4 @@ class SamplingResources:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        check_engine(self.gpus_per_replica, self.engine.tensor_parallel)
+        check_engine(self.gpus_per_replica, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)

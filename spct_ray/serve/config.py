@@ -59,7 +59,7 @@ class ServeResources:
     cluster: ClusterResources = field(default_factory=ClusterResources)
 
     def __post_init__(self) -> None:
-        check_engine(self.judge.num_gpus, self.engine.tensor_parallel)
+        check_engine(self.judge.num_gpus, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
 
     def on(self, nodes: Nodes) -> ServeResources:
         """The same with each `num_gpus` a number. Raises ConfigError where the judge's engine cannot run with it."""
