@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tiny_model, make_tiny_tokenizer
-from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.learn import checkpoint
+from spct_ray.learn import attention, checkpoint
 from spct_ray.learn import model as learn_model
-from spct_ray.learn.batch import Batch, Tree, make_batch
+from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
 from spct_ray.learn.config import OptimConfig, learning_rate
 from spct_ray.learn.examples import DataOrder, Example, ExampleFile, write_examples
 from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
 from spct_ray.learn.metrics_file import MetricsFile
-from spct_ray.learn.model import LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.learn.sft import encode_rows
 from spct_ray.records import Message
 from spct_ray.serve.backends import LocalMeta
@@ -127,22 +126,20 @@ def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> Non
     assert tokenizer.decode(ids[prompt_length:]) == "Analysis: good good <|im_end|>"
 
 
-def test_a_meta_rm_is_warm_when_it_is_ready(tiny: str, tmp_path: Path) -> None:
-    """It has scored a short and a long row, each a prompt with several judgements, as those of a vote are."""
+def test_a_meta_rm_is_warm_when_it_is_ready(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention through the function that CUDA compiles: no vote waits for it, whatever its rows hold."""
     load_model(tiny, "scalar", torch.bfloat16, on_gpu=False).save_pretrained(tmp_path)
     make_tiny_tokenizer().save_pretrained(tmp_path)
-    scored: list[Batch] = []
-
-    def note(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        if isinstance(module, LastTokenScore):
-            scored.append(arguments[0])
-
-    hook = register_module_forward_pre_hook(note)
-    try:
-        LocalMeta(str(tmp_path))
-    finally:
-        hook.remove()
-    assert [batch.trees for batch in scored] == [(Tree(32, (8,) * 4),), (Tree(256, (64,) * 4),)]
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    monkeypatch.setitem(attention.FLEX_BACKENDS, "cpu", "aot_eager")
+    meta = LocalMeta(str(tmp_path))
+    assert graphs["unique_graphs"] == 1
+    for num_judgements, num_words in ((1, 1), (8, 60), (3, 300)):
+        query, judgement = (Message(role, "good " * num_words) for role in ("user", "assistant"))
+        assert len(asyncio.run(meta.score([(query, judgement)] * num_judgements))) == num_judgements
+    assert graphs["unique_graphs"] == 1
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -23,5 +23,5 @@ def placed(step: Step, nodes: Nodes) -> Step:
 def check(steps: Sequence[Step], nodes: Nodes) -> None:
     """Raise ConfigError for the first step that would wait for ever on these nodes, even alone."""
     for step in steps:
-        advice = f"lower the resources of step {step.name}, or name a larger cluster"
+        advice = f"lower the resources of step {step.name} (num_replicas, num_workers), or name a larger cluster"
         check_room({step.name: step.demand.cpus}, {step.name: step.demand.gpus_of_each}, nodes, advice)
