@@ -375,7 +375,11 @@ def test_judges_run_on_what_they_ran_on_in_the_run_and_else_on_gpus_if_there_are
     assert changed["evaluate_alone"].engine == EngineConfig(max_model_len=512, tensor_parallel=4)
     assert changed["meta_scores_gpus_rft"].gpus_per_replica == 0.25
     own = resources("evaluate.block_size=7", evaluate=SamplingResources(num_replicas=3))
-    assert own["evaluate_gpus_rft"] == SamplingResources(num_replicas=3, block_size=7)
+    assert own["evaluate_gpus_rft"] == SamplingResources(num_replicas=3, gpus_per_replica=1, block_size=7)
+    assert (
+        resources("evaluate.gpus_per_replica=0", evaluate=SamplingResources())["evaluate_gpus_rft"]
+        == SamplingResources()
+    )
     with pytest.raises(ConfigError, match="tensor_parallel 4 takes 4 GPUs, but 2 are asked for"):
         resources(both[0])
     with pytest.raises(ConfigError, match="did you mean 'num_replicas'"):

@@ -161,7 +161,8 @@ def _of_run(target: str, wanted: Sequence[str]) -> Judge:
 
 
 def _open(resources: R) -> R:
-    """The same with GPUs left to the cluster where a run had none: it may have been another one."""
+    """The same with GPUs left to the cluster where a run had none, as it may have been another one, or a file says
+    none, as it does by default. Only the override `gpus_per_replica=0` keeps an engine off GPUs that are there."""
     return replace(resources, gpus_per_replica=resources.gpus_per_replica or None)
 
 
@@ -173,10 +174,10 @@ def on_resources(judge: Judge, config: EvaluationConfig, overrides: Sequence[str
         words = [word.removeprefix(f"{name}.") for word in overrides if word.startswith(f"{name}.")]
         return override(resources, words)
 
-    where = judge.resources
+    where, scoring = judge.resources, _open(config.meta_scores) if config.meta_scores else judge.scoring
     if isinstance(where, SamplingResources):
-        where = changed("evaluate", config.evaluate or where)
-    return replace(judge, resources=where, scoring=changed("meta_scores", config.meta_scores or judge.scoring))
+        where = changed("evaluate", _open(config.evaluate) if config.evaluate else where)
+    return replace(judge, resources=where, scoring=changed("meta_scores", scoring))
 
 
 def _scalar_of_run(target: str) -> Judge:
