@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from spct_ray.cluster import session
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.config import load
+from spct_ray.config import load, override
 from spct_ray.errors import ConfigError, SpctError
 from spct_ray.graph.explain import format_plan, link_reused, plan
 from spct_ray.graph.lock import hold, holder, is_held
 from spct_ray.graph.record import local_root, read_record, write_atomically
+from spct_ray.graph.room import check as check_steps
+from spct_ray.graph.room import placed
 from spct_ray.graph.step import Step, steps_until
 
 if TYPE_CHECKING:
@@ -65,7 +68,10 @@ def run(config_path: str, overrides: Sequence[str], command: str, until: Sequenc
     """Run the graph of a configuration file to its end, or to the steps `until`, and publish its report.
 
     Shared with jobs/pipeline.py."""
+    from spct_ray.stages.plan_check import check
+
     recipe, steps, root = load_graph(config_path, overrides, until)
+    check(recipe)
     run_graph(steps, root, recipe.seed, recipe.resources.cluster, command, recipe.reuse)
 
 
@@ -83,6 +89,11 @@ def run_graph(
 
             with session.start(cluster):
                 signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
+                left = {step.name for step in planned if step.state != "done"}
+                nodes = session.nodes()
+                steps = [placed(step, nodes) for step in steps]
+                with session.waiting_for_room(cluster, _say):
+                    check_steps([step for step in steps if step.name in left], nodes)
                 run_steps(steps, root, seed, command, _say)
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
@@ -159,7 +170,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="MODEL_OR_RUN",
         help="a model directory, a run's root, RUN:base, RUN:rft, RUN:grpo, or the URL of an OpenAI-compatible "
-        "endpoint with its version (/v1); with @MODE behind it, it judges in that mode",
+        "endpoint with its version (/v1); with @MODE behind it, it judges in that mode. key=value changes one value of "
+        "--config, or of what a judge runs on, e.g. evaluate.engine.tensor_parallel=2 evaluate.gpus_per_replica=2",
     )
     command.add_argument("--model", default="", metavar="NAME", help="of an endpoint: its model that judges")
     command.add_argument(
@@ -194,13 +206,19 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from spct_ray.stages import evaluation
 
     config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
-    benchmarks = evaluation.specs(parsed.benchmarks, parsed.targets)
-    asked = evaluation.Evaluation(benchmarks, _ks(parsed.k), parsed.suite, parsed.limit, parsed.temperature, config)
-    first = parsed.targets[0].partition("@")[0].partition(":")[0]
+    overrides = [word for word in parsed.targets if re.match(r"\w+(\.\w+)*=", word)]
+    config = override(config, [word for word in overrides if not word.startswith(("evaluate.", "meta_scores."))])
+    targets = [word for word in parsed.targets if word not in overrides]
+    if not targets:
+        raise ConfigError("spct evaluate: name at least one run, model directory or endpoint, not only key=value")
+    benchmarks = evaluation.specs(parsed.benchmarks, targets)
+    asked = evaluation.Evaluation(benchmarks, _ks(parsed.k), parsed.suite, parsed.limit, parsed.temperature)
+    first = targets[0].partition("@")[0].partition(":")[0]
     inside = os.path.isdir(os.path.join(first, "steps"))
     root = local_root(parsed.root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))
     endpoint = evaluation.Endpoint(parsed.model, parsed.api_key_env)
-    steps = evaluation.build_steps([evaluation.resolve(target, config, endpoint) for target in parsed.targets], asked)
+    judges = [evaluation.resolve(target, config, endpoint) for target in targets]
+    steps = evaluation.build_steps([evaluation.on_resources(judge, config, overrides) for judge in judges], asked)
     given = {name: getattr(parsed, name) for name in _EVALUATE_OPTIONS}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, "")]
     command = shlex.join(["spct", "evaluate", *parsed.targets, *words])

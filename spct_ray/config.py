@@ -50,6 +50,17 @@ def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
         raise ConfigError(f"{_source(error.key, path, overrides)}: {error}") from error
 
 
+def override(config: T, overrides: Sequence[str]) -> T:
+    """The dataclass with `key=value` overrides (dotted keys) applied, as by `load`. Raises ConfigError."""
+    tree = OmegaConf.create(to_plain(config))
+    for word in overrides:
+        _apply(tree, word)
+    try:
+        return typing.cast(T, _convert(OmegaConf.to_container(tree, resolve=True), type(config), ""))
+    except _BadValueError as error:
+        raise ConfigError(f"{_source(error.key, type(config).__name__, overrides)}: {error}") from error
+
+
 def _read(path: str, above: tuple[str, ...] = (), other: str | None = None) -> DictConfig:
     """The file's tree, over that of its base or of the `other` one in its place. Raises ConfigError."""
     if not os.path.isfile(path):

@@ -23,18 +23,23 @@ from spct_ray.benchmarks.registry import BenchmarkSpec, find
 from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
+from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import to_plain
 from spct_ray.data.store import judged_files, read_items, write_items
+from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
+from spct_ray.graph.room import placed
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.placement import Nodes
 from spct_ray.records import Item, Message, Trajectory
 from spct_ray.stages import benchmarks, compare, evaluate, evaluation
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
-from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, resolve
+from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, on_resources, resolve
+from spct_ray.stages.meta_scores import MetaScoresResources
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 PROMPT = JudgeConfig(template="compact", single="scale")
@@ -301,7 +306,7 @@ def test_weights_are_counted_from_headers(tmp_path: Path) -> None:
     assert count_weights(str(make_model(tmp_path / "m"))) == 6
 
 
-def fake_run(root: Path) -> dict[str, str]:
+def fake_run(root: Path, gpus: int = 0, scoring_gpus: float = 0) -> dict[str, str]:
     """Records of a run with base and rft judges, evaluated, and a meta RM; returns model directories by step."""
     models = {}
 
@@ -314,14 +319,16 @@ def fake_run(root: Path) -> dict[str, str]:
         write_record(str(directory), StepRecord(name, name.ljust(12, "0"), "f", 1, 1, config, sources, resources))
 
     how = to_plain(EvaluateConfig(PROMPT, "binary", 8, 0.7))
-    where = to_plain(evaluation.SamplingResources(block_size=99))
+    engine = EngineConfig(max_model_len=640, tensor_parallel=max(1, gpus))
+    where = to_plain(SamplingResources(gpus_per_replica=gpus, block_size=99, engine=engine))
+    scoring = MetaScoresResources(gpus_per_replica=scoring_gpus)
     record("items", {}, {})
     record("student", {}, {})
     record("rft", {"items": "items"}, {})
     record("meta", {"items": "items"}, {})
     record("evaluate_base", {"items": "items", "judge": "student"}, how, where)
     record("evaluate_rft", {"items": "items", "judge": "rft"}, how, where)
-    record("meta_scores", {"meta": "meta", "evaluate_rft": "evaluate_rft"}, {})
+    record("meta_scores", {"meta": "meta", "evaluate_rft": "evaluate_rft"}, {}, to_plain(scoring))
     return models
 
 
@@ -339,6 +346,60 @@ def test_a_run_stands_for_its_last_judge_as_it_was_evaluated(tmp_path: Path) -> 
         resolve(f"{root}:grpo", EvaluationConfig())
     with pytest.raises(ConfigError, match="not 'sft'"):
         resolve(f"{root}:sft", EvaluationConfig())
+
+
+def test_judges_run_on_what_they_ran_on_in_the_run_and_else_on_gpus_if_there_are_any(tmp_path: Path) -> None:
+    fake_run(tmp_path / "gpus", gpus=2, scoring_gpus=0.5)
+    fake_run(tmp_path / "cpus")
+    specs = make_benchmarks(tmp_path)
+    targets = [tmp_path / "gpus", tmp_path / "cpus", make_model(tmp_path / "alone")]
+
+    def resources(*overrides: str, nodes: Nodes = ({"CPU": 8.0, "GPU": 4.0},), **config: Any) -> dict[str, Any]:
+        said = EvaluationConfig(**config)
+        judges = [on_resources(resolve(str(target), said), said, overrides) for target in targets]
+        return {step.name: placed(step, nodes).resources for step in build_steps(judges, Evaluation(specs, (1,)))}
+
+    found = resources()
+    gpus = {name: where.gpus_per_replica for name, where in found.items() if "evaluate" in name or "scores" in name}
+    assert gpus == {
+        "evaluate_gpus_rft": 2, "evaluate_cpus_rft": 1, "evaluate_alone": 1,
+        "meta_scores_gpus_rft": 0.5, "meta_scores_cpus_rft": 1,
+    }  # fmt: skip
+    assert found["evaluate_gpus_rft"].engine == EngineConfig(max_model_len=640, tensor_parallel=2)
+    none = resources(nodes=[{"CPU": 8.0}])
+    for name in ("evaluate_cpus_rft", "evaluate_alone", "meta_scores_cpus_rft"):
+        assert none[name].gpus_per_replica == 0
+    both = ("evaluate.engine.tensor_parallel=4", "evaluate.gpus_per_replica=4", "meta_scores.gpus_per_replica=0.25")
+    changed = resources(*both)
+    assert changed["evaluate_gpus_rft"].engine == EngineConfig(max_model_len=640, tensor_parallel=4)
+    assert changed["evaluate_alone"].engine == EngineConfig(max_model_len=512, tensor_parallel=4)
+    assert changed["meta_scores_gpus_rft"].gpus_per_replica == 0.25
+    own = resources("evaluate.block_size=7", evaluate=SamplingResources(num_replicas=3))
+    assert own["evaluate_gpus_rft"] == SamplingResources(num_replicas=3, gpus_per_replica=1, block_size=7)
+    assert (
+        resources("evaluate.gpus_per_replica=0", evaluate=SamplingResources())["evaluate_gpus_rft"]
+        == SamplingResources()
+    )
+    with pytest.raises(ConfigError, match="tensor_parallel 4 takes 4 GPUs, but 2 are asked for"):
+        resources(both[0])
+    with pytest.raises(ConfigError, match="did you mean 'num_replicas'"):
+        resources("evaluate.num_replica=2")
+
+
+def test_the_command_takes_overrides_among_its_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_benchmarks(tmp_path)
+    model, benchmark = str(make_model(tmp_path / "m")), f"--benchmarks=rewardbench={tmp_path}/rb.jsonl"
+    for words, told in (
+        (
+            [model, "evaluate.gpus_per_replica=1", "evaluate.engine.tensor_parallel=2"],
+            "takes 2 GPUs, but 1 are asked for",
+        ),
+        ([model, "evalute.num_replicas=2"], "did you mean 'evaluate'"),
+        (["evaluate.num_replicas=2"], "name at least one run"),
+    ):
+        assert main(["evaluate", *words, benchmark, f"--root={tmp_path}/out"]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_graph_and_its_ids(tmp_path: Path) -> None:
@@ -371,7 +432,7 @@ def test_an_endpoint_is_a_judge_without_a_model_step(tmp_path: Path, monkeypatch
 
     def steps(target: str = url, endpoint: Endpoint = named, **changes: Any) -> Any:
         config = EvaluationConfig(**changes)
-        return build_steps([resolve(target, config, endpoint)], Evaluation(specs, (1, 4), config=config))
+        return build_steps([resolve(target, config, endpoint)], Evaluation(specs, (1, 4)))
 
     found = {step.name: step for step in steps()}
     assert list(found) == ["benchmarks", "evaluate_org-grm-1", "report"]

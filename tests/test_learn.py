@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ from tiny import make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.learn import checkpoint
+from spct_ray.learn import attention, checkpoint
 from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
@@ -28,6 +29,7 @@ from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.learn.sft import encode_rows
 from spct_ray.records import Message
+from spct_ray.serve.backends import LocalMeta
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,22 @@ def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> Non
     assert together == pytest.approx([alone.score([talk])[0] for talk in talks], abs=0.02)
     ids, prompt_length = encode_judgement(tokenizer, talks[2])
     assert tokenizer.decode(ids[prompt_length:]) == "Analysis: good good <|im_end|>"
+
+
+def test_a_meta_rm_is_warm_when_it_is_ready(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention through the function that CUDA compiles: no vote waits for it, whatever its rows hold."""
+    load_model(tiny, "scalar", torch.bfloat16, on_gpu=False).save_pretrained(tmp_path)
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    monkeypatch.setitem(attention.FLEX_BACKENDS, "cpu", "aot_eager")
+    meta = LocalMeta(str(tmp_path))
+    assert graphs["unique_graphs"] == 1
+    for num_judgements, num_words in ((1, 1), (8, 60), (3, 300)):
+        query, judgement = (Message(role, "good " * num_words) for role in ("user", "assistant"))
+        assert len(asyncio.run(meta.score([(query, judgement)] * num_judgements))) == num_judgements
+    assert graphs["unique_graphs"] == 1
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -135,6 +135,7 @@ def test_an_engine_without_room_for_a_sequence_is_refused() -> None:
         PAPER,
         [
             "resources.evaluate.engine.tensor_parallel=1",
+            "resources.evaluate.gpus_per_replica=1",
             "resources.evaluate.engine.gpu_memory_utilization=0.6",
         ],
     )

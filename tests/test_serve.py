@@ -9,7 +9,10 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spct_ray.engines.base import SamplingParams
+from spct_ray.cli import _parser as parser
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.config import to_plain
+from spct_ray.engines.base import EngineConfig, SamplingParams
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, TooLongError
 from spct_ray.graph.record import StepRecord, write_record
@@ -263,7 +266,7 @@ def test_other_routes():
     assert (unready.get("/healthz").status_code, unready.get("/readyz").status_code) == (200, 503)
 
 
-def finish(root, name, step_id, inputs=(), stage="", **config):
+def finish(root, name, step_id, inputs=(), stage="", resources=None, **config):
     """Commit a step as the runner does; later calls are newer."""
     finish.count = getattr(finish, "count", 0) + 1
     directory = root / "steps" / f"{name}-{step_id}"
@@ -277,7 +280,7 @@ def finish(root, name, step_id, inputs=(), stage="", **config):
         seed=0,
         config=config,
         inputs={f"input{i}": {"step": source, "id": source} for i, source in enumerate(inputs)},
-        resources={},
+        resources=resources or {},
         finished_at=f"2026-01-01T00:00:{finish.count:02d}",
     )
     write_record(str(directory), record)
@@ -291,6 +294,11 @@ EVALUATED = {
 }
 
 
+def evaluated_on(gpus):
+    engine = EngineConfig(max_model_len=640, tensor_parallel=max(1, gpus))
+    return to_plain(SamplingResources(gpus_per_replica=gpus, engine=engine))
+
+
 def test_a_run_serves_its_newest_judge_with_the_meta_rm_trained_on_it(tmp_path):
     (tmp_path / "steps").mkdir()
     with pytest.raises(ConfigError, match="no finished grpo or rft step"):
@@ -298,23 +306,32 @@ def test_a_run_serves_its_newest_judge_with_the_meta_rm_trained_on_it(tmp_path):
     rft = finish(tmp_path, "rft_2", "r1", stage="rft")
     with pytest.raises(ConfigError, match="no finished evaluation of rft_2"):
         resolve(str(tmp_path))
-    finish(tmp_path, "evaluate_rft", "e1", ["r1"], stage="evaluate", **EVALUATED)
+    finish(tmp_path, "evaluate_rft", "e1", ["r1"], stage="evaluate", resources=evaluated_on(0), **EVALUATED)
     assert (resolve(str(tmp_path)).judge_model, resolve(str(tmp_path)).meta_model) == (rft, None)
     finish(tmp_path, "grpo", "g1", ["r1"])
     grpo = finish(tmp_path, "grpo", "g2", ["r1"])
     finish(tmp_path, "onpolicy", "o1", ["g1"], stage="sample")
     finish(tmp_path, "meta", "m1", ["o1", "r1"])
-    finish(tmp_path, "evaluate_grpo", "e2", ["g2"], stage="evaluate", **EVALUATED)
+    finish(tmp_path, "evaluate_grpo", "e2", ["g2"], stage="evaluate", resources=evaluated_on(2), **EVALUATED)
     (tmp_path / "steps" / "grpo-unfinished").mkdir()
     config = resolve(str(tmp_path))
     assert (config.judge_model, config.name) == (grpo, "grpo")
     assert config.meta_model is None  # m1 was trained on the older judge g1
     assert config.judge == JudgeConfig(template="compact", single="scale", max_tokens=96)
     assert config.temperature == 0.7
-    assert config.resources.engine.max_model_len == 640
+    assert config.resources.engine == EngineConfig(max_model_len=640, tensor_parallel=2)
+    assert (config.resources.judge.num_gpus, config.resources.meta.num_gpus) == (2, None)
     finish(tmp_path, "onpolicy", "o2", ["g2"], stage="sample")
     meta = finish(tmp_path, "meta", "m2", ["o2", "r1"])
     assert resolve(str(tmp_path)).meta_model == meta
+    finish(tmp_path, "meta_scores", "s2", ["m2", "e2"], resources={"gpus_per_replica": 1})
+    assert resolve(str(tmp_path)).resources.meta.num_gpus == 1
+    words = ["resources.judge.num_gpus=null", "resources.engine.tensor_parallel=1", "temperature=0.2"]
+    config = resolve(str(tmp_path), words)
+    assert (config.resources.judge.num_gpus, config.resources.engine.max_model_len) == (None, 640)
+    assert (config.judge_model, config.temperature, config.resources.meta.num_cpus) == (grpo, 0.2, 0.5)
+    with pytest.raises(ConfigError, match=r"override 'resources.engine.tensor_parallel=4'.* but 2 are asked for"):
+        resolve(str(tmp_path), ["resources.engine.tensor_parallel=4"])
 
 
 def test_a_model_directory_or_a_configuration_can_be_served(tmp_path):
@@ -322,15 +339,33 @@ def test_a_model_directory_or_a_configuration_can_be_served(tmp_path):
     config = resolve(str(tmp_path))
     assert (config.judge_model, config.name, config.judge.max_tokens) == (str(tmp_path), tmp_path.name, 256)
     assert resolve("conf/serve.yaml").resources.host == "127.0.0.1"
+    arguments = parser().parse_args(["serve", str(tmp_path), "resources.engine.tensor_parallel=2", "--port", "9"])
+    assert resolve(arguments.target, arguments.overrides).resources.engine.tensor_parallel == 2
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match="no run"):
         resolve(str(tmp_path))
 
 
 def test_the_defaults_fit_two_cores_and_what_does_not_fit_is_told_by_name():
-    ServeResources().check_room({"CPU": 2.0}, meta=True)
+    ServeResources().on([{"CPU": 2.0}]).check_room([{"CPU": 2.0}], meta=True)
     wide = ServeResources(judge=ReplicaConfig(min_replicas=2, num_cpus=4), meta=ReplicaConfig(num_gpus=1))
-    with pytest.raises(ConfigError, match=r"8\.1 CPUs \(gateway 0\.1, judge 8\), this machine has 2"):
-        wide.check_room({"CPU": 2.0}, meta=False)
-    with pytest.raises(ConfigError, match=r"1 GPUs \(meta 1\), this machine has 0"):
-        wide.check_room({"CPU": 16.0}, meta=True)
+    with pytest.raises(ConfigError, match=r"8\.1 CPUs are asked for \(gateway 0\.1, judge 8\), and there are 2"):
+        wide.check_room([{"CPU": 2.0}], meta=False)
+    with pytest.raises(ConfigError, match=r"1 GPUs are asked for \(meta 1;.*and there are none"):
+        wide.check_room([{"CPU": 16.0}], meta=True)
+
+
+def test_a_judge_takes_its_engines_gpus_a_meta_rm_one_and_a_gateway_none_where_there_are_any():
+    pair = EngineConfig(tensor_parallel=2)
+    nodes = [{"CPU": 16.0, "GPU": 2.0}] * 2
+    where = ServeResources(judge=ReplicaConfig(min_replicas=0), engine=pair).on(nodes)
+    assert (where.judge.num_gpus, where.meta.num_gpus, where.gateway.num_gpus) == (2, 1, 0)
+    where.check_room(nodes, meta=True)
+    with pytest.raises(ConfigError, match=r"3 GPUs are asked for \(judge 2, meta 1;.*there are 2: .*num_gpus=0\.7"):
+        where.check_room(nodes[:1], meta=True)  # also where no replica runs at first: one could never start
+    with pytest.raises(ConfigError, match="takes 2 GPUs, but 0 are asked for; where there are no GPUs"):
+        ServeResources(engine=pair).on([{"CPU": 16.0}])
+    smaller = EngineConfig(gpu_memory_utilization=0.65)
+    stated = ServeResources(judge=ReplicaConfig(num_gpus=0.7), meta=ReplicaConfig(num_gpus=0.3), engine=smaller)
+    assert stated.on(nodes).judge.num_gpus == 0.7
+    stated.on(nodes).check_room([{"CPU": 16.0, "GPU": 1.0}], meta=True)

@@ -6,11 +6,12 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from spct_ray.errors import ConfigError, SpctError
+from spct_ray.placement import Nodes
 
 PROXY_READY_TIMEOUT_S = 60  # of Ray Serve's HTTP proxy. Serve's own 5 s are too few on a busy machine; 60 is its most
 ENVIRONMENT = {
@@ -18,6 +19,7 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve their neighbours on shared cores
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_READY_TIMEOUT_S),
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # else a process that asks for no GPU sees, and takes, the first one
 }
 
 
@@ -106,6 +108,25 @@ def _start_local(**options: Any) -> None:
     raise SpctError(
         "Ray did not start on this machine within 30 s, three times; end other work or free memory, and try again"
     ) from last
+
+
+def nodes() -> Nodes:
+    """What Ray counts on each living node of the connected cluster."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+@contextlib.contextmanager
+def waiting_for_room(resources: ClusterResources, say: Callable[[str], None]) -> Iterator[None]:
+    """Let a ConfigError of the body, for what has no room, pass where Ray is this machine alone. A cluster may grow or
+    be in use by others: there `say` it, and go on."""
+    try:
+        yield
+    except ConfigError as error:
+        if is_local(resources):
+            raise
+        say(f"Ray has no room now, and is waited for: {error}")
 
 
 def exit_with_raylet() -> None:

@@ -21,21 +21,30 @@ class Replicas(Protocol):
     @property
     def cpus_per_replica(self) -> float: ...
     @property
-    def gpus_per_replica(self) -> float: ...
+    def gpus_per_replica(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
 class Demand:
-    """CPUs and GPUs that a step's own workers take while it runs; the runner never starts steps that exceed the sum."""
+    """CPUs and GPUs that a step's own workers take while it runs; the runner never starts steps that exceed the sum.
+    The GPUs of one worker are on one node."""
 
     cpus: float
-    gpus: float = 0.0
+    gpus_of_each: tuple[float, ...] = ()
 
     @classmethod
     def of_replicas(cls, resources: Replicas) -> Demand:
-        """What all replicas take together."""
+        """What all replicas take together. GPUs that are left open (None) count once `graph.room` fills them in."""
         num = resources.num_replicas
-        return cls(num * resources.cpus_per_replica, num * resources.gpus_per_replica)
+        return cls(num * resources.cpus_per_replica, (resources.gpus_per_replica or 0.0,) * num)
+
+    @property
+    def gpus(self) -> float:
+        """Of all workers."""
+        return sum(self.gpus_of_each)
+
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(self.cpus + other.cpus, self.gpus_of_each + other.gpus_of_each)
 
 
 @dataclass

@@ -47,13 +47,25 @@ class MetaScorer:
         self._module = LastTokenScore(load_model(model_dir, "scalar", dtype, on_gpu)).to(self._device).eval()
         self._micro_tokens = micro_tokens
 
-    @torch.no_grad()  # not inference mode, whose tensors would have attention compiled once more
+    def warm_up(self) -> None:
+        """Score a short and a full row, so that no later call waits for attention to be compiled, or is the first to
+        find that the memory does not suffice."""
+        full = self._micro_tokens if self._device == "cuda" else 512  # on CPU nothing is compiled
+        limit = getattr(self._module.model.config, "max_position_embeddings", full)
+        for num_tokens in (64, min(full, limit)):
+            trunk, branch = num_tokens // 2, num_tokens // 8
+            self._score_tokens([[0] * (trunk + branch)] * 4, [trunk] * 4)
+
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
         """A raw logit for each of `judge.prompt.meta_messages`, in order; above 0 means "right" is more likely."""
         if not conversations:
             return []
         encoded = [encode_judgement(self._tokenizer, messages) for messages in conversations]
         sequences, prompt_lengths = zip(*encoded, strict=True)
+        return self._score_tokens(sequences, prompt_lengths)
+
+    @torch.no_grad()  # not inference mode, whose tensors would have attention compiled once more
+    def _score_tokens(self, sequences: Sequence[list[int]], prompt_lengths: Sequence[int]) -> list[float]:
         logits = [0.0] * len(sequences)
         (rows,) = plan_rows(sequences, prompt_lengths, micro_tokens=self._micro_tokens)
         for indices in rows:

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -158,8 +159,10 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
 
     All that says what code runs is in the deployments' version. To run the same with other `weights` over a running one
     lets Serve call `reconfigure` on the judge's replicas, one after the other (or a fifth of them at once, where they
-    are many), and on each that it starts later.
+    are many), and on each that it starts later. Raises ConfigError where a `num_gpus` is null and Ray not connected, so
+    that nobody knows whether the cluster has GPUs.
     """
+    config = _placed(config)
     resources = config.resources
     version = str(derive_seed(repr(config), repr(judge_class)))
     judge = _deployment(JUDGE, judge_class, resources.judge, version).options(
@@ -170,6 +173,19 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
         meta = _deployment(META, MetaReplica, resources.meta, version).bind(config.meta_model)
     gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway, version)
     return gateway.bind(config, judge.bind(config), meta)
+
+
+def _placed(config: ServeConfig) -> ServeConfig:
+    """The configuration with a number for each model's GPUs."""
+    where = config.resources
+    asked = {"judge": where.judge.num_gpus} | ({"meta": where.meta.num_gpus} if config.meta_model else {})
+    open_ = [name for name, num in asked.items() if num is None]
+    if open_ and not ray.is_initialized():
+        raise ConfigError(
+            f"resources.{open_[0]}.num_gpus must be a number here (0 on CPUs): the application is made before Ray is "
+            "connected, so nobody knows whether it has GPUs"
+        )
+    return replace(config, resources=where.on(session.nodes())) if open_ else config
 
 
 def update_weights(directory: str) -> Weights:
@@ -194,14 +210,18 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
 
     At the end the application goes, and Ray Serve itself where it was started here; one that ran before keeps its own
     address. Raises ConfigError when the address is taken or the cluster already serves an application of ours,
-    SpctError when Ray Serve does not start, EngineError when a model will not load.
+    SpctError when Ray Serve does not start, EngineError when a model will not load. On this machine alone, what has no
+    room is a ConfigError too, before anything loads; a cluster may grow, so there it is only said.
     """
+    config = _placed(config)
     resources = config.resources
     found = serve.status()
     if APP_NAME in found.applications:
         raise ConfigError(f"this Ray cluster already serves {APP_NAME!r}; stop that `spct serve` first")
-    if session.is_local(resources.cluster):  # no nodes will come, so a replica without room would be waited for forever
-        resources.check_room(ray.cluster_resources(), meta=config.meta_model is not None)
+    with session.waiting_for_room(resources.cluster, partial(print, flush=True)):
+        resources.check_room(session.nodes(), meta=config.meta_model is not None)
+        if not session.is_local(resources.cluster):  # others may hold what there is
+            resources.check_room([ray.available_resources()], meta=config.meta_model is not None)
     try:
         _start(resources.host, resources.port)
         _run(config, judge_class, OWN)

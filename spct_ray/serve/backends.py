@@ -100,12 +100,13 @@ class LocalJudge:
 
 
 class LocalMeta:
-    """A meta RM in this process, one batch at a time."""
+    """A meta RM in this process, one batch at a time; warm before the constructor returns."""
 
     def __init__(self, model_dir: str) -> None:
         from spct_ray.learn.meta import MetaScorer  # here, so that a gateway does not load torch
 
         self._scorer = MetaScorer(model_dir)
+        self._scorer.warm_up()
         self._lock = asyncio.Lock()
 
     async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from spct_ray.serve.schema import JudgeAnswer, JudgeRequest
 
 _TARGET = "a run's root (its newest judge and meta RM), a model directory, or a YAML file such as conf/serve.yaml"
+_OVERRIDES = (
+    "change one value of what is served, e.g. resources.judge.num_gpus=2 resources.engine.tensor_parallel=2 (default: "
+    "the GPUs and engine that the run was evaluated with; of a model: one GPU, if there are any)"
+)
 _SHOWN = 300  # characters of a critique
 
 
@@ -29,6 +33,7 @@ def add_parsers(subparsers: Any) -> None:
     """Add `serve`, `serve-update` and `judge` to the command line; each sets `handler(arguments)`."""
     serve = subparsers.add_parser("serve", help="serve a judge and its meta RM over HTTP with Ray Serve")
     serve.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     serve.add_argument("--host", help="address to listen on (default: the configuration's, 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: the configuration's, 8000)")
     serve.add_argument("--meta", metavar="DIR", help="model directory of the meta RM")
@@ -43,6 +48,7 @@ def add_parsers(subparsers: Any) -> None:
 
     judge = subparsers.add_parser("judge", help="judge one query on the command line, without a server")
     judge.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
+    judge.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     judge.add_argument("--query", help="the user's message")
     judge.add_argument("--response", action="append", default=[], help="one response; repeat it for each")
     judge.add_argument("--reference", default="", help="a reference answer to show to the judge")
@@ -153,7 +159,7 @@ def _brief(text: str) -> str:
 def _config(arguments: argparse.Namespace) -> ServeConfig:
     from spct_ray.serve.config import resolve
 
-    config = resolve(arguments.target)
+    config = resolve(arguments.target, arguments.overrides)
     return replace(config, meta_model=str(Path(arguments.meta).resolve())) if arguments.meta else config
 
 

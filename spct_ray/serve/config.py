@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.config import load
+from spct_ray.config import load, override
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.placement import Nodes, check_engine, check_room, gpus_of
+
+_META_CPUS = 0.5
+_ADVICE = (
+    "lower resources.*.num_gpus, num_cpus or min_replicas, or name a larger cluster. A judge and a meta RM share one "
+    "GPU with resources.judge.num_gpus=0.7 resources.meta.num_gpus=0.3 resources.engine.gpu_memory_utilization=0.65"
+)
 
 
 @dataclass(frozen=True)
@@ -28,34 +35,48 @@ class ReplicaConfig:
     max_ongoing_requests: int = 32  # a replica
     max_queued_requests: int = 64  # beyond this a request is answered 503
     num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_gpus: float | None = None  # null: what its model takes, on a cluster that has GPUs
 
 
 @dataclass(frozen=True)
 class ServeResources:
-    """Where it runs. `host` is the loopback unless told otherwise."""
+    """Where it runs. `host` is the loopback unless told otherwise.
+
+    Where `num_gpus` is null, a judge takes its engine's `tensor_parallel` and a meta RM one; on a cluster without GPUs
+    they take none. ConfigError where the judge's `num_gpus` is another number of GPUs.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     gateway: ReplicaConfig = field(
-        default_factory=lambda: ReplicaConfig(num_cpus=0.1, max_ongoing_requests=128, max_queued_requests=256)
+        default_factory=lambda: ReplicaConfig(
+            num_cpus=0.1, num_gpus=0.0, max_ongoing_requests=128, max_queued_requests=256
+        )
     )
     judge: ReplicaConfig = field(default_factory=ReplicaConfig)
-    meta: ReplicaConfig = field(default_factory=lambda: ReplicaConfig(num_cpus=0.5))  # all three fit two cores
+    meta: ReplicaConfig = field(default_factory=lambda: ReplicaConfig(num_cpus=_META_CPUS))  # all three fit two cores
     engine: EngineConfig = field(default_factory=EngineConfig)
     cluster: ClusterResources = field(default_factory=ClusterResources)
 
-    def check_room(self, total: Mapping[str, float], meta: bool) -> None:
-        """Raise ConfigError where the least number of replicas asks for more than `total` ({"CPU": .., "GPU": ..})."""
+    def __post_init__(self) -> None:
+        check_engine(self.judge.num_gpus, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
+
+    def on(self, nodes: Nodes) -> ServeResources:
+        """The same with each `num_gpus` a number. Raises ConfigError where the judge's engine cannot run with it."""
+
+        def filled(replicas: ReplicaConfig, needed: int) -> ReplicaConfig:
+            return replace(replicas, num_gpus=gpus_of(replicas.num_gpus, needed, nodes))
+
+        return replace(self, judge=filled(self.judge, self.engine.tensor_parallel), meta=filled(self.meta, 1))
+
+    def check_room(self, nodes: Nodes, meta: bool) -> None:
+        """Raise ConfigError where the nodes have no room for the least number of replicas, or for one where that is 0.
+        Every `num_gpus` is a number."""
         replicas = {"gateway": self.gateway, "judge": self.judge} | ({"meta": self.meta} if meta else {})
-        for kind, name in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-            needed = {key: r.min_replicas * getattr(r, name) for key, r in replicas.items()}
-            if sum(needed.values()) > total.get(kind, 0.0) + 1e-6:
-                asked = ", ".join(f"{key} {number:g}" for key, number in needed.items() if number)
-                raise ConfigError(
-                    f"the replicas ask for {sum(needed.values()):g} {kind}s ({asked}), this machine has "
-                    f"{total.get(kind, 0.0):g}: lower resources.*.{name} or min_replicas, or name a cluster"
-                )
+        num = {name: max(1, r.min_replicas) for name, r in replicas.items()}
+        cpus = {name: num[name] * r.num_cpus for name, r in replicas.items()}
+        gpus = {name: [r.num_gpus or 0.0] * num[name] for name, r in replicas.items()}
+        check_room(cpus, gpus, nodes, _ADVICE)
 
 
 @dataclass(frozen=True)
@@ -90,15 +111,16 @@ class ServeConfig:
             )
 
 
-def resolve(target: str) -> ServeConfig:
-    """What `target` says to serve: a YAML file of a ServeConfig, the root of a run, or a model directory."""
+def resolve(target: str, overrides: Sequence[str] = ()) -> ServeConfig:
+    """What `target` says to serve: a YAML file of a ServeConfig, the root of a run, or a model directory; with
+    `key=value` overrides of ServeConfig's fields."""
     path = Path(target)
     if path.suffix in (".yaml", ".yml"):
-        return load(ServeConfig, target)
+        return load(ServeConfig, target, overrides)
     if (path / "steps").is_dir():
-        return from_run(target)
+        return override(from_run(target), overrides)
     if (path / "config.json").is_file():
-        return from_model(target)
+        return override(from_model(target), overrides)
     raise ConfigError(
         f"{target} is no configuration (*.yaml), no run (no steps/ in it) and no model directory (no config.json in it)"
     )
@@ -106,6 +128,8 @@ def resolve(target: str) -> ServeConfig:
 
 def from_run(root: str) -> ServeConfig:
     """The newest finished judge of a run (GRPO, else RFT), used as it was evaluated, with the meta RM trained on it.
+
+    Engine and GPUs are those of its evaluation, and of the meta RM's scoring; what ran on CPUs is left to the cluster.
 
     Raises ConfigError when `root` has no finished judge, or no finished evaluation of it.
     """
@@ -115,17 +139,21 @@ def from_run(root: str) -> ServeConfig:
     if judge is None:
         raise ConfigError(f"{root}: no finished grpo or rft step under steps/; finish the run (`spct run`) first")
     after = [record for record in records if _descends(record, judge.id, records)]
-    evaluate, meta = _newest(after, "evaluate"), _newest(after, "meta")
+    evaluate, meta, scores = (_newest(after, stage) for stage in ("evaluate", "meta", "meta_scores"))
     if evaluate is None:
         raise ConfigError(f"{root}: no finished evaluation of {judge.name} ({judge.id[:12]}), whose prompt to use")
-    model = _model(root, judge)
+    where, meta_gpus = evaluate.resources, scores.resources["gpus_per_replica"] if scores else None
     return ServeConfig(
-        judge_model=model,
+        judge_model=_model(root, judge),
         meta_model=_model(root, meta) if meta else None,
         name=judge.name,
         judge=JudgeConfig(**evaluate.config["judge"] | {"single": evaluate.config["single"]}),
         temperature=evaluate.config["temperature"],
-        resources=ServeResources(engine=_engine(model)),
+        resources=ServeResources(
+            judge=ReplicaConfig(num_gpus=where["gpus_per_replica"] or None),
+            meta=ReplicaConfig(num_cpus=_META_CPUS, num_gpus=meta_gpus or None),
+            engine=EngineConfig(**where["engine"]),
+        ),
     )
 
 

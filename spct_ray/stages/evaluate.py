@@ -96,7 +96,8 @@ def _judge_kept(
     model, name = str((Path(context.inputs["judge"]) / "model").resolve()), context.name.removeprefix("evaluate_")
     kept, spec = keeper(), JudgeSpec(model, config.prompt, name, config.in_chunks)
     make_judge = keep_judges(kept, str(resources), spec, resources, context.log)
-    senders = replace(resources, gpus_per_replica=0)  # of blocks; the engines have the GPUs
+    # They only send blocks; the engines have the GPUs.
+    senders = SamplingResources(resources.num_replicas, resources.cpus_per_replica, 0, resources.block_size)
     return _judge(context, config, senders, make_judge, num_greedy)
 
 

@@ -11,12 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from spct_ray.benchmarks.registry import BenchmarkSpec, parse_spec, with_digest
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
+from spct_ray.config import override
 from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.remote import RemoteConfig
@@ -27,14 +29,17 @@ from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes, scalar, stored
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
+from spct_ray.stages.meta_scores import MetaScoresResources
 from spct_ray.stages.stored import JUDGES, clean
 
 SCALAR = "bradley_terry"
+R = TypeVar("R", SamplingResources, MetaScoresResources)
 
 
 @dataclass(frozen=True)
 class Judge:
     """One judge to evaluate, and how. `model` is None for one behind an endpoint, `config` for a scalar reward model.
+    `scoring` is where its meta RM, or it itself as a scalar reward model, scores.
     `train` maps the id of the step that made its training items to its directory."""
 
     name: str
@@ -42,20 +47,22 @@ class Judge:
     meta: str | None
     config: evaluate.EvaluateConfig | None
     resources: SamplingResources | evaluate.EndpointResources = field(default_factory=SamplingResources)
+    scoring: MetaScoresResources = field(default_factory=partial(MetaScoresResources, gpus_per_replica=None))
     train: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What the command line leaves out: the prompt of model directories (a run's judge keeps its own), and where an
-    evaluation runs; `evaluate` replaces the resources that a run's evaluation had. An endpoint is asked by
-    `concurrency` requests at a time, and a request waits `timeout_s` for its answer."""
+    evaluation runs. Without `evaluate` and `meta_scores`, judges and meta RMs of a run run on what they did there, but
+    what ran on CPUs, and model directories, take GPUs where the cluster has some. An endpoint is asked by `concurrency`
+    requests at a time, and a request waits `timeout_s` for its answer."""
 
     judge: JudgeConfig | None = None
     single: Literal["binary", "scale"] = "scale"
     cluster: ClusterResources = field(default_factory=ClusterResources)
     evaluate: SamplingResources | None = None
-    meta_scores: meta_scores.MetaScoresResources = field(default_factory=meta_scores.MetaScoresResources)
+    meta_scores: MetaScoresResources | None = None
     concurrency: int = 16
     timeout_s: float = 300.0
 
@@ -77,7 +84,6 @@ class Evaluation:
     suite: Literal["benchmarks", "robustness"] = "benchmarks"
     limit: int | None = None
     temperature: float | None = None  # null: the run's own, 0.5 for a model directory
-    config: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def specs(text: str, targets: Sequence[str] = ()) -> tuple[BenchmarkSpec, ...]:
@@ -142,14 +148,36 @@ def _of_run(target: str, wanted: Sequence[str]) -> Judge:
     trained: dict[str, str] = {}
     if not found.name.endswith("_base"):
         trained[found.evaluation.inputs["items"]["id"]] = found.source(found.evaluation, "items")
+    scoring = found.scores.resources if found.scores else {}
     return Judge(
         name=found.name,
         model=str(Path(found.judge_model, "model")),
         meta=str(Path(found.meta_model, "model")) if found.meta_model else None,
         config=found.config,
-        resources=SamplingResources(**resources, engine=engine),
+        resources=_open(SamplingResources(**resources, engine=engine)),
+        scoring=_open(MetaScoresResources(**scoring)),
         train=trained,
     )
+
+
+def _open(resources: R) -> R:
+    """The same with GPUs left to the cluster where a run had none, as it may have been another one, or a file says
+    none, as it does by default. Only the override `gpus_per_replica=0` keeps an engine off GPUs that are there."""
+    return replace(resources, gpus_per_replica=resources.gpus_per_replica or None)
+
+
+def on_resources(judge: Judge, config: EvaluationConfig, overrides: Sequence[str]) -> Judge:
+    """The judge on the resources that the configuration names, if it does, with the overrides `evaluate.key=value` and
+    `meta_scores.key=value` applied to those."""
+
+    def changed(name: str, resources: R) -> R:
+        words = [word.removeprefix(f"{name}.") for word in overrides if word.startswith(f"{name}.")]
+        return override(resources, words)
+
+    where, scoring = judge.resources, _open(config.meta_scores) if config.meta_scores else judge.scoring
+    if isinstance(where, SamplingResources):
+        where = changed("evaluate", _open(config.evaluate) if config.evaluate else where)
+    return replace(judge, resources=where, scoring=changed("meta_scores", scoring))
 
 
 def _scalar_of_run(target: str) -> Judge:
@@ -184,7 +212,7 @@ def _of_model(target: str, asked: EvaluationConfig) -> Judge:
         model=str(path),
         meta=None,
         config=evaluate.EvaluateConfig(asked.judge or prompt, asked.single),
-        resources=SamplingResources(engine=EngineConfig(max_model_len=length)),
+        resources=SamplingResources(gpus_per_replica=None, engine=EngineConfig(max_model_len=length)),
     )
 
 
@@ -210,7 +238,7 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit must be at least 1, found {asked.limit}")
     judges = _unique(judges)
-    where, one = asked.config, Demand(1)
+    one = Demand(1)
     train = {step: directory for judge in judges for step, directory in judge.train.items()}
     data = benchmarks.BenchmarksConfig(asked.benchmarks, asked.limit, Limits(), tuple(train))
     found = benchmarks.BenchmarksResources(tuple(train.values()))
@@ -233,9 +261,8 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         if judge.config is None:
             if asked.suite == "robustness":
                 raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
-            scoring = where.meta_scores
-            unset, demand = scalar.ScalarConfig(), Demand.of_replicas(scoring)
-            scored.append(Step(name, scalar.run, scalar.VERSION, unset, scoring, demand, inputs))
+            unset, demand = scalar.ScalarConfig(), Demand.of_replicas(judge.scoring)
+            scored.append(Step(name, scalar.run, scalar.VERSION, unset, judge.scoring, demand, inputs))
             read |= {name: name}
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
@@ -244,12 +271,11 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             ask = judge.resources
             judged.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
         else:
-            engines = where.evaluate or judge.resources
-            judged.append(evaluate.step(name, evaluate.run_both_orders, config, engines, inputs))
+            judged.append(evaluate.step(name, evaluate.run_both_orders, config, judge.resources, inputs))
         read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
-            scorers, demand = where.meta_scores, Demand.of_replicas(where.meta_scores)
+            scorers, demand = judge.scoring, Demand.of_replicas(judge.scoring)
             models.append(_model_step(meta, judge.meta, one))
             inputs = {"items": "benchmarks", "meta": meta, name: name}
             nothing = meta_scores.MetaScoresConfig()

@@ -24,11 +24,11 @@ class MetaScoresConfig:
 
 @dataclass(frozen=True)
 class MetaScoresResources:
-    """Scorers side by side and what each takes."""
+    """Scorers side by side and what each takes; null GPUs: one on a cluster with GPUs, else none."""
 
     num_replicas: int = 1
     cpus_per_replica: float = 1
-    gpus_per_replica: float = 0
+    gpus_per_replica: float | None = 0
 
 
 def run(context: StepContext, config: MetaScoresConfig, resources: MetaScoresResources) -> dict[str, Any]:

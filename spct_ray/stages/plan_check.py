@@ -75,7 +75,7 @@ def engines(recipe: Recipe) -> dict[str, EngineConfig]:
     }
     if recipe.sample.sampler.kind == "student":
         placed["sample"] = (where.sample, where.sample.engine)
-    return {name: engine for name, (resources, engine) in placed.items() if resources.gpus_per_replica > 0}
+    return {name: engine for name, (resources, engine) in placed.items() if resources.gpus_per_replica}
 
 
 def beside(recipe: Recipe, name: str) -> float:

@@ -126,8 +126,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         judge = add(
             f"rft{end}", rft, recipe.rft, where.rft, _training(where.rft), {"student": "student", "select": selected}
         )
-    rollouts, training = Demand.of_replicas(where.grpo.rollout), _training(where.grpo.train)
-    both = Demand(training.cpus + rollouts.cpus, training.gpus + rollouts.gpus)
+    both = _training(where.grpo.train) + Demand.of_replicas(where.grpo.rollout)
     add("grpo", grpo, recipe.grpo, where.grpo, both, {"items": "items", "rft": judge})
     add(
         "onpolicy",
@@ -194,4 +193,5 @@ def _with_tracker(where: Resources) -> Resources:
 
 
 def _training(resources: TrainResources) -> Demand:
-    return Demand(resources.num_workers * resources.cpus_per_worker, resources.num_workers * resources.gpus_per_worker)
+    num = resources.num_workers
+    return Demand(num * resources.cpus_per_worker, (resources.gpus_per_worker,) * num)
