@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_rft import RESOURCES, ray_session  # noqa: F401
-from tiny import make_tiny_model, make_tiny_tokenizer
+from tiny import make_tiny_model, make_tiny_tokenizer, same
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from spct_ray.data.store import write_items
@@ -103,9 +103,8 @@ def test_pairs_are_the_best_with_each_other(tmp_path: Path) -> None:
     counts = bradley_terry.write_training_file(here, bradley_terry.BradleyTerryConfig(max_tokens=300))
     assert counts == {"pairs": 2, "single_responses": 1, "too_long": 1}
     tokenizer, file = make_tiny_tokenizer(), ExampleFile(str(tmp_path / "pairs.arrow"))
-    assert [file[i] for i in range(2)] == [
-        encode_pair(tokenizer, ASKED, RESPONSES[1], other) for other in (RESPONSES[0], RESPONSES[2])
-    ]
+    for pair, other in zip([file[0], file[1]], (RESPONSES[0], RESPONSES[2]), strict=True):
+        assert same(pair, encode_pair(tokenizer, ASKED, RESPONSES[1], other))
     write_items(str(tmp_path / "items" / "train.parquet"), items[1:2])
     with pytest.raises(DataError, match="no pair of responses"):
         bradley_terry.write_training_file(here, bradley_terry.BradleyTerryConfig())

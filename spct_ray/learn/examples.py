@@ -11,10 +11,15 @@ import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from spct_ray.judge.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from spct_ray.learn.batch import Tokens
 
 _SCHEMA = pa.schema([("ids", pa.large_list(pa.int32())), ("prompt_length", pa.int32()), ("label", pa.float32())])
 _ROWS = 4096  # rows written at once
@@ -25,26 +30,33 @@ class Example:
     """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, for a pair (see
     `spct_ray.learn.scalar`) the length of the chosen response, else 0."""
 
-    ids: list[int]
+    ids: Tokens
     prompt_length: int
     label: float = 0.0
 
 
 class ExampleFile:
-    """Examples of one Arrow file, read on demand."""
+    """Examples of one Arrow file, read on demand: `ids` are views of the mapped file."""
 
     def __init__(self, path: str) -> None:
         table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        self._ids, self._prompt_lengths, self._labels = (column.combine_chunks() for column in table.columns)
-        offsets = self._ids.offsets.to_numpy()
-        self.lengths: list[int] = (offsets[1:] - offsets[:-1]).tolist()
+        ids, prompt_lengths, labels = table.columns
+        self._values = [chunk.values.to_numpy() for chunk in ids.chunks]  # [tokens of the chunk]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in ids.chunks]
+        self._starts = np.cumsum([0, *map(len, ids.chunks)])
+        self._prompt_lengths, self._labels = prompt_lengths.to_numpy(), labels.to_numpy()
+        self.lengths: list[int] = np.concatenate([np.diff(offsets) for offsets in self._offsets]).tolist()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        ids, prompt_length = self._ids[index].as_py(), self._prompt_lengths[index].as_py()
-        return Example(ids, prompt_length, self._labels[index].as_py())
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        chunk = int(np.searchsorted(self._starts, index, "right")) - 1
+        place = index - self._starts[chunk]
+        start, stop = self._offsets[chunk][place : place + 2]
+        return Example(self._values[chunk][start:stop], int(self._prompt_lengths[index]), float(self._labels[index]))
 
 
 def write_examples(path: str, examples: Iterable[Example]) -> int:

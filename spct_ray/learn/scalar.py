@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spct_ray.chat import encode_example
 from spct_ray.errors import ConfigError
-from spct_ray.learn.batch import Batch, BatchSize, make_batch, plan_rows
+from spct_ray.learn.batch import Batch, BatchSize, Tokens, make_batch, plan_rows
 from spct_ray.learn.examples import Example
 from spct_ray.learn.trainer import Trainer
 from spct_ray.precision import resolve
@@ -74,10 +75,10 @@ def pair_rows(examples: Sequence[Example], rank: int, num_ranks: int, micro_toke
     rows = plan_rows(sizes, prompts, micro_tokens=micro_tokens, num_ranks=num_ranks, share_prompts=False)[rank]
     batches = []
     for row in rows:
-        sequences: list[list[int]] = []
+        sequences: list[Tokens] = []
         for example in (examples[i] for i in row):
             prompt, end = example.ids[: example.prompt_length], example.prompt_length + int(example.label)
-            sequences += [example.ids[:end], [*prompt, *example.ids[end:]]]
+            sequences += [example.ids[:end], np.concatenate([prompt, example.ids[end:]])]
         batches.append(make_batch(sequences, [examples[i].prompt_length for i in row for _ in range(2)]))
     return batches
 
