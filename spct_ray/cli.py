@@ -114,13 +114,15 @@ def load_graph(config_path: str, overrides: Sequence[str], until: Sequence[str] 
 
 
 def _show_plan(parsed: argparse.Namespace) -> None:
-    from spct_ray.stages.plan_check import check
+    from spct_ray.stages.plan_check import check, checkpoints
 
     recipe, steps, root = load_graph(parsed.config, parsed.overrides, parsed.until)
     _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed, recipe.reuse))}")
     lock = os.path.join(root, ".lock")
     if is_held(lock):
         _say(f"now running: {holder(lock)}")
+    if found := checkpoints(recipe):
+        _say(f"checkpoints (two are kept): {'; '.join(f'{name} {value:.3g}' for name, value in found.items())}")
     check(recipe)
 
 

@@ -235,7 +235,8 @@ def rollouts(root: Path, tmp_path: Path) -> Iterator[Rollouts]:
 
     model_dir = str(root / "rft" / "model")
     trainer = Trainer(model_dir, head="lm", optim=CONFIG.optim, resources=RESOURCES.train, total_steps=9, seed=0)
-    context = StepContext("grpo", 1, str(tmp_path), {"items": str(root / "items")}, "spct run toy.yaml")
+    inputs = {"items": str(root / "items"), "rft": str(root / "rft")}
+    context = StepContext("grpo", 1, str(tmp_path), inputs, "spct run toy.yaml")
     with start(CLUSTER):
         rollouts = Rollouts(trainer, model_dir, context, CONFIG, RESOURCES)
         yield rollouts

@@ -6,15 +6,17 @@ import asyncio
 import itertools
 import json
 import math
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_tiny_model, make_tiny_tokenizer
+from tiny import make_tiny_model, make_tiny_tokenizer, same
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from spct_ray.errors import ConfigError, DataError
@@ -23,11 +25,11 @@ from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
 from spct_ray.learn.config import OptimConfig, learning_rate
-from spct_ray.learn.examples import DataOrder, Example, ExampleFile, write_examples
+from spct_ray.learn.examples import DataOrder, Example, ExampleFile, make_example, write_examples
+from spct_ray.learn.fit import one_ahead
 from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.model import TokenLogprobs, load_model
-from spct_ray.learn.sft import encode_rows
 from spct_ray.records import Message
 from spct_ray.serve.backends import LocalMeta
 
@@ -168,22 +170,50 @@ def test_epochs_and_seeds_differ_in_order() -> None:
     assert len({tuple(o.batch(step)) for o in (order, DataOrder(50, 150, 50, 1)) for step in range(3)}) == 6
 
 
-def test_examples_come_back_from_disk(tmp_path: Path) -> None:
-    examples = [Example(list(range(n)), n // 2, float(n % 2)) for n in range(2, 60)]
+def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> None:
+    examples = [Example(list(range(2 + n % 50)), n % 7, float(n % 2)) for n in range(9000)]  # three blocks of the file
     path = str(tmp_path / "examples.arrow")
     assert write_examples(path, iter(examples)) == len(examples)
     file = ExampleFile(path)
-    assert [file[i] for i in range(len(file))] == examples
     assert file.lengths == [len(e.ids) for e in examples]
+    for example, found in zip(examples, map(file.__getitem__, range(len(file))), strict=True):
+        assert isinstance(found.ids, np.ndarray)
+        assert not found.ids.flags.owndata
+        assert same(found, example)
+    with pytest.raises(IndexError, match="example 9000 of 9000"):
+        file[9000]
 
 
-def test_over_long_examples_are_named_not_cut() -> None:
+def test_rows_are_made_one_step_ahead_and_in_order() -> None:
+    made: list[int] = []
+    begun = threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        if step == 4:
+            begun.set()
+        return step * 10
+
+    stream = one_ahead(make, range(3, 6))
+    assert next(stream) == 30
+    assert begun.wait(60)  # beside the caller's work on the first
+    assert made == [3, 4]
+    assert list(stream) == [40, 50]
+    assert list(one_ahead(make, range(5, 5))) == []
+
+
+def test_a_step_whose_rows_cannot_be_made_fails_when_its_turn_comes() -> None:
+    stream = one_ahead(lambda step: 1 // (2 - step), range(4))
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+
+
+def test_an_example_ends_with_the_assistant_s_turn() -> None:
     tokenizer = make_tiny_tokenizer()
-    rows = [{"prompt": [{"role": "user", "content": "Hi"}], "completion": "word " * n} for n in (1, 300)]
-    short, long = encode_rows(tokenizer, rows, 64)
-    assert long is None
-    assert short is not None
-    assert tokenizer.decode(short.ids[short.prompt_length :]) == "word <|im_end|>"
+    example = make_example(tokenizer, [Message("user", "Hi")], "word ", 1.0)
+    assert tokenizer.decode(example.ids[example.prompt_length :]) == "word <|im_end|>"
+    assert (example.ids.dtype, example.label) == (np.int32, 1.0)
 
 
 def test_metrics_file_forgets_steps_that_are_done_again(tmp_path: Path) -> None:

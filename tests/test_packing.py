@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +30,7 @@ from transformers import (
 
 from spct_ray.errors import ConfigError
 from spct_ray.learn import attention
-from spct_ray.learn.batch import Batch, Tree, make_batch, plan_rows
+from spct_ray.learn.batch import Batch, Tokens, Tree, make_batch, plan_rows
 from spct_ray.learn.model import LastTokenScore, TokenLogprobs, load_model
 
 SMALL = {
@@ -193,8 +194,11 @@ def test_scores_are_read_at_each_sequences_last_token(directories: dict[str, str
     torch.testing.assert_close(module(make_batch(sequences, prompts, share)), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_a_row_by_hand() -> None:
-    batch = make_batch([[1, 2, 3, 4], [8, 9], [1, 2, 5], [1, 2]], [2, 1, 2, 2])
+@pytest.mark.parametrize("kind", [list, tuple, lambda ids: np.array(ids, np.int32)], ids=["list", "tuple", "array"])
+def test_a_row_by_hand(kind: Callable[[list[int]], Tokens]) -> None:
+    batch = make_batch([kind(ids) for ids in ([1, 2, 3, 4], [8, 9], [1, 2, 5], [1, 2])], [2, 1, 2, 2])
+    tensors = (batch.input_ids, batch.position_ids, batch.source_N, batch.target_N, batch.sequence_N, batch.last_B)
+    assert {tensor.dtype for tensor in tensors} == {torch.int64}
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert batch.trees == (Tree(2, (2, 1, 0)), Tree(2))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from test_rft import RESOURCES, ray_session  # noqa: F401
-from tiny import make_tiny_model, make_tiny_tokenizer
+from tiny import make_tiny_model, make_tiny_tokenizer, same
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from spct_ray.data.store import write_items
@@ -19,9 +19,9 @@ from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.batch import BatchSize
 from spct_ray.learn.config import OptimConfig
-from spct_ray.learn.examples import ExampleFile
+from spct_ray.learn.examples import ExampleFile, make_pair
 from spct_ray.learn.model import LastTokenScore, load_model
-from spct_ray.learn.scalar import RewardModel, bradley_terry_loss, encode_pair, pair_rows
+from spct_ray.learn.scalar import RewardModel, bradley_terry_loss, pair_rows
 from spct_ray.records import Item, Message
 from spct_ray.stages import bradley_terry, scalar
 from spct_ray.stages.meta_scores import MetaScoresResources
@@ -77,7 +77,7 @@ def test_the_loss_is_bradley_terry_s_whatever_the_rows(model_dir: str, micro_tok
     """Against -log(1 / (1 + exp(b - a))) of scores computed one sequence at a time; two pairs share their query."""
     tokenizer = make_tiny_tokenizer()
     pairs = [(RESPONSES[1], RESPONSES[0]), (RESPONSES[1], RESPONSES[2]), (RESPONSES[2], RESPONSES[0])]
-    examples = [encode_pair(tokenizer, ASKED, *pair) for pair in pairs]
+    examples = [make_pair(tokenizer, ASKED, *pair) for pair in pairs]
     rows = [row for rank in range(2) for row in pair_rows(examples, rank, 2, micro_tokens)]
     trainer: Any = FakeTrainer(model_dir)
     loss = sum(bradley_terry_loss(trainer, row, BatchSize(3, 0)).item() for row in rows)
@@ -103,9 +103,8 @@ def test_pairs_are_the_best_with_each_other(tmp_path: Path) -> None:
     counts = bradley_terry.write_training_file(here, bradley_terry.BradleyTerryConfig(max_tokens=300))
     assert counts == {"pairs": 2, "single_responses": 1, "too_long": 1}
     tokenizer, file = make_tiny_tokenizer(), ExampleFile(str(tmp_path / "pairs.arrow"))
-    assert [file[i] for i in range(2)] == [
-        encode_pair(tokenizer, ASKED, RESPONSES[1], other) for other in (RESPONSES[0], RESPONSES[2])
-    ]
+    for pair, other in zip([file[0], file[1]], (RESPONSES[0], RESPONSES[2]), strict=True):
+        assert same(pair, make_pair(tokenizer, ASKED, RESPONSES[1], other))
     write_items(str(tmp_path / "items" / "train.parquet"), items[1:2])
     with pytest.raises(DataError, match="no pair of responses"):
         bradley_terry.write_training_file(here, bradley_terry.BradleyTerryConfig())

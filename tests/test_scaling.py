@@ -17,7 +17,7 @@ from spct_ray.config import load
 from spct_ray.errors import ConfigError
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.learn.lora import add_adapters
-from spct_ray.stages.plan_check import check, grpo_seconds, on_gpus, trainings
+from spct_ray.stages.plan_check import beside, check, checkpoints, grpo_seconds, on_gpus, tables, trainings
 from spct_ray.stages.recipe import Recipe
 from spct_ray.stages.scaling import KNOWN, Training, engine_memory, shape_of
 
@@ -83,11 +83,60 @@ def test_each_setting_changes_the_part_that_it_is_about() -> None:
 def test_more_gpus_are_faster_and_the_parts_of_a_step_are_there() -> None:
     recipe = load(Recipe, PAPER)
     steps = [grpo_seconds(on_gpus(recipe, num), GEMMA) for num in (16, 64)]
-    assert steps[0].keys() == {"sync", "rollout", "reference", "train"}
+    assert steps[0].keys() == {"sync", "rollout", "reference", "train", "checkpoint", "step"}
     assert all(value > 0 for value in steps[0].values())
-    for phase in ("rollout", "reference", "train"):
+    for phase in ("rollout", "reference", "train", "checkpoint", "step"):
         assert steps[1][phase] < steps[0][phase]
-    assert steps[0]["sync"] == steps[1]["sync"]  # one writer, all read at once
+    assert steps[0]["sync"] == steps[1]["sync"]  # one sender, all receive at once
+
+
+def test_engines_that_sample_ahead_hide_the_shorter_side_and_other_ways_of_sync_take_longer() -> None:
+    ahead = grpo_seconds(load(Recipe, PAPER), GEMMA)
+    taking_turns = grpo_seconds(load(Recipe, PAPER, ["grpo.max_staleness=0"]), GEMMA)
+    parts = ("sync", "rollout", "reference", "train", "checkpoint")
+    assert taking_turns["step"] == pytest.approx(sum(taking_turns[part] for part in parts))
+    hidden = min(ahead["rollout"], ahead["reference"] + ahead["train"])
+    assert ahead["step"] == pytest.approx(taking_turns["step"] - hidden)
+    by_file = grpo_seconds(load(Recipe, PAPER, ["resources.grpo.engine.transfer=directory"]), GEMMA)
+    assert by_file["sync"] == pytest.approx(54.5, abs=0.1)  # 54.5 GB written at 2 GB/s, then read
+    assert ahead["sync"] < 3
+
+
+def test_checkpoints_hold_masters_and_moments_and_ranks_share_the_writing() -> None:
+    found = checkpoints(load(Recipe, PAPER))
+    assert found["grpo, GB"] == found["rft, GB"] == pytest.approx(12 * GEMMA.weights / 1e9)
+    assert found["grpo, seconds"] == pytest.approx(found["rft, seconds"] * 24 / 16)
+    assert found["grpo, every"] == 50
+    adapted = checkpoints(load(Recipe, PAPER, ["grpo.lora.rank=32"]))
+    assert adapted["grpo, GB"] < found["grpo, GB"] / 100
+    assert checkpoints(load(Recipe, str(ROOT / "conf" / "demo.yaml"))) == {}
+
+
+def test_an_embedding_larger_than_the_bucket_is_reduced_as_a_whole() -> None:
+    where = TrainResources(num_workers=64, gpus_per_worker=1, zero_stage=3, gradient_checkpointing=True)
+    embedding = GEMMA.embedding / 2**30
+    long, short = (
+        Training(replace(where, micro_tokens=tokens), LoraConfig(), OptimConfig()).memory(GEMMA)
+        for tokens in (16384, 512)
+    )
+    assert long["embedding"] == pytest.approx(2 * embedding)  # the output layer's gradient
+    assert short["embedding"] + short["activations"] == pytest.approx(8 * embedding)  # two, and a copy in fp32
+    assert Training(where, LoraConfig(rank=8), OptimConfig()).memory(GEMMA)["embedding"] == 0
+
+
+def test_an_engine_that_sleeps_takes_the_memory_in_turn_with_the_trainer() -> None:
+    single = str(ROOT / "conf" / "single_gpu.yaml")
+    recipe = load(Recipe, single)
+    assert recipe.resources.grpo.engine.transfer == "ipc"
+    assert beside(recipe, "grpo.train") == 3.0
+    awake = load(Recipe, single, ["resources.grpo.engine.transfer=directory"])
+    assert beside(awake, "grpo.train") == pytest.approx(0.7 * 79)
+    with pytest.raises(ConfigError, match=r"resources\.grpo\.train: a GPU needs 40 GiB"):
+        check(awake)
+    utilization = "resources.grpo.engine.gpu_memory_utilization"
+    with pytest.raises(ConfigError, match=r"awake it takes 71 GiB beside the trainer's state of 15, .*=0\.8$"):
+        check(load(Recipe, single, [f"{utilization}=0.9"]))
+    check(load(Recipe, single, [f"{utilization}=0.8"]))
 
 
 def test_gpus_are_shared_out_in_whole_engines() -> None:
@@ -151,6 +200,7 @@ def test_the_command_plan_refuses_it_and_shows_what_would_run(
     assert main(["plan", PAPER, f"root={tmp_path}", "resources.rft.num_workers=2"]) == 2
     printed = capsys.readouterr()
     assert "grpo" in printed.out
+    assert "checkpoints (two are kept): rft, GB 327; rft, seconds 81.7; rft, every 50; grpo, GB 327;" in printed.out
     assert re.search(r"error: this plan cannot fit.*\n  resources.rft: a GPU needs", printed.err)
 
 
@@ -161,3 +211,13 @@ def test_the_bench_prints_the_tables() -> None:
     assert "| grpo.train, GiB | 8 GPUs: 6 ranks | 64 GPUs: 42 ranks |" in done.stdout
     assert "8 GPUs do not fit; what helps: resources.grpo.train." in done.stdout
     assert "| GRPO step, seconds | 8 GPUs | 64 GPUs |" in done.stdout
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_command() -> None:
+    written = (ROOT / "docs" / "scaling.md").read_text()
+    named = {block.split("|")[1].strip(): block.strip() for block in written.split("\n\n") if block.startswith("|")}
+    computed = [block.strip() for block in tables(load(Recipe, PAPER), [8, 16, 24, 64]).split("\n\n")]
+    computed = [block for block in computed if block.startswith("|") and not block.startswith("| meta,")]
+    assert len(computed) == 5
+    for block in computed:
+        assert named[block.split("|")[1].strip()] == block

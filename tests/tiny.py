@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spct_ray.learn.examples import Example
+
 CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -70,3 +72,8 @@ def make_tiny_model(
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def same(one: Example, other: Example) -> bool:
+    """Whether two examples are equal, be their ids a list or an array."""
+    return (list(one.ids), one.prompt_length, one.label) == (list(other.ids), other.prompt_length, other.label)

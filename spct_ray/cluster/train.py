@@ -15,6 +15,8 @@ from spct_ray.errors import SpctError, StepError
 from spct_ray.learn.config import TrainResources
 from spct_ray.learn.tracker import require
 
+_COLLECTIVE_TIMEOUT_S = 6 * 3600  # ranks wait for each other while rank 0 starts engines (30 min a wave) or samples
+
 
 class OutDirectory(Protocol):
     """A step, as far as it concerns where Ray Train may write."""
@@ -32,7 +34,7 @@ def run_ranks(
     that the first rank's SpctError is raised as it is, any other failure as StepError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     require(resources.tracker)  # a missing package is no reason to start ranks again
@@ -42,6 +44,7 @@ def run_ranks(
     trainer = TorchTrainer(
         _run_rank,
         train_loop_config={"loop": loop, "args": args},
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,

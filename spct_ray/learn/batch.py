@@ -10,9 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Tokens = Sequence[int] | npt.NDArray[np.int32]  # ids; of arrays nothing is copied before they are put into a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,55 +71,59 @@ class BatchSize:
     num_tokens: int  # trained on
 
 
-def make_batch(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], share_prompts: bool = True) -> Batch:
+def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share_prompts: bool = True) -> Batch:
     """All sequences in one row, equal prompts once. What follows a sequence's prompt (at least its first token) is
     trained on."""
-    ids: list[int] = []
-    positions: list[int] = []
+    ids_B, trunks = _arrays(sequences), [max(1, length) for length in prompt_lengths]
+    ids: list[npt.NDArray[np.int32]] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    sources: list[npt.NDArray[np.int64]] = [np.arange(0)] * len(ids_B)
     trees: list[Tree] = []
-    sources: list[list[int]] = [[] for _ in sequences]
-    last = [0] * len(sequences)
-    trunks = [max(1, length) for length in prompt_lengths]
-    for group in _groups(sequences, trunks, share_prompts):
+    last, end = [0] * len(ids_B), 0
+    for group in _groups(ids_B, trunks, share_prompts):
         trunk = trunks[group[0]]
         if len(group) == 1:  # trunk and branch in one piece: plain causal attention is the fastest
             (index,) = group
-            start, num = len(ids), len(sequences[index])
-            ids += sequences[index]
-            positions += range(num)
-            sources[index] += range(start + trunk - 1, start + num - 1)
-            last[index] = start + num - 1
+            num = len(ids_B[index])
+            ids.append(ids_B[index])
+            positions.append(np.arange(num))
+            sources[index] = np.arange(end + trunk - 1, end + num - 1)
+            end += num
+            last[index] = end - 1
             trees.append(Tree(num))
             continue
-        ids += sequences[group[0]][:trunk]
-        positions += range(trunk)
-        trunk_end = len(ids) - 1
+        ids.append(ids_B[group[0]][:trunk])
+        positions.append(np.arange(trunk))
+        end += trunk
+        trunk_end = end - 1
         branches = []
         for index in group:
-            start, branch = len(ids), sequences[index][trunk:]
-            ids += branch
-            positions += range(trunk, trunk + len(branch))
-            sources[index] += [trunk_end, *range(start, start + len(branch) - 1)][: len(branch)]
-            last[index] = len(ids) - 1 if branch else trunk_end
+            branch = ids_B[index][trunk:]
+            ids.append(branch)
+            positions.append(np.arange(trunk, trunk + len(branch)))
+            sources[index] = np.arange(end - 1, end - 1 + len(branch))
+            sources[index][:1] = trunk_end
+            end += len(branch)
+            last[index] = end - 1 if len(branch) else trunk_end
             branches.append(len(branch))
         trees.append(Tree(trunk, tuple(branches)))
     num_trained = tuple(map(len, sources))
-    targets = [token for s, trunk in zip(sequences, trunks, strict=True) for token in s[trunk:]]
+    targets = [ids[trunk:] for ids, trunk in zip(ids_B, trunks, strict=True)]
     return Batch(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
+        input_ids=_joined(ids)[None],
+        position_ids=_joined(positions)[None],
         trees=tuple(trees),
-        source_N=torch.tensor([place for places in sources for place in places], dtype=torch.long),
-        target_N=torch.tensor(targets, dtype=torch.long),
-        sequence_N=torch.arange(len(sequences)).repeat_interleave(torch.tensor(num_trained)),
+        source_N=_joined(sources),
+        target_N=_joined(targets),
+        sequence_N=torch.arange(len(ids_B)).repeat_interleave(torch.tensor(num_trained)),
         last_B=torch.tensor(last),
         num_trained=num_trained,
-        num_naive=sum(map(len, sequences)),
+        num_naive=sum(map(len, ids_B)),
     )
 
 
 def plan_rows(
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Tokens],
     prompt_lengths: Sequence[int],
     *,
     micro_tokens: int,
@@ -129,7 +138,7 @@ def plan_rows(
     """
     trunks = [max(1, length) for length in prompt_lengths]
     units: list[tuple[int, list[int]]] = []  # tokens, indices
-    for group in _groups(sequences, trunks, share_prompts):
+    for group in _groups(_arrays(sequences), trunks, share_prompts):
         size, members = 0, []  # type: int, list[int]
         for index in group:
             branch = len(sequences[index]) - trunks[index]
@@ -160,12 +169,20 @@ def plan_rows(
     ]
 
 
-def _groups(sequences: Sequence[Sequence[int]], trunks: Sequence[int], share_prompts: bool) -> list[list[int]]:
+def _groups(ids_B: Sequence[npt.NDArray[np.int32]], trunks: Sequence[int], share_prompts: bool) -> list[list[int]]:
     """Indices of sequences that share their first `trunks` tokens, in order of first appearance."""
     groups: dict[object, list[int]] = {}
-    for index, (ids, trunk) in enumerate(zip(sequences, trunks, strict=True)):
-        groups.setdefault(tuple(ids[:trunk]) if share_prompts else index, []).append(index)
+    for index, (ids, trunk) in enumerate(zip(ids_B, trunks, strict=True)):
+        groups.setdefault(ids[:trunk].tobytes() if share_prompts else index, []).append(index)
     return list(groups.values())
+
+
+def _arrays(sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int32]]:
+    return [np.asarray(sequence, np.int32) for sequence in sequences]
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
 
 
 EMPTY = make_batch([[0, 0]], [1])  # one trained token, for ranks that keep others company without work of their own

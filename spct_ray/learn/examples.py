@@ -7,14 +7,22 @@ comes from; see `stages`.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
+from spct_ray.chat import encode_example
 from spct_ray.judge.seeds import derive_seed
+from spct_ray.records import Message
+
+if TYPE_CHECKING:
+    from spct_ray.learn.batch import Tokens
 
 _SCHEMA = pa.schema([("ids", pa.large_list(pa.int32())), ("prompt_length", pa.int32()), ("label", pa.float32())])
 _ROWS = 4096  # rows written at once
@@ -25,40 +33,63 @@ class Example:
     """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, for a pair (see
     `spct_ray.learn.scalar`) the length of the chosen response, else 0."""
 
-    ids: list[int]
+    ids: Tokens
     prompt_length: int
     label: float = 0.0
 
 
+def make_example(tokenizer: Any, messages: Sequence[Message], completion: str, label: float = 0.0) -> Example:
+    """A prompt, up to where the assistant starts to write, and its completion with the end of the turn."""
+    ids, prompt_length = encode_example(tokenizer, messages, completion)
+    return Example(np.array(ids, np.int32), prompt_length, label)
+
+
+def make_pair(tokenizer: Any, messages: Sequence[Message], chosen: str, rejected: str) -> Example:
+    """Both responses to one query as one example: prompt, chosen, rejected; `label` is the length of the chosen one."""
+    ids, prompt_length = encode_example(tokenizer, messages, chosen)
+    other, _ = encode_example(tokenizer, messages, rejected)
+    joined = np.array([*ids, *other[prompt_length:]], np.int32)
+    return Example(joined, prompt_length, float(len(ids) - prompt_length))
+
+
 class ExampleFile:
-    """Examples of one Arrow file, read on demand."""
+    """Examples of one Arrow file, read on demand: `ids` are views of the mapped file."""
 
     def __init__(self, path: str) -> None:
         table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        self._ids, self._prompt_lengths, self._labels = (column.combine_chunks() for column in table.columns)
-        offsets = self._ids.offsets.to_numpy()
-        self.lengths: list[int] = (offsets[1:] - offsets[:-1]).tolist()
+        ids, prompt_lengths, labels = table.columns
+        self._values = [chunk.values.to_numpy() for chunk in ids.chunks]  # [tokens of the chunk]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in ids.chunks]
+        self._starts = np.cumsum([0, *map(len, ids.chunks)])
+        self._prompt_lengths, self._labels = prompt_lengths.to_numpy(), labels.to_numpy()
+        self.lengths: list[int] = [n for offsets in self._offsets for n in np.diff(offsets).tolist()]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
-        ids, prompt_length = self._ids[index].as_py(), self._prompt_lengths[index].as_py()
-        return Example(ids, prompt_length, self._labels[index].as_py())
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        chunk = int(np.searchsorted(self._starts, index, "right")) - 1
+        place = index - self._starts[chunk]
+        start, stop = self._offsets[chunk][place : place + 2]
+        return Example(self._values[chunk][start:stop], int(self._prompt_lengths[index]), float(self._labels[index]))
 
 
 def write_examples(path: str, examples: Iterable[Example]) -> int:
     """Write an Arrow file, whole or not at all; gives the number of examples."""
-    temporary, count = f"{path}.tmp", 0
+    temporary, count, stream = f"{path}.tmp", 0, iter(examples)
     with pa.ipc.new_file(temporary, _SCHEMA) as writer:
-        rows: list[dict[str, object]] = []
-        for example in examples:
-            rows.append({"ids": example.ids, "prompt_length": example.prompt_length, "label": example.label})
-            count += 1
-            if len(rows) == _ROWS:
-                writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
-                rows = []
-        writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+        while rows := list(itertools.islice(stream, _ROWS)):
+            ids = [np.asarray(example.ids, np.int32) for example in rows]
+            offsets = np.cumsum([0, *map(len, ids)])
+            columns = [
+                pa.LargeListArray.from_arrays(offsets, np.concatenate(ids)),
+                pa.array([example.prompt_length for example in rows], pa.int32()),
+                pa.array([example.label for example in rows], pa.float32()),
+            ]
+            writer.write_batch(pa.record_batch(columns, _SCHEMA))
+            count += len(rows)
     os.replace(temporary, path)
     return count
 

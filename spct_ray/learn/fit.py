@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from spct_ray.learn.examples import DataOrder, Example, ExampleFile
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.trainer import Trainer
 
+T = TypeVar("T")
 RowMaker = Callable[[Sequence[Example], int, int, int], list[Batch]]  # (examples, rank, ranks, micro_tokens) -> rows
 
 
@@ -43,22 +47,40 @@ def fit(
     trainer.resume(f"{out}/checkpoints")
     path = Path(out, "metrics.jsonl")
     metrics = MetricsFile(path, trainer.steps_done, tracker) if trainer.rank == 0 else None
-    for step in range(trainer.steps_done, order.num_steps):
-        started = time.monotonic()
+
+    def prepare(step: int) -> tuple[list[Batch], BatchSize, int]:
         batch = [examples[i] for i in order.batch(step)]
-        size = BatchSize(len(batch), sum(len(e.ids) - e.prompt_length for e in batch))
-        rows = make_rows(batch, trainer.rank, trainer.world_size, micro_tokens)
+        num_tokens = sum(len(e.ids) for e in batch)
+        size = BatchSize(len(batch), num_tokens - sum(e.prompt_length for e in batch))
+        return make_rows(batch, trainer.rank, trainer.world_size, micro_tokens), size, num_tokens
+
+    steps = range(trainer.steps_done, order.num_steps)
+    started = time.monotonic()
+    for step, (rows, size, num_tokens) in zip(steps, one_ahead(prepare, steps), strict=True):
         numbers = trainer.step(rows, lambda row, size=size: loss_fn(row, size))  # type: ignore[misc]
         if metrics is not None:
             seconds = time.monotonic() - started
-            num_tokens = sum(len(e.ids) for e in batch)
             rates = {"tokens_per_second": round(num_tokens / seconds, 1), "seconds": round(seconds, 4)}
             metrics.append({"step": step, **numbers, "tokens": size.num_tokens, **rates})
             progress(step + 1, order.num_steps, "steps", f"loss {numbers['loss']:.4f}")
         if (step + 1) % checkpoint_every == 0 or step + 1 == order.num_steps:
             trainer.save(f"{out}/checkpoints", {})
+        started = time.monotonic()
     if metrics is not None:
         metrics.close()
+
+
+def one_ahead(make: Callable[[int], T], steps: Sequence[int]) -> Iterator[T]:
+    """`make(step)` for each step, made in a thread while the caller works on the one before. Raises what `make` does,
+    when that step's turn comes."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque[Future[T]]()
+        for step in steps:
+            ahead.append(thread.submit(make, step))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        for last in ahead:
+            yield last.result()
 
 
 def rank_rows(examples: Sequence[Example], rank: int, num_ranks: int, micro_tokens: int) -> list[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,18 +34,19 @@ def rank_micro_batches(
     Every rank is given the same `samples`; each sample is trained on by exactly one of them. Samples of one prompt
     share it, which changes neither loss nor gradient; `share_prompts` False is the naive way, for comparisons.
     """
-    ids, prompts = [s.token_ids for s in samples], [s.num_prompt_tokens for s in samples]
+    ids = [np.array(s.token_ids, np.int32) for s in samples]
+    prompts = [s.num_prompt_tokens for s in samples]
     plan = plan_rows(ids, prompts, micro_tokens=micro_tokens, num_ranks=world_size, share_prompts=share_prompts)
-    return [_batch([samples[i] for i in row], share_prompts) for row in plan[rank]], max(map(len, plan))
-
-
-def _batch(samples: Sequence[Sample], share_prompts: bool) -> Batch:
-    batch = make_batch([s.token_ids for s in samples], [s.num_prompt_tokens for s in samples], share_prompts)
-    extras = {
-        "advantages": torch.tensor([s.advantage for s in samples])[batch.sequence_N],
-        "engine_logp": torch.tensor([lp for s in samples for lp in s.engine_logprobs]),
-    }
-    return replace(batch, extras=extras)
+    batches = []
+    for row in plan[rank]:
+        batch = make_batch([ids[i] for i in row], [prompts[i] for i in row], share_prompts)
+        logps = np.concatenate([np.array(samples[i].engine_logprobs, np.float32) for i in row])
+        extras = {
+            "advantages": torch.tensor([samples[i].advantage for i in row])[batch.sequence_N],
+            "engine_logp": torch.from_numpy(logps),
+        }
+        batches.append(replace(batch, extras=extras))
+    return batches, max(map(len, plan))
 
 
 def add_reference(batches: Sequence[Batch], num_passes: int, reference: Reference) -> list[Batch]:

@@ -7,15 +7,15 @@ every architecture that transformers knows works. Bradley-Terry training of one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spct_ray.chat import encode_example
 from spct_ray.errors import ConfigError
-from spct_ray.learn.batch import Batch, BatchSize, make_batch, plan_rows
+from spct_ray.learn.batch import Batch, BatchSize, Tokens, make_batch, plan_rows
 from spct_ray.learn.examples import Example
 from spct_ray.learn.trainer import Trainer
 from spct_ray.precision import resolve
@@ -60,24 +60,17 @@ class RewardModel:
         return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
 
 
-def encode_pair(tokenizer: Any, messages: Sequence[Message], chosen: str, rejected: str) -> Example:
-    """Both responses to one query as one example: prompt, chosen, rejected; `label` is the length of the chosen one."""
-    ids, prompt_length = encode_example(tokenizer, messages, chosen)
-    other, _ = encode_example(tokenizer, messages, rejected)
-    return Example([*ids, *other[prompt_length:]], prompt_length, float(len(ids) - prompt_length))
-
-
 def pair_rows(examples: Sequence[Example], rank: int, num_ranks: int, micro_tokens: int) -> list[Batch]:
-    """One rank's share of the examples of `encode_pair` as packed rows; a row's sequences are chosen and rejected in
+    """One rank's share of the examples of `make_pair` as packed rows; a row's sequences are chosen and rejected in
     turn, and a pair is never divided."""
     sizes, prompts = [e.ids for e in examples], [e.prompt_length for e in examples]
     rows = plan_rows(sizes, prompts, micro_tokens=micro_tokens, num_ranks=num_ranks, share_prompts=False)[rank]
     batches = []
     for row in rows:
-        sequences: list[list[int]] = []
+        sequences: list[Tokens] = []
         for example in (examples[i] for i in row):
             prompt, end = example.ids[: example.prompt_length], example.prompt_length + int(example.label)
-            sequences += [example.ids[:end], [*prompt, *example.ids[end:]]]
+            sequences += [example.ids[:end], np.concatenate([prompt, example.ids[end:]])]
         batches.append(make_batch(sequences, [examples[i].prompt_length for i in row for _ in range(2)]))
     return batches
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.records import Message
 from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
 
+if TYPE_CHECKING:
+    from spct_ray.learn.examples import Example
+
 VERSION = 1
+_Pair = tuple[tuple[Message, ...], str, str]  # query, chosen, rejected
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ def run(context: StepContext, config: BradleyTerryConfig, resources: TrainResour
 
     Raises DataError when no pair is short enough, SpctError when training diverges.
     """
-    return run_on_ranks(context, config, resources, train_loop, write_training_file(context, config))
+    return run_on_ranks(context, config, resources, train_loop, write_training_file)
 
 
 def train_loop(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> None:
@@ -48,24 +53,23 @@ def train_loop(context: StepContext, config: BradleyTerryConfig, resources: Trai
 
 def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dict[str, int]:
     """Tokenise pairs.arrow; counts of pairs kept and dropped, and of items without a pair."""
-    from transformers import AutoTokenizer
-
+    from spct_ray.cluster.tokenise import encode_all
     from spct_ray.data.store import read_items
     from spct_ray.learn.examples import write_examples
-    from spct_ray.learn.scalar import encode_pair
 
-    tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["init"]) / "model"))
     counts: Counter[str] = Counter()
-    examples = []
+    pairs: list[_Pair] = []
     for item in read_items(str(Path(context.inputs["items"]) / "train.parquet")):
         counts["single_responses"] += len(item.responses) == 1
-        for place, response in enumerate(item.responses):
-            if place == item.best:
-                continue
-            pair = encode_pair(tokenizer, item.messages, item.responses[item.best], response)
-            counts["pairs" if len(pair.ids) <= config.max_tokens else "too_long"] += 1
-            if len(pair.ids) <= config.max_tokens:
-                examples.append(pair)
+        best = item.responses[item.best]
+        others = [response for place, response in enumerate(item.responses) if place != item.best]
+        pairs += [(item.messages, best, other) for other in others]
+    examples = []
+    for example in encode_all(str(Path(context.inputs["init"]) / "model"), _encode, pairs):
+        fits = len(example.ids) <= config.max_tokens
+        counts["pairs" if fits else "too_long"] += 1
+        if fits:
+            examples.append(example)
     if not examples:
         raise DataError(
             f"{context.name}: no pair of responses to train on, counts {dict(counts)}; bradley_terry.max_tokens is "
@@ -73,3 +77,9 @@ def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dic
         )
     write_examples(f"{context.out}/pairs.arrow", examples)
     return dict(counts)
+
+
+def _encode(tokenizer: Any, pair: _Pair) -> Example:
+    from spct_ray.learn.examples import make_pair
+
+    return make_pair(tokenizer, *pair)

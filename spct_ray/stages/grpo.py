@@ -23,7 +23,7 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
 from spct_ray.stages.phases import Phases
 from spct_ray.stages.rollout_dump import RolloutDump
-from spct_ray.stages.rollout_engines import Rollouts
+from spct_ray.stages.rollout_engines import Rollouts, fitting_items
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
@@ -162,6 +162,7 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
         )
     if config.max_staleness and resources.engine.transfer == "ipc":
         raise ConfigError("max_staleness is 1, but an engine on the trainer's GPU sleeps while it trains: set it to 0")
+    fitting_items(context, config)  # which ranks then read
     run_ranks(train_loop, (context, config, resources), resources.train, context)
     lines = [json.loads(line) for line in Path(context.out, "metrics.jsonl").read_text().splitlines()]
     tail = lines[-max(1, len(lines) // 10) :]

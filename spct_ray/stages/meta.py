@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
@@ -22,6 +22,9 @@ from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Message
 from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
+
+if TYPE_CHECKING:
+    from spct_ray.learn.examples import Example
 
 VERSION = 2
 Data = Literal["both", "off_policy", "on_policy"]
@@ -56,7 +59,7 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
     """
     from spct_ray.benchmarks.metrics import auc, ece
 
-    trained = run_on_ranks(context, config, resources, train_loop, write_training_files(context, config))
+    trained = run_on_ranks(context, config, resources, train_loop, write_training_files)
     heldout = json.loads(Path(context.out, "heldout.json").read_text())
     logits, labels = heldout["logits"], heldout["labels"]
     measured: dict[str, Any] = {
@@ -88,22 +91,20 @@ def train_loop(context: StepContext, config: MetaConfig, resources: TrainResourc
 
 def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, int]:
     """Tokenise to train.arrow and heldout.arrow, split by item; counts by what became of the judgements."""
-    from transformers import AutoTokenizer
+    from spct_ray.cluster.tokenise import encode_all
+    from spct_ray.learn.examples import write_examples
 
-    from spct_ray.learn.examples import Example, write_examples
-    from spct_ray.learn.meta import encode_judgement
-
-    tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["init"]) / "model"))
+    model_dir = str(Path(context.inputs["init"]) / "model")
     counts: Counter[str] = Counter()
     parts: dict[str, list[Example]] = {"train": [], "heldout": []}
-    for judgement in labelled_judgements(context, counts, config.data):
-        ids, prompt_length = encode_judgement(tokenizer, judgement.messages)
-        if len(ids) > config.max_tokens:
+    judgements = list(labelled_judgements(context, counts, config.data))
+    for judgement, example in zip(judgements, encode_all(model_dir, _encode, judgements), strict=True):
+        if len(example.ids) > config.max_tokens:
             counts["too_long"] += 1
             continue
         part = "heldout" if is_heldout(judgement.item_id, config.heldout_share, context.seed) else "train"
         counts[part] += 1
-        parts[part].append(Example(ids, prompt_length, float(judgement.label)))
+        parts[part].append(example)
     for part, examples in parts.items():
         if not examples:
             raise DataError(
@@ -112,6 +113,13 @@ def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, 
             )
         write_examples(f"{context.out}/{part}.arrow", examples)
     return dict(counts)
+
+
+def _encode(tokenizer: Any, judgement: _Labelled) -> Example:
+    from spct_ray.learn.examples import make_example
+
+    *prompt, text = judgement.messages
+    return make_example(tokenizer, prompt, text.content, float(judgement.label))
 
 
 def labelled_judgements(context: StepContext, counts: Counter[str], data: Data = "both") -> Iterator[_Labelled]:

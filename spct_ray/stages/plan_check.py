@@ -17,9 +17,11 @@ from spct_ray.learn.flops import ModelShape, work_of
 from spct_ray.stages.recipe import Recipe
 from spct_ray.stages.scaling import (
     COMPLETION_TOKENS,
+    ENGINE_GIB,
     FILE_BYTES_S,
     MEMORY_BYTES_S,
     MFU,
+    NETWORK_BYTES_S,
     PEAK_FLOPS,
     PROMPT_SHARE,
     Training,
@@ -29,7 +31,7 @@ from spct_ray.stages.scaling import (
 
 
 def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
-    """Time of a GRPO step by phase."""
+    """Time of a GRPO step by phase, and of the whole: with `max_staleness` 1 the engines work beside the ranks."""
     config, where = recipe.grpo, recipe.resources.grpo
     completion = min(COMPLETION_TOKENS, recipe.judge.budget)
     prompt, sequences = PROMPT_SHARE * config.max_prompt_tokens, config.prompts_per_step * config.group_size
@@ -43,12 +45,30 @@ def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     waves = math.ceil(sequences / replicas / running)
     read = 2 * (shape.weights + running * shape.kv_numel * (prompt + completion / 2)) / engine.tensor_parallel
     decode = waves * completion * read / MEMORY_BYTES_S
-    return {
-        "sync": 2 * 2 * shape.weights / FILE_BYTES_S,
+    sent = 2 * 2 * shape.weights  # gathered or written, then received or read
+    phases = {
+        "sync": sent / {"directory": FILE_BYTES_S, "nccl": NETWORK_BYTES_S, "ipc": MEMORY_BYTES_S}[engine.transfer],
         "rollout": prefill + decode,
         "reference": training.forward_seconds(shape, work) if config.beta > 0 else 0.0,
         "train": training.seconds(shape, work),
+        "checkpoint": training.checkpoint(shape)[1] / config.checkpoint_every,
     }
+    whole = sum(phases.values())
+    if config.max_staleness:
+        whole -= min(phases["rollout"], phases["reference"] + phases["train"])
+    return phases | {"step": whole}
+
+
+def checkpoints(recipe: Recipe) -> dict[str, float]:
+    """GB of a checkpoint of each step that trains on GPUs, seconds to write it, and updates from one to the next."""
+    shape, found = None if recipe.nano else shape_of(recipe.student.model), dict[str, float]()
+    if shape is None:
+        return found
+    for name, training in trainings(recipe).items():
+        step, (size, seconds) = name.partition(".")[0], training.checkpoint(shape)
+        found |= {f"{step}, GB": size / 1e9, f"{step}, seconds": seconds}
+        found[f"{step}, every"] = getattr(recipe, step).checkpoint_every
+    return found
 
 
 def trainings(recipe: Recipe) -> dict[str, Training]:
@@ -79,10 +99,12 @@ def engines(recipe: Recipe) -> dict[str, EngineConfig]:
 
 
 def beside(recipe: Recipe, name: str) -> float:
-    """GiB that an engine takes on the GPUs of a training step: GRPO's, where each asks for a part of a GPU."""
+    """GiB that an engine takes on the GPUs of a training step: GRPO's, where each asks for a part of a GPU. Asleep,
+    it keeps what is not weights or cache."""
     where, gpu_gib = recipe.resources.grpo, recipe.resources.cluster.gpu_gib
-    shared = name == "grpo.train" and where.train.gpus_per_worker < 1 and 0 < where.rollout.gpus_per_replica < 1
-    return where.engine.gpu_memory_utilization * gpu_gib if shared else 0.0
+    if name != "grpo.train" or where.train.gpus_per_worker >= 1 or not 0 < where.rollout.gpus_per_replica < 1:
+        return 0.0
+    return ENGINE_GIB if where.engine.transfer == "ipc" else where.engine.gpu_memory_utilization * gpu_gib
 
 
 def check(recipe: Recipe) -> None:
@@ -108,6 +130,15 @@ def check(recipe: Recipe) -> None:
                 f"of {engine.gpu_memory_utilization * gpu_gib:.0f} GiB for the cache; a sequence of full length takes "
                 f"{parts['needed']:.1f}; what helps: tensor_parallel={2 * engine.tensor_parallel} (with as many GPUs a "
                 "replica), a smaller max_model_len, a higher gpu_memory_utilization"
+            )
+    policy = trainings(recipe).get("grpo.train")
+    if policy and recipe.resources.grpo.engine.transfer == "ipc":
+        share, state = recipe.resources.grpo.engine.gpu_memory_utilization, policy.state(shape)
+        if state + share * gpu_gib > gpu_gib:
+            problems.append(
+                f"resources.grpo.engine: awake it takes {share * gpu_gib:.0f} GiB beside the trainer's state of "
+                f"{state:.0f}, and the GPU has {gpu_gib:.0f}; what helps: gpu_memory_utilization="
+                f"{math.floor(100 * max(0.0, 1 - state / gpu_gib)) / 100}"
             )
     if problems:
         raise ConfigError("this plan cannot fit, by the arithmetic of docs/scaling.md:\n  " + "\n  ".join(problems))
@@ -207,9 +238,9 @@ def tables(recipe: Recipe, gpus: Sequence[int]) -> str:
     lines.append(table("grpo.engine, GiB", columns))
     columns = {}
     for title, variant in variants.items():
-        seconds = grpo_seconds(variant, shape)
-        columns[title] = seconds | {"sum": sum(seconds.values())}
+        columns[title] = grpo_seconds(variant, shape)
     lines.append(table("GRPO step, seconds", columns))
+    lines.append(table("checkpoints (two are kept)", {title: checkpoints(v) for title, v in variants.items()}))
     return "\n".join(lines)
 
 

@@ -12,13 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.records import Message
 from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
+
+if TYPE_CHECKING:
+    from spct_ray.learn.examples import Example
 
 VERSION = 2
 
@@ -41,7 +45,7 @@ def run(context: StepContext, config: RftConfig, resources: TrainResources) -> d
 
     Raises DataError when no example is short enough, SpctError when training diverges.
     """
-    return run_on_ranks(context, config, resources, train_loop, write_training_file(context, config))
+    return run_on_ranks(context, config, resources, train_loop, write_training_file)
 
 
 def train_loop(context: StepContext, config: RftConfig, resources: TrainResources) -> None:
@@ -54,12 +58,11 @@ def train_loop(context: StepContext, config: RftConfig, resources: TrainResource
 def write_training_file(context: StepContext, config: RftConfig) -> dict[str, int]:
     """Tokenise judgements and general instructions into examples.arrow; counts of what was kept and dropped."""
     import pyarrow.parquet as pq
-    from transformers import AutoTokenizer
 
-    from spct_ray.learn.examples import Example, write_examples
-    from spct_ray.learn.sft import encode_rows
+    from spct_ray.cluster.tokenise import encode_all
+    from spct_ray.learn.examples import write_examples
 
-    tokenizer = AutoTokenizer.from_pretrained(str(Path(context.inputs["student"]) / "model"))
+    model_dir = str(Path(context.inputs["student"]) / "model")
     path = Path(context.inputs["select"]) / "sft.parquet"
     judgements = pq.read_table(path, columns=["prompt", "completion"]).to_pylist()
     general = list(itertools.chain.from_iterable(map(_general_rows, config.general_paths)))
@@ -67,19 +70,27 @@ def write_training_file(context: StepContext, config: RftConfig) -> dict[str, in
     general = general[: round(config.general_ratio * len(judgements))]
     counts: Counter[str] = Counter()
 
-    def kept(kind: str, rows: list[dict[str, Any]]) -> Iterator[Example]:
-        for example in encode_rows(tokenizer, rows, config.max_tokens):
-            counts[kind if example else f"{kind}_too_long"] += 1
-            if example:
+    def kept() -> Iterator[Example]:
+        kinds = itertools.chain(itertools.repeat("judgements", len(judgements)), itertools.repeat("general"))
+        for kind, example in zip(kinds, encode_all(model_dir, encode, judgements + general), strict=False):
+            fits = len(example.ids) <= config.max_tokens
+            counts[kind if fits else f"{kind}_too_long"] += 1
+            if fits:
                 yield example
 
-    examples = itertools.chain(kept("judgements", judgements), kept("general", general))
-    write_examples(f"{context.out}/examples.arrow", examples)
+    write_examples(f"{context.out}/examples.arrow", kept())
     if not counts["judgements"]:
         raise DataError(
             f"{path}: none of {len(judgements)} judgements has at most {config.max_tokens} tokens; raise rft.max_tokens"
         )
     return dict(counts)
+
+
+def encode(tokenizer: Any, row: Mapping[str, Any]) -> Example:
+    """Row {prompt: messages, completion: text} as token ids."""
+    from spct_ray.learn.examples import make_example
+
+    return make_example(tokenizer, [Message(**m) for m in row["prompt"]], row["completion"])
 
 
 def _general_rows(path: str) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ Leaves out prompts and rewards (`rollouts.py`), the loop and the update (`grpo.p
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from spct_ray.chat import encode_prompt
+from spct_ray.cluster.tokenise import encode_all
 from spct_ray.data.store import read_items
 from spct_ray.errors import DataError, ParityError
+from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import judge_messages
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.records import Item
+from spct_ray.records import Item, Message
 from spct_ray.stages.rollouts import (
     Rollout,
     request_of,
@@ -60,7 +63,7 @@ class Rollouts:
         self._thread = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[_Sampled]] | None = None
         if trainer.rank == 0:
-            self._items = fitting_items(context, config, trainer.tokenizer)
+            self._items = fitting_items(context, config)
             # An engine that takes weights by transfer belongs to a group; where it dies, the ranks start again.
             restarts = 3 if resources.engine.transfer == "directory" else 0
             self._pool = EnginePool(model_dir, resources.engine, resources.rollout, max_restarts=restarts)
@@ -183,20 +186,30 @@ class Rollouts:
             shutil.rmtree(self._weights_dir, ignore_errors=True)
 
 
-def fitting_items(context: StepContext, config: GrpoConfig, tokenizer: Any) -> list[Item]:
-    """The training items whose prompt has at most `max_prompt_tokens`; the rest are counted in the log."""
-    path = str(Path(context.inputs["items"]) / "train.parquet")
+def fitting_items(context: StepContext, config: GrpoConfig) -> list[Item]:
+    """The training items whose prompt has at most `max_prompt_tokens`; the rest are counted in the log.
+
+    Prompts are tokenised once, before any rank starts: `fitting.json` has the places of the items that fit.
+    """
+    path, found = str(Path(context.inputs["items"]) / "train.parquet"), Path(context.out, "fitting.json")
     items = read_items(path)
-    fitting = []
-    for item in items:
-        messages = judge_messages(item, range(len(item.responses)), config.judge)
-        if len(encode_prompt(tokenizer, messages)) <= config.max_prompt_tokens:
-            fitting.append(item)
-    if not fitting:
-        raise DataError(f"{path}: none of {len(items)} items has a prompt of at most {config.max_prompt_tokens} tokens")
-    if len(fitting) < len(items):
-        context.log(
-            f"{len(items) - len(fitting)} of {len(items)} items dropped: their prompt exceeds "
-            f"max_prompt_tokens = {config.max_prompt_tokens}"
-        )
-    return fitting
+    if not found.exists():
+        model_dir = str(Path(context.inputs["rft"]) / "model")
+        prompts = [judge_messages(item, range(len(item.responses)), config.judge) for item in items]
+        lengths = enumerate(encode_all(model_dir, _prompt_length, prompts))
+        fitting = [place for place, length in lengths if length <= config.max_prompt_tokens]
+        if not fitting:
+            raise DataError(
+                f"{path}: none of {len(items)} items has a prompt of at most {config.max_prompt_tokens} tokens"
+            )
+        if len(fitting) < len(items):
+            context.log(
+                f"{len(items) - len(fitting)} of {len(items)} items dropped: their prompt exceeds "
+                f"max_prompt_tokens = {config.max_prompt_tokens}"
+            )
+        write_atomically(str(found), json.dumps(fitting).encode())
+    return [items[place] for place in json.loads(found.read_text())]
+
+
+def _prompt_length(tokenizer: Any, messages: Sequence[Message]) -> int:
+    return len(encode_prompt(tokenizer, messages))

@@ -18,7 +18,7 @@ from spct_ray.learn.flops import ModelShape, Work
 GIB = 2**30
 # What DeepSpeed and the trainer hold beside the model's state.
 LIVE_NUMEL = 1e9  # stage3_max_live_parameters
-BUCKET_NUMEL = 5e8  # reduce_bucket_size; a bucket is held in the weights' type and in fp32
+BUCKET_NUMEL = 5e8  # reduce_bucket_size; two buffers of it in fp32, however little is trained
 LOGITS_GIB = 1.0  # four copies of a chunk of learn.model's log-prob head
 RESERVE_GIB = 6.0  # CUDA context, NCCL, fragmentation
 ENGINE_GIB = 3.0  # the same of vLLM, with its activations and CUDA graphs
@@ -27,7 +27,7 @@ PEAK_FLOPS = 989e12  # dense bf16
 MFU = 0.4  # share of it that training and prefill reach
 MEMORY_BYTES_S = 0.6 * 3.35e12
 NVLINK_BYTES_S, NETWORK_BYTES_S = 0.8 * 450e9, 0.8 * 50e9  # a GPU, within a node and beyond
-FILE_BYTES_S = 2e9  # shared file system: of the one writer, and of each reader
+FILE_BYTES_S = 2e9  # shared file system: of each writer and of each reader
 CPU_ADAM_BYTES_S = 12.5e9  # host memory for one rank of eight; an update touches 28 bytes a weight
 COMPLETION_TOKENS = 300  # mean of a judgement (paper: 220 to 380)
 PROMPT_SHARE = 0.5  # mean prompt, as a share of the longest
@@ -71,17 +71,32 @@ class Training:
         whole_or_part = width * weights / (ranks if stage == 3 else 1)
         layer_bytes = where.micro_tokens * shape.activation_numel * width
         inputs_bytes = where.micro_tokens * shape.layers * shape.hidden * width
-        checkpointed = inputs_bytes + 2 * layer_bytes  # one layer with its gradients at a time
+        # Checkpointed: one layer with its gradients at a time.
+        kept = inputs_bytes + 2 * layer_bytes if where.gradient_checkpointing else shape.layers * layer_bytes
+        # The output layer's gradient waits until the tied embedding's is there, too. DeepSpeed reduces what exceeds its
+        # bucket as a whole, from a copy in fp32; by then the layers' activations are gone.
+        embedding = 0 if self.lora.rank else width * shape.embedding + max(0, (width + 4) * shape.embedding - kept)
         sizes = {
             "weights": whole_or_part,
             "gradients": 4 * trained / (ranks if stage > 1 else 1),
             "optimizer": 0 if where.offload_optimizer else 12 * trained / ranks,
             "reference": whole_or_part if self.has_reference and not self.lora.rank else 0,
             "gathered": width * gathered if stage == 3 and ranks > 1 else 0,
-            "buckets": (width + 4) * min(trained, BUCKET_NUMEL),
-            "activations": checkpointed if where.gradient_checkpointing else shape.layers * layer_bytes,
+            "buckets": 8 * BUCKET_NUMEL,
+            "embedding": embedding,
+            "activations": kept,
         }
         return {name: size / GIB for name, size in sizes.items()} | {"logits": LOGITS_GIB, "reserve": RESERVE_GIB}
+
+    def state(self, shape: ModelShape) -> float:
+        """GiB of one GPU that stay from step to step."""
+        parts = self.memory(shape)
+        return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference", "reserve"))
+
+    def checkpoint(self, shape: ModelShape) -> tuple[float, float]:
+        """Bytes of a checkpoint, fp32 masters and moments, and the seconds that the ranks take to write their parts."""
+        size = 12 * (shape.adapters(self.lora) if self.lora.rank else shape.weights)
+        return size, size / self.resources.num_workers / FILE_BYTES_S
 
     def seconds(self, shape: ModelShape, work: Work) -> float:
         """Time of an update: computing beside communicating, then the optimizer."""

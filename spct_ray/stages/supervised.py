@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError
+from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 
@@ -47,11 +48,22 @@ class SupervisedConfig:
 
 
 def run_on_ranks(
-    context: StepContext, config: SupervisedConfig, resources: TrainResources, train_loop: TrainLoop, counts: Counts
+    context: StepContext,
+    config: Any,
+    resources: TrainResources,
+    train_loop: TrainLoop,
+    write: Callable[[StepContext, Any], Counts],
 ) -> dict[str, Any]:
-    """Log the counts of the training file that was written, train, and give the counts with `summary_of_metrics`."""
+    """`write` the training files, train, and give the counts with `summary_of_metrics`.
+
+    Files are written once, before any rank starts: a resumed step finds `counts.json` beside them.
+    """
     from spct_ray.cluster.train import run_ranks
 
+    written = Path(context.out, "counts.json")
+    if not written.exists():
+        write_atomically(str(written), json.dumps(write(context, config)).encode())
+    counts: Counts = json.loads(written.read_text())
     context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
     run_ranks(train_loop, (context, config, resources), resources, context)
     return {**counts, **summary_of_metrics(context.out)}

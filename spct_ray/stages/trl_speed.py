@@ -183,7 +183,9 @@ def sft_trl(model_dir: str, work: Work, _: float) -> Side:
         gradient_accumulation_steps=num // rows,
         **_common(),
     )
-    columns = [{"input_ids": e.ids, "labels": [-100] * e.prompt_length + e.ids[e.prompt_length :]} for e in examples]
+    columns = [
+        {"input_ids": e.ids, "labels": [-100] * e.prompt_length + list(e.ids[e.prompt_length :])} for e in examples
+    ]
     driven = Driven()
     driven.attach(
         SFTTrainer(
