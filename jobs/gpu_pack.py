@@ -60,7 +60,8 @@ def pack(group: str) -> list[Path]:
     """Install the group's packages for the other machine and archive them; the archives."""
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
-        install = [Path(sys.executable).parent / "uv", "pip", "install", "--quiet", "--no-deps", "--target", site]
+        uv = str(Path(sys.executable).parent / "uv")
+        install = [uv, "pip", "install", "--quiet", "--no-deps", "--target", folder]
         install += ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_31"]
         for packages in GROUPS[group]:
             subprocess.run([*install, *packages], check=True)
