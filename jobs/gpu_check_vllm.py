@@ -275,7 +275,7 @@ def peer(check: Check) -> Figures:
 
 # In this order; the deadlines are seconds on a GPU.
 PHASES: dict[str, tuple[Callable[[Check], Figures], float]] = {
-    "versions": (versions, 60), "model": (model, 30), "start": (start, 120), "generate": (generate, 30),
+    "versions": (versions, 60), "model": (model, 30), "start": (start, 180), "generate": (generate, 30),
     "logprobs": (logprobs, 30), "reload": (reload, 30), "sleep": (sleep, 30), "speed": (speed, 90),
     "limits": (limits, 60), "ipc": (ipc, 40), "trainer": (trainer, 90), "peer": (peer, 120),
 }  # fmt: skip
@@ -470,7 +470,10 @@ def _used_gib() -> float:
     return round((total - free) / 2**30, 2)
 
 
-def run(check: Check, only: Sequence[str], out: Path) -> None:
+def run(check: Check, only: Sequence[str], out: Path) -> bool:
+    """Whether all phases passed."""
+    passed = True
+
     def late(*_: Any) -> None:
         raise TimeoutError("the phase's deadline has passed")
 
@@ -496,6 +499,8 @@ def run(check: Check, only: Sequence[str], out: Path) -> None:
         with out.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+        passed = passed and line["ok"]
+    return passed
 
 
 def main() -> None:
@@ -513,12 +518,13 @@ def main() -> None:
         run_peer(args.peer, sizes, args.device, args.dtype)
         return
     directory = Path(tempfile.mkdtemp())
+    passed = False
     try:
-        run(Check(sizes, args.device, args.dtype, directory), [n for n in args.only.split(",") if n], args.out)
+        passed = run(Check(sizes, args.device, args.dtype, directory), [n for n in args.only.split(",") if n], args.out)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         sys.stdout.flush()
-        os._exit(0)  # an engine thread that hangs must not keep the machine
+        os._exit(0 if passed else 1)  # an engine thread that hangs must not keep the machine
 
 
 if __name__ == "__main__":
