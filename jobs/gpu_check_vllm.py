@@ -32,10 +32,11 @@ from typing import Any
 from spct_ray.precision import Precision
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-for variable, value in {  # read when vLLM is imported; without a network, names and addresses may not resolve
+for variable, value in {  # read when vLLM is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CONFIGURE_LOGGING": "0", "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1",
-    "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # vLLM takes flashinfer for granted here, and only here
+    "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",  # names may not resolve
 }.items():  # fmt: skip
     os.environ.setdefault(variable, value)
 
