@@ -12,7 +12,7 @@ else ifeq ($(EXTRA),cpu)
 export UV_TORCH_BACKEND ?= cpu
 endif
 
-.PHONY: setup demo smollm2 test test-unit check clean
+.PHONY: setup demo smollm2 gpu-pack test test-unit check clean
 setup: $(VENV)/.ready-$(EXTRA)
 
 $(VENV)/.ready-$(EXTRA): pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ demo: setup
 
 smollm2: setup
 	$(VENV)/bin/spct run conf/smollm2.yaml
+
+gpu-pack: setup  # what the checks on a GPU machine without a network need, see jobs/gpu_pack.py
+	$(VENV)/bin/python jobs/gpu_pack.py
 
 test: setup  # most of it waits for processes to start, so two at a time, a file each
 	$(VENV)/bin/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder

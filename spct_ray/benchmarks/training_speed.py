@@ -84,11 +84,11 @@ def matmul_ceiling() -> Callable[[], float]:
     return measure
 
 
-def write_model(directory: str, layers: int = 30) -> None:
-    """A Llama of SmolLM2-135M's shape with random weights; its tokens are bytes, and words that no text encodes to."""
+def write_tokenizer(directory: str, vocab_size: int) -> None:
+    """Tokens are control tokens (padding, start, end of a turn: 0, 1, 2), bytes, and words that no text encodes to."""
     control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     pieces = [*control, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"word{i}" for i in range(49152 - len(pieces))]
+    pieces += [f"word{i}" for i in range(vocab_size - len(pieces))]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,6 +100,11 @@ def write_model(directory: str, layers: int = 30) -> None:
         tokenizer_object=tokenizer, pad_token=control[0], eos_token=control[2], additional_special_tokens=[control[1]],
         chat_template=template,
     ).save_pretrained(directory)  # fmt: skip
+
+
+def write_model(directory: str, layers: int = 30) -> None:
+    """A Llama of SmolLM2-135M's shape with random weights."""
+    write_tokenizer(directory, 49152)
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
