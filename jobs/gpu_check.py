@@ -3,8 +3,8 @@
 Phases run one after the other, each with a deadline, and each writes one JSON line when it ends. They run in a process
 of their own, which is replaced when a phase hangs or breaks its CUDA context. Needs neither network nor Ray; torch
 2.11, transformers 5.17 and DeepSpeed are enough. Models are random and of real shapes. `--tiny --device cpu` runs the
-same code at toy sizes, with attention traced as CUDA would compile it. `--table FILE...` writes the figures to
-docs/results.md.
+same code at toy sizes, with attention traced as CUDA would compile it. The engine has a check of its own,
+gpu_check_vllm.py; `--table FILE...` writes the figures of both to docs/results.md.
 """
 
 from __future__ import annotations
@@ -924,6 +924,16 @@ ROWS = (
     Row("meta", "warm_s", "meta RM, warm call on eight judgements", unit="s"),
     Row("ipc", "default_gib_s", "1 GiB to another process by CUDA IPC", unit="GiB/s"),
     Row("ipc", "expandable_gib_s", "the same from expandable segments", unit="GiB/s"),
+    Row("engine_speed", "256 own.ratio", "our engine, 256 requests, tokens/s beside LLM.generate", ">= 0.95", "x"),
+    Row("engine_speed", "1024 own.ratio", "the same, 1,024 requests", ">= 0.95", "x"),
+    Row("engine_speed", "1024 own.ours", "the same, tokens in all", unit="tokens/s"),
+    Row("engine_limits", "1024 x 2048", "the same, at most 2,048 tokens a step", unit="tokens/s"),
+    Row("engine_limits", "1024 x 16384", "the same, at most 16,384 tokens a step", unit="tokens/s"),
+    Row("engine_trainer", "mean", "engine's log-probs against the trainer's, mean", "< 0.01", "nats"),
+    Row("engine_trainer", "p99", "the same, 99th percentile", "< 0.06", "nats"),
+    Row("engine_ipc", "ipc_s", "new weights of 0.5B from another process, by IPC", "< 1", "s"),
+    Row("engine_sleep", "asleep_gib", "GPU memory while the engine sleeps", unit="GiB"),
+    Row("engine_sleep", "wake_s", "until it is awake again", unit="s"),
 )  # fmt: skip
 RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
 BEGIN, END = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
@@ -931,11 +941,11 @@ BEGIN, END = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
 
 def table(files: Sequence[str]) -> str:
     """Markdown of the newest line of each phase in the files; a figure that no line has is open."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Figures] = {}
     for file in files:
         for text in Path(file).read_text().splitlines():
-            line = json.loads(text)
-            found[line["phase"]] = line
+            parsed = json.loads(text)
+            found[parsed["phase"]] = parsed
     told = found.get("versions", {})
     software = ", ".join(
         f"{name} {told[name]}" for name in ("torch", "transformers", "deepspeed", "liger") if name in told
@@ -945,11 +955,14 @@ def table(files: Sequence[str]) -> str:
     )
     lines = [head, "", "| figure | measured | to be |", "|---|---|---|"]
     for row in ROWS:
-        line = found.get(row.phase, {})
-        value = f"{line[row.key]:.4g} {row.unit}".strip() if row.key in line else "open"
+        line: Figures = found.get(row.phase, {})
+        figure: Any = line
+        for key in row.key.split("."):
+            figure = figure.get(key, {})
+        value = "open" if figure == {} else f"{figure:.4g} {row.unit}".strip()
         value += "" if line.get("ok", True) else " (the phase failed)"
         lines.append(f"| {row.says} | {value} | {row.aim} |")
-    failures = [f"* `{name}` failed: {line['error']}" for name, line in found.items() if not line["ok"]]
+    failures = [f"* `{name}` failed: {figures['error']}" for name, figures in found.items() if not figures["ok"]]
     return "\n".join([*lines, "", *failures]).strip()
 
 
