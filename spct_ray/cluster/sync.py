@@ -1,4 +1,4 @@
-"""Trainer to engines: new weights over a shared directory, and the check that they arrived.
+"""Trainer to engines: new weights over a shared directory, and the checks that they arrived and compute the same.
 
 Leaves out transfer from GPU to GPU; a directory serves CPU and GPU engines alike, on every node that sees it.
 """
@@ -11,14 +11,16 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from spct_ray.errors import ParityError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from spct_ray.cluster.pool import EnginePool
+    from spct_ray.engines.vllm_transfer import Source
 
 _SHARD_BYTES = 4 * 2**30  # rank 0 holds no more than this on the host
 
@@ -57,33 +59,71 @@ def push_weights(trainer: WeightSource, pool: EnginePool | None, directory: str,
     return seconds
 
 
-def check_parity(
-    trainer_logprobs: Sequence[Sequence[float]], engine_logprobs: Sequence[Sequence[float]], tolerance: float
-) -> float:
-    """The largest |log p_trainer - log p_engine| over all tokens of the same sequences under both.
+class SentWeights:
+    """The trainer's weights as they go out to engines that hold them in `dtype`; notes the checksums of what went."""
 
-    Raises ParityError when it exceeds `tolerance` (or is not a number), with the place and both values: the engine
-    then does not hold the trainer's weights, and everything it samples would be credited to the wrong policy.
+    def __init__(self, trainer: Source, dtype: torch.dtype) -> None:
+        self.rank, self.dtype = trainer.rank, trainer.dtype
+        self._trainer, self._engine_dtype = trainer, dtype
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As the trainer's; every rank must iterate to the end, rank 0 sums meanwhile."""
+        from spct_ray.engines.checksums import checksum
+
+        self._sums = {}
+        for name, weight in self._trainer.named_weights():
+            if self.rank == 0:
+                self._sums[name] = checksum(weight, self._engine_dtype), weight.numel()
+            yield name, weight
+
+    def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """As the trainer's."""
+        return self._trainer.weight_shapes()
+
+    def checksums(self) -> dict[str, tuple[int, int]]:
+        """Checksum and number of elements of each tensor that went out last."""
+        import torch
+
+        values = torch.stack([value for value, _ in self._sums.values()]).tolist()
+        return {name: (value, numel) for value, (name, (_, numel)) in zip(values, self._sums.items(), strict=True)}
+
+
+class Parity(NamedTuple):
+    """|log p_trainer - log p_engine| in nats over all compared tokens: a mean, or quantile, or the bound on it."""
+
+    mean: float
+    p99: float
+
+
+def check_parity(
+    trainer_logprobs: Sequence[Sequence[float]], engine_logprobs: Sequence[Sequence[float]], tolerance: Parity
+) -> Parity:
+    """How far trainer and engine are apart over all tokens of the same sequences under both.
+
+    Raises ParityError when the mean or the 99th percentile exceeds `tolerance` (or is not a number), with the worst
+    place: the two then do not compute the same, and what the engine samples would be credited to the wrong policy.
     """
     lengths = [len(t) for t in trainer_logprobs], [len(e) for e in engine_logprobs]
     if lengths[0] != lengths[1] or not any(lengths[0]):
         raise ParityError(f"trainer and engine scored different tokens, counts {lengths[0]} and {lengths[1]}")
-    differences = [
-        (abs(t - e), sequence, token)
+    differences = sorted(
+        (math.inf if math.isnan(t - e) else abs(t - e), sequence, token)
         for sequence, pair in enumerate(zip(trainer_logprobs, engine_logprobs, strict=True))
         for token, (t, e) in enumerate(zip(*pair, strict=True))
-    ]
-    largest, sequence, token = max(differences, key=lambda d: math.inf if math.isnan(d[0]) else d[0])
-    if not largest <= tolerance:
-        mean = sum(d for d, _, _ in differences) / len(differences)
+    )
+    num = len(differences)
+    found = Parity(sum(d for d, _, _ in differences) / num, differences[math.ceil(0.99 * num) - 1][0])
+    if found.mean > tolerance.mean or found.p99 > tolerance.p99:
+        largest, sequence, token = differences[-1]
         raise ParityError(
-            f"max |dlogp| between trainer and engine is {largest:.4g} (mean {mean:.4g} of {len(differences)} tokens), "
-            f"tolerance {tolerance:.4g}; worst at token {token} of sequence {sequence}: "
-            f"trainer {trainer_logprobs[sequence][token]:.4f}, engine {engine_logprobs[sequence][token]:.4f}. "
-            "A mean far below the maximum points to rounding (compare in float32, or raise the tolerance); a large one "
-            "means that the engine holds other weights: see what its reload leaves out (tied output layer, buffers)"
+            f"|dlogp| between trainer and engine over {num} tokens: mean {found.mean:.4g} (tolerance "
+            f"{tolerance.mean:.4g}), 99th percentile {found.p99:.4g} (tolerance {tolerance.p99:.4g}), largest "
+            f"{largest:.4g} at token {token} of sequence {sequence}: trainer {trainer_logprobs[sequence][token]:.4f}, "
+            f"engine {engine_logprobs[sequence][token]:.4f}. Where the checksums of the weights agree, the two compute "
+            "differently: compare in float32 (dtype of both), and look at attention, soft-caps and rotary embeddings"
         )
-    return largest
+    return found
 
 
 def _timed(weights: Iterable[tuple[str, Tensor]], seconds: dict[str, float]) -> Iterator[tuple[str, Tensor]]:

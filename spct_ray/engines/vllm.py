@@ -30,7 +30,7 @@ import vllm
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers import utils as vllm_layers
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -38,6 +38,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from spct_ray.chat import encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request
+from spct_ray.engines.checksums import HeldTensor, held_tensors, note_packed
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
@@ -47,6 +48,16 @@ logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
 _logger = logging.getLogger(__name__)
 _MAX_SEED = 2**62  # vLLM adds the sample's number to the seed, and the sum must fit 63 bits
 _TRIM_PERIOD_S = 30.0
+_vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
+
+
+def _pack(layer: Any, remove_weight: bool) -> None:
+    """vLLM's packing of a linear layer on CPU, which nobody can read back, with a note of what was packed."""
+    note_packed(layer)
+    _vllm_pack(layer, remove_weight)
+
+
+vllm_layers.dispatch_cpu_unquantized_gemm = _pack
 
 
 @dataclass(slots=True)
@@ -130,6 +141,12 @@ class VllmEngine:
     def wake(self) -> None:
         """Take the GPU again. Nothing happens where the engine is awake."""
         self._alone(lambda core: core.wake_up() if core.is_sleeping() else None)
+
+    def held_tensors(self, names: Sequence[str]) -> list[list[HeldTensor]]:
+        """What each worker holds of the trainer's tensors of these names, see `checksums.held_tensors`."""
+        held: list[list[HeldTensor]] = []
+        self._alone(lambda core: held.extend(core.collective_rpc(held_tensors, args=(list(names),))))
+        return held
 
     def _alone(self, action: Callable[[LLMEngine], None]) -> None:
         job = _Alone(action)
@@ -312,14 +329,18 @@ class VllmEngine:
         core.collective_rpc("reload_weights", kwargs={"weights_path": weights_dir})
         if current_platform.is_cpu():
             core.collective_rpc(_repack_kept_weights)
-        core.reset_prefix_cache()
-        self.weight_version = weight_version
+        self._take_version(weight_version, core)
 
     def _transfer(self, method: str, info: dict[str, Any] | None, weight_version: int, core: LLMEngine) -> None:
         core.collective_rpc(method, args=() if info is None else (info,))
         if method == "finish_weight_update":
-            core.reset_prefix_cache()
-            self.weight_version = weight_version
+            self._take_version(weight_version, core)
+
+    def _take_version(self, weight_version: int, core: LLMEngine) -> None:
+        """Nothing that was computed with the old weights may serve the new ones."""
+        if not core.reset_prefix_cache():
+            raise EngineError(f"vLLM does not drop its cached prefixes, so weights {weight_version} would mix with old")
+        self.weight_version = weight_version
 
 
 def _fail(job: _Job, error: Exception) -> None:
@@ -331,4 +352,4 @@ def _repack_kept_weights(worker: Any) -> None:
     """Pack again what vLLM's CPU reload forgets: a tied lm_head keeps the packed copy of the old embedding."""
     for module in worker.model_runner.get_model().modules():
         if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+            _pack(module, remove_weight=False)
