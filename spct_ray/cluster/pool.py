@@ -194,7 +194,7 @@ class EnginePool:
     def _blocks(self, groups: Iterable[list[int]], sizes: Sequence[int]) -> list[list[int]]:
         """Indices in blocks that give each replica some, members of a group (equal prompts) side by side."""
         shares = self._resources.num_replicas * _BLOCKS_IN_FLIGHT
-        limit = min(self._config.max_num_seqs, -(-sum(sizes) // shares))
+        limit = min(self._config.num_seqs(self._resources.gpus_per_replica > 0), -(-sum(sizes) // shares))
         blocks: list[list[int]] = [[]]
         size = 0
         for group in groups:

@@ -34,6 +34,7 @@ from vllm.model_executor.layers import utils as vllm_layers
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from spct_ray.chat import encode_prompt, end_of_turn
@@ -216,7 +217,8 @@ class VllmEngine:
                 use_tqdm_on_load=False,
                 dtype=resolve(config.dtype, on_gpu=not on_cpu),
                 max_model_len=config.max_model_len,
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=config.max_num_seqs or None,
+                max_num_batched_tokens=config.max_num_batched_tokens or None,
                 tensor_parallel_size=config.tensor_parallel,
                 distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
                 enforce_eager=on_cpu or config.enforce_eager,
@@ -224,7 +226,8 @@ class VllmEngine:
                 generation_config="vllm",  # the model's own sampling defaults must not change ours
                 disable_log_stats=True,
                 **arguments,
-            )
+            ),
+            UsageContext.LLM_CLASS,  # of vLLM's defaults for batches, those for throughput
         )
         tokenizer = core.renderer.tokenizer
         self._encoded = lru_cache(maxsize=64)(partial(encode_prompt, tokenizer))  # samples of one item share prompts
