@@ -175,7 +175,8 @@ class EnginePool:
     def _replace(self, replica: _Replica, cause: Exception) -> None:
         number, what = self._replicas.index(replica), _what_happened(cause)
         ray.kill(replica.actor)  # where only the engine died, its process still holds CPUs and memory
-        if isinstance(cause, RayActorError) and cause.actor_init_failed:
+        # A replacement that does not start is tried again: a dead engine's workers may hold the GPUs a moment more.
+        if isinstance(cause, RayActorError) and cause.actor_init_failed and not replica.num_restarts:
             raise EngineError(f"an engine on {self._model_dir} does not start: {what}") from cause
         if replica.num_restarts == self._max_restarts:
             raise EngineError(

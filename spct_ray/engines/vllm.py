@@ -1,18 +1,20 @@
 """The vLLM engine, inside this process: continuous batching for concurrent callers without a child process.
 
 One background thread owns vLLM (its OpenMP state is per thread): it takes jobs from a queue, steps, and resolves
-futures. Here and in `vllm_transfer.py` vLLM is imported. Leaves out placement and restarts; see `cluster.pool`.
+futures; another turns messages into tokens before, so that neither callers nor vLLM wait for it. Here and in
+`vllm_transfer.py` vLLM is imported. Leaves out placement and restarts; see `cluster.pool`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from queue import SimpleQueue
@@ -64,6 +66,7 @@ vllm_layers.dispatch_cpu_unquantized_gemm = _pack
 @dataclass(slots=True)
 class _Sample:
     request: Request
+    token_ids: list[int] = field(default_factory=list)  # of the prompt, once it is encoded
     future: Future[tuple[Completion, ...]] = field(default_factory=Future)
 
 
@@ -106,6 +109,7 @@ class VllmEngine:
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._dead = ""  # why the engine no longer works
         self._lock = Lock()  # between a call that queues a job and the thread's end, which fails all queued jobs
+        self._encoder = ThreadPoolExecutor(1, "encode-prompts")  # one, as jobs must keep their order
         started: Future[None] = Future()
         self._thread = Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
@@ -158,12 +162,26 @@ class VllmEngine:
         with contextlib.suppress(EngineError):  # it may be dead already
             self._put(_Close())
         self._thread.join()
+        self._encoder.shutdown()
 
     def _put(self, job: _Job) -> None:
         with self._lock:
             if self._dead:
                 raise EngineError(self._dead)
-            self._jobs.put(job)
+        self._encoder.submit(self._encode_and_queue, job)
+
+    def _encode_and_queue(self, job: _Job) -> None:
+        if isinstance(job, _Sample) and not job.future.cancelled():
+            try:
+                job.token_ids = list(self._encoded(job.request.messages))
+            except Exception as error:  # whatever a template or tokenizer raised is about this request alone
+                _fail(job, error if isinstance(error, SpctError) else RequestError(f"no prompt can be made: {error!r}"))
+                return
+        with self._lock:
+            if not self._dead:
+                self._jobs.put(job)
+                return
+        _fail(job, EngineError(self._dead))
 
     # Everything below runs in the owner thread.
 
@@ -230,7 +248,8 @@ class VllmEngine:
             UsageContext.LLM_CLASS,  # of vLLM's defaults for batches, those for throughput
         )
         tokenizer = core.renderer.tokenizer
-        self._encoded = lru_cache(maxsize=64)(partial(encode_prompt, tokenizer))  # samples of one item share prompts
+        # Samples of one item share prompts. The copy is the encoding thread's own: a tokenizer is not for two at once.
+        self._encoded = lru_cache(maxsize=64)(partial(encode_prompt, copy.deepcopy(tokenizer)))
         self._end_of_turn = end_of_turn(tokenizer)
         return core
 
@@ -269,12 +288,11 @@ class VllmEngine:
 
     def _admit(self, core: LLMEngine, job: _Sample | _Score, request_id: str) -> bool:
         try:
+            token_ids = job.token_ids
             if isinstance(job, _Sample):
-                token_ids = list(self._encoded(job.request.messages))
                 params = self._sampling_params(job.request)
                 wanted = f"a prompt of {len(token_ids)} tokens + max_tokens {params.max_tokens}"
             else:
-                token_ids = job.token_ids
                 params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
                 wanted = f"a sequence of {len(token_ids)} tokens to score + 1"
             if len(token_ids) + params.max_tokens > self._config.max_model_len:
