@@ -1,6 +1,7 @@
 """Weight sync and its parity gate: on a real vLLM with a tied output layer, against a transformers forward pass."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spct_ray.cluster.sync import Parity, SentWeights, check_parity, push_weights
-from spct_ray.engines.base import EngineConfig, Request, SamplingParams
+from spct_ray.engines.base import LORA_RANKS, EngineConfig, Request, SamplingParams
 from spct_ray.engines.checksums import HeldTensor, checksum, compare
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ParityError
@@ -20,6 +21,7 @@ from spct_ray.learn.config import LoraConfig
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.records import Message
+from spct_ray.stages.rollout_engines import adapter_rank
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 SEQUENCES = [[5, 60, 99, 7, 200, 3, 42, 17], [1, 87, 85, 259, 201, 42]]
@@ -256,6 +258,103 @@ def test_engine_holds_adapters_after_an_update(engine, tmp_path):
         parity()
     push_weights(Adapted(policy.model), engine, str(tmp_path / "weights"), 4)
     parity()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "lora", [LoraConfig(rank=3, alpha=6.0), LoraConfig(rank=8, target_modules=("q_proj", "down_proj"))]
+)
+def test_an_engine_takes_adapters_beside_its_weights(lora, tmp_path):
+    from spct_ray.engines.vllm import VllmEngine
+
+    make_tiny_model(tmp_path / "model", seed=3)
+    policy = TokenLogprobs(load_model(str(tmp_path / "model"), "lm", torch.bfloat16))
+    add_adapters(policy.model, lora)
+    optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-2)
+    config = EngineConfig(256, 8, kv_cache_gib=0.1, dtype="bfloat16")
+    rank = adapter_rank(lora, policy.model, config, on_gpu=True)
+    assert rank == 8
+
+    class Adapted(Source):
+        def named_weights(self, with_adapters=True):
+            return [(whole.name, whole.value(with_adapters)) for whole in whole_weights(self.model)]
+
+        def named_adapters(self):
+            return [named for whole in whole_weights(self.model) for named in whole.adapter().items()]
+
+    engine = VllmEngine(str(tmp_path / "model"), replace(config, lora_rank=rank))
+    sent = SentWeights(Adapted(policy.model), torch.bfloat16, rank)
+
+    def push(version):
+        push_weights(sent, engine, str(tmp_path / "weights"), version, rank)
+
+    def unlike():
+        return compare(sent.checksums(), [engine.held_tensors(list(sent.checksums()))])
+
+    def parity(sequences=SEQUENCES):
+        batch = make_batch(sequences, [1] * len(sequences))
+        with torch.no_grad():
+            logps = [values.tolist() for values in batch.split(policy(batch))]
+        return check_parity(logps, engine.prompt_logprobs(sequences), TOLERANCE)
+
+    def update():
+        (-policy(make_batch(SEQUENCES, [1, 1])).mean()).backward()
+        optimiser.step()
+
+    request = Request((Message("user", "Name a prime"),), SamplingParams(max_tokens=8, temperature=0.0, logprobs=True))
+    try:
+        for version in (1, 2, 2):  # a resumed run pushes a version twice
+            update()
+            push(version)
+            written = load_file(tmp_path / "weights" / f"v{version}" / "adapter_model.safetensors")
+            assert all(".lora_" in name for name in written)
+            assert unlike() == []
+            parity()
+            ((completion,),) = engine.generate([request])  # its prefix was cached with the adapter before
+            assert completion.weight_version == version
+            whole = make_batch(
+                [[*completion.prompt_token_ids, *completion.token_ids]], [len(completion.prompt_token_ids)]
+            )
+            with torch.no_grad():
+                check_parity([policy(whole).tolist()], [completion.logprobs], TOLERANCE)
+        for half in ("lora_A", "lora_B"):
+            _, parameter = next((n, p) for n, p in policy.named_parameters() if half in n)
+            with torch.no_grad():
+                parameter[0, 0] += 1.0
+            for _ in sent.named_weights():
+                pass
+            with pytest.raises(ParityError, match=rf" 1 of \d+ tensors differ in their bits \(model\..*{half}\)"):
+                unlike()
+            push(3)
+            assert unlike() == []
+    finally:
+        engine.close()
+
+
+def test_adapters_go_out_alone_where_vllm_takes_them(tmp_path):
+    make_tiny_model(tmp_path)
+
+    def rank(lora, on_gpu=True, **engine):
+        model = load_model(str(tmp_path), "lm", torch.bfloat16)
+        if lora.rank:
+            add_adapters(model, lora)
+        return adapter_rank(lora, model, EngineConfig(**engine), on_gpu)
+
+    assert rank(LoraConfig()) == 0
+    assert [rank(LoraConfig(rank=r)) for r in (1, 8, 9, 200, 513)] == [8, 8, 16, 256, 0]
+    assert rank(LoraConfig(rank=4), on_gpu=False) == 0
+    assert rank(LoraConfig(rank=4), on_gpu=False, lora_rank=16) == 16
+    assert rank(LoraConfig(rank=4), transfer="nccl") == 0
+
+
+@pytest.mark.slow
+def test_the_ranks_of_adapters_are_vllms():
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    assert set(LORA_RANKS) == set(get_args(MaxLoRARanks)) - {1}
 
 
 FAMILIES = {

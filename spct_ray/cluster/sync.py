@@ -5,6 +5,7 @@ Leaves out transfer from GPU to GPU; a directory serves CPU and GPU engines alik
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -34,12 +35,15 @@ class WeightSource(Protocol):
         """Whole tensors under their Hugging Face names; every rank must iterate to the end."""
 
 
-def push_weights(trainer: WeightSource, pool: EnginePool | None, directory: str, version: int) -> dict[str, float]:
+def push_weights(
+    trainer: WeightSource, pool: EnginePool | None, directory: str, version: int, adapter_rank: int = 0
+) -> dict[str, float]:
     """Give the trainer's weights to all engines of `pool` (None on all ranks but 0), as `version`.
 
     Every rank calls it. Rank 0 writes safetensors to `directory`/v<version>, whole or not at all, reloads the engines
     from there, and removes older versions; the newest stays for engines that are replaced later. Returns the seconds
-    spent by phase: gather_s, write_s, reload_s (the last two are 0 on other ranks).
+    spent by phase: gather_s, write_s, reload_s (the last two are 0 on other ranks). With `adapter_rank` the weights are
+    an adapter's, see `SentWeights`.
     """
     seconds = {"gather_s": 0.0, "write_s": 0.0, "reload_s": 0.0}
     weights = _timed(trainer.named_weights(), seconds)
@@ -49,7 +53,7 @@ def push_weights(trainer: WeightSource, pool: EnginePool | None, directory: str,
         return seconds
     target = Path(directory).resolve() / f"v{version}"
     started = time.perf_counter()
-    _write(weights, target)
+    _write(weights, target, adapter_rank)
     seconds["write_s"] = time.perf_counter() - started - seconds["gather_s"]
     started = time.perf_counter()
     pool.reload(str(target), version)
@@ -60,26 +64,46 @@ def push_weights(trainer: WeightSource, pool: EnginePool | None, directory: str,
 
 
 class SentWeights:
-    """The trainer's weights as they go out to engines that hold them in `dtype`; notes the checksums of what went."""
+    """The trainer's weights as they go out to engines that hold them in `dtype`; notes the checksums of what went.
 
-    def __init__(self, trainer: Source, dtype: torch.dtype) -> None:
-        self.rank, self.dtype = trainer.rank, trainer.dtype
-        self._trainer, self._engine_dtype = trainer, dtype
+    With `adapter_rank` the trainer's adapters go out alone, padded with zeros to that rank, beside its base weights,
+    which engines have from the start and which are only summed, once.
+    """
+
+    def __init__(self, trainer: Source, dtype: torch.dtype, adapter_rank: int = 0) -> None:
+        self.rank, self.dtype, self.adapter_rank = trainer.rank, trainer.dtype, adapter_rank
+        self._trainer: Any = trainer
+        self._engine_dtype = dtype
+        self._base: dict[str, tuple[Tensor, int]] = {}
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As the trainer's; every rank must iterate to the end, rank 0 sums meanwhile."""
+        """What goes out; every rank must iterate to the end, rank 0 sums meanwhile."""
+        if self.adapter_rank and not self._base:
+            for name, weight in self._trainer.named_weights(with_adapters=False):
+                self._base[name] = self._sum(weight)
+        self._sums = dict(self._base)
+        for name, weight in self._padded_adapters() if self.adapter_rank else self._trainer.named_weights():
+            self._sums[name] = self._sum(weight)
+            yield name, weight
+
+    def _sum(self, weight: Tensor) -> tuple[Tensor, int]:
         from spct_ray.engines.checksums import checksum
 
-        self._sums = {}
-        for name, weight in self._trainer.named_weights():
-            if self.rank == 0:
-                self._sums[name] = checksum(weight, self._engine_dtype), weight.numel()
-            yield name, weight
+        return (checksum(weight, self._engine_dtype) if self.rank == 0 else weight.new_zeros(())), weight.numel()
+
+    def _padded_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        from torch.nn.functional import pad
+
+        for name, half in self._trainer.named_adapters():
+            is_a = name.endswith(".lora_A.weight")  # [rank, in], else [out, rank]
+            missing = self.adapter_rank - half.shape[0 if is_a else 1]
+            yield name, pad(half, (0, 0, 0, missing) if is_a else (0, missing))
 
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """As the trainer's."""
-        return self._trainer.weight_shapes()
+        shapes: list[tuple[str, tuple[int, ...]]] = self._trainer.weight_shapes()
+        return shapes
 
     def checksums(self) -> dict[str, tuple[int, int]]:
         """Checksum and number of elements of each tensor that went out last."""
@@ -135,8 +159,8 @@ def _timed(weights: Iterable[tuple[str, Tensor]], seconds: dict[str, float]) -> 
     seconds["gather_s"] += time.perf_counter() - started
 
 
-def _write(weights: Iterable[tuple[str, Tensor]], target: Path) -> None:
-    """Safetensors shards under a temporary name, then renamed."""
+def _write(weights: Iterable[tuple[str, Tensor]], target: Path, adapter_rank: int) -> None:
+    """Safetensors shards, or a PEFT adapter, under a temporary name, then renamed."""
     from safetensors.torch import save_file
 
     partial = target.with_name(f"partial-{target.name}")
@@ -150,6 +174,10 @@ def _write(weights: Iterable[tuple[str, Tensor]], target: Path) -> None:
             shard, size, num_shards = {}, 0, num_shards + 1
         shard[name] = weight.cpu().contiguous()
         size += weight.nbytes
-    save_file(shard, partial / f"model-{num_shards:05d}.safetensors")
+    if adapter_rank:
+        modules = sorted({name.split(".")[-3] for name in shard})
+        config = {"peft_type": "LORA", "r": adapter_rank, "lora_alpha": adapter_rank, "target_modules": modules}
+        (partial / "adapter_config.json").write_text(json.dumps(config))
+    save_file(shard, partial / f"{'adapter_model' if adapter_rank else f'model-{num_shards:05d}'}.safetensors")
     shutil.rmtree(target, ignore_errors=True)  # a resumed run pushes a version again
     os.replace(partial, target)

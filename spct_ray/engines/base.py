@@ -36,6 +36,9 @@ class Request(Record):
     params: SamplingParams
 
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels; others are padded with zeros
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes of one vLLM engine. They change speed and memory, not what is generated, except `max_model_len`."""
@@ -47,6 +50,9 @@ class EngineConfig:
     tensor_parallel: int = 1  # GPUs of one replica
     gpu_memory_utilization: float = 0.85  # GPU only: share of memory for weights and cache
     transfer: Literal["directory", "nccl", "ipc"] = "directory"  # GRPO's way for new weights, see docs/training.md
+    lora_rank: int = (
+        0  # adapters up to this rank, one of LORA_RANKS, beside the weights; GRPO sets it where it is of use
+    )
     enforce_eager: bool = False  # GPU only: no compilation and CUDA graphs (the CPU engine never has them)
     kv_cache_gib: float = 2.0  # CPU only
     threads: int = 0  # CPU only: OpenMP threads; 0 keeps the process's own number
@@ -82,7 +88,8 @@ class Engine(Protocol):
         """Log-probability of every token of each sequence but its first, under the current weights."""
 
     def reload(self, weights_dir: str, weight_version: int) -> None:
-        """Replace the weights by those in `weights_dir` (HF safetensors), drop cached prefixes, set the version."""
+        """Replace the weights by those in `weights_dir` (HF safetensors, or a PEFT adapter beside the weights that the
+        engine was started with), drop cached prefixes, set the version."""
 
     def close(self) -> None:
         """Free the engine; pending futures fail with EngineError."""

@@ -58,7 +58,7 @@ def held_tensors(worker: Any, names: Sequence[str]) -> list[HeldTensor]:
     """All parameters of a vLLM worker's model, matched to the trainer's `names` by vLLM's own rules for loading them.
 
     A parameter to which no name belongs has no parts. Where vLLM packs a linear layer (CPU), the checksum is that of
-    the weight that was packed (see `note_packed`).
+    the weight that was packed (see `note_packed`). Adapters have the names of a PEFT checkpoint.
     """
     model = worker.model_runner.get_model()
     dtype = worker.model_config.dtype
@@ -79,8 +79,25 @@ def held_tensors(worker: Any, names: Sequence[str]) -> list[HeldTensor]:
                 of = seen.setdefault(id(parameter), of)
             if packed:
                 held.append((f"{place} (packed)", of, *packed))
+        if hasattr(module, "lora_a_stacked"):
+            held += _held_adapters(prefix, module, getattr(model, "packed_modules_mapping", {}), set(names), dtype)
     sums = torch.stack([value.to(worker.device) for _, _, value, _ in held]).tolist()
     return [HeldTensor(place, of, value, n) for value, (place, of, _, n) in zip(sums, held, strict=True)]
+
+
+def _held_adapters(
+    prefix: str, module: Any, packed: Mapping[str, Sequence[str]], names: set[str], dtype: torch.dtype
+) -> list[tuple[str, tuple[str, ...], Tensor, int]]:
+    """The halves of a layer's one adapter, where there are `names` for it."""
+    parent, _, leaf = prefix.rpartition(".")
+    held: list[tuple[str, tuple[str, ...], Tensor, int]] = []
+    for slot, part in enumerate(packed.get(leaf, [leaf])):
+        for half, stacked in (("lora_A", module.lora_a_stacked), ("lora_B", module.lora_b_stacked)):
+            name = f"base_model.model.{parent}.{part}.{half}.weight"
+            if name in names:
+                tensor = stacked[slot][0, 0]
+                held.append((f"{parent}.{part}.{half}", (name,), checksum(tensor, dtype), tensor.numel()))
+    return held
 
 
 def note_packed(layer: Any) -> None:
@@ -122,8 +139,10 @@ def _equal(sent: Mapping[str, tuple[int, int]], shards: Sequence[HeldTensor]) ->
     numels = [sent[part][1] for part in shards[0].parts]
     if all(shard.numel == sum(numels) for shard in shards):
         return not any((shard.checksum - sum(sums)) % 2**64 for shard in shards)
-    copies = 1  # of keys and values, where there are more workers than heads of them
+    total, copies = sum(shard.numel for shard in shards), 1
+    # Keys and values are copied where there are more workers than heads of them.
     if len(numels) == 3:
-        copies = (sum(shard.numel for shard in shards) - numels[0]) // (numels[1] + numels[2])
-    expected = sums[0] + copies * sum(sums[1:])
+        copies = (total - numels[0]) // (numels[1] + numels[2])
+    once = sums[0] if len(numels) > 1 else (total // numels[0]) * sums[0]
+    expected = once + copies * sum(sums[1:])
     return not (sum(shard.checksum for shard in shards) - expected) % 2**64

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
@@ -32,6 +33,7 @@ import vllm
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers import utils as vllm_layers
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
@@ -106,6 +108,7 @@ class VllmEngine:
         self.weight_version = 0
         self._model_dir = model_dir
         self._config = config
+        self._adapter: LoRARequest | None = None
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._dead = ""  # why the engine no longer works
         self._lock = Lock()  # between a call that queues a job and the thread's end, which fails all queued jobs
@@ -221,6 +224,8 @@ class VllmEngine:
         if on_cpu:  # chunked prefill rewinds a seeded request's generator, which torch's CPU generator cannot do
             arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enable_chunked_prefill": False}
             arguments["block_size"] = 32  # the least that CPU attention takes: vLLM's 128 would share no short prompt
+        if config.lora_rank:
+            arguments |= {"enable_lora": True, "max_lora_rank": config.lora_rank, "max_loras": 1, "max_cpu_loras": 1}
         if config.transfer != "directory":
             if on_cpu:
                 raise ConfigError(
@@ -297,7 +302,7 @@ class VllmEngine:
                 wanted = f"a sequence of {len(token_ids)} tokens to score + 1"
             if len(token_ids) + params.max_tokens > self._config.max_model_len:
                 raise TooLongError(f"{wanted} exceeds the engine's max_model_len of {self._config.max_model_len}")
-            core.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+            core.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter)
         except RequestError as error:
             _fail(job, error)
         except (ValueError, VLLMClientError) as error:  # vLLM's words for a request that it will not take
@@ -347,10 +352,23 @@ class VllmEngine:
         )
 
     def _reload(self, weights_dir: str, weight_version: int, core: LLMEngine) -> None:
-        core.collective_rpc("reload_weights", kwargs={"weights_path": weights_dir})
-        if current_platform.is_cpu():
-            core.collective_rpc(_repack_kept_weights)
+        if Path(weights_dir, "adapter_config.json").exists():
+            self._load_adapter(weights_dir, core)
+        else:
+            core.collective_rpc("reload_weights", kwargs={"weights_path": weights_dir})
+            if current_platform.is_cpu():
+                core.collective_rpc(_repack_kept_weights)
         self._take_version(weight_version, core)
+
+    def _load_adapter(self, directory: str, core: LLMEngine) -> None:
+        """In place of the adapter before; under a number of its own, as vLLM takes an old one's for loaded."""
+        number = 1
+        if self._adapter is not None:
+            core.remove_lora(self._adapter.lora_int_id)
+            number += self._adapter.lora_int_id
+        self._adapter = LoRARequest(str(number), number, directory)
+        if not core.add_lora(self._adapter):
+            raise EngineError(f"vLLM does not take the adapter in {directory}")
 
     def _transfer(self, method: str, info: dict[str, Any] | None, weight_version: int, core: LLMEngine) -> None:
         core.collective_rpc(method, args=() if info is None else (info,))

@@ -9,16 +9,19 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from spct_ray.chat import encode_prompt
 from spct_ray.data.store import read_items
+from spct_ray.engines.base import LORA_RANKS, EngineConfig
 from spct_ray.errors import DataError, ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.config import LoraConfig
 from spct_ray.precision import resolve
 from spct_ray.records import Item
 from spct_ray.stages.rollouts import (
@@ -40,6 +43,7 @@ T = TypeVar("T")
 _Sampled = tuple[list[list[Rollout]], float]  # groups, and the seconds that they took
 
 _PARITY_TOKENS, _PARITY_ITEMS = 1000, 64  # compared after each sync: at least so many, of at most so many items
+_VLLM_ADAPTERS = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 class Rollouts:
@@ -57,9 +61,10 @@ class Rollouts:
         from spct_ray.cluster.sync import Parity, SentWeights
 
         self._trainer, self._config, self._log = trainer, config, context.log
-        engine = resources.engine
-        engine_dtype = getattr(torch, resolve(engine.dtype, on_gpu=resources.rollout.gpus_per_replica > 0))
-        self._weights = SentWeights(trainer, engine_dtype)
+        on_gpu = resources.rollout.gpus_per_replica > 0
+        engine = replace(resources.engine, lora_rank=adapter_rank(config.lora, trainer.model, resources.engine, on_gpu))
+        engine_dtype = getattr(torch, resolve(engine.dtype, on_gpu=on_gpu))
+        self._weights = SentWeights(trainer, engine_dtype, engine.lora_rank)
         self._micro_tokens = resources.train.micro_tokens
         self._tolerance = Parity(config.parity_mean, config.parity_p99)
         self._not_compared: list[str] | None = None
@@ -96,7 +101,7 @@ class Rollouts:
         from spct_ray.cluster.sync import push_weights
 
         if self._transfer is None:
-            push_weights(self._weights, self._pool, self._weights_dir, version)
+            push_weights(self._weights, self._pool, self._weights_dir, version, self._weights.adapter_rank)
             return
         if self._shares_gpu and self._pool is not None:
             self._free_gpu()
@@ -212,6 +217,20 @@ class Rollouts:
         if self._pool is not None:
             self._pool.close()
             shutil.rmtree(self._weights_dir, ignore_errors=True)
+
+
+def adapter_rank(lora: LoraConfig, model: Any, engine: EngineConfig, on_gpu: bool) -> int:
+    """The rank at which engines take the policy's adapters beside its frozen weights, 0 where they take the sum.
+
+    The sum goes where vLLM has no adapter for a layer, by `nccl` and `ipc` (which are fast enough for whole weights),
+    and on CPU, where vLLM gathers an adapter's weights for each token; there `engine.lora_rank` asks for adapters.
+    """
+    from spct_ray.learn.lora import whole_weights
+
+    layers = {whole.name.split(".")[-2] for whole in whole_weights(model) if whole.layer is not None}
+    if not layers or layers - _VLLM_ADAPTERS or engine.transfer != "directory" or not (on_gpu or engine.lora_rank):
+        return 0
+    return next((rank for rank in LORA_RANKS if rank >= max(lora.rank, engine.lora_rank)), 0)
 
 
 def parity_prompts(items: Sequence[Item], judge: JudgeConfig, tokenizer: Any, seed: int) -> tuple[list[list[int]], int]:
