@@ -14,8 +14,8 @@ from test_grpo_stage import make_context
 from tiny import make_tiny_model
 
 from spct_ray.engines.base import EngineConfig, EngineResources
-from spct_ray.engines.vllm_transfer import PoolClient, ipc_buffer_bytes, weight_source
-from spct_ray.errors import ConfigError
+from spct_ray.engines.vllm_transfer import PoolClient, WeightTransfer, ipc_buffer_bytes, weight_source
+from spct_ray.errors import ConfigError, EngineError
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, run
 
@@ -94,6 +94,29 @@ def test_the_buffer_that_ipc_shares_takes_the_largest_tensor() -> None:
     assert ipc_buffer_bytes(Large()) == 256_000 * 3584 * 2 > 2**30
     assert ipc_buffer_bytes(Rank()) == IPCTrainerInitInfo(rank=0).packed_buffer_size_bytes == 2**30
     assert "packed_buffer_size_bytes" in inspect.signature(IPCTrainerInitInfo).parameters
+
+
+@pytest.mark.slow
+def test_what_ipc_shares_is_no_expandable_segment_and_the_trainers_stay_so() -> None:
+    settings, current = torch._C._accelerator_setAllocatorSettings, torch._C._accelerator_getAllocatorSettings
+    seen = []
+
+    class Sender:
+        def send_weights(self):
+            seen.append(current())
+            raise EngineError("died within")
+
+    transfer = WeightTransfer.__new__(WeightTransfer)
+    transfer._client, transfer._engine = PoolClient(None, 1), Sender()
+    before = current()
+    try:
+        settings("expandable_segments:True,max_split_size_mb:512")
+        with pytest.raises(EngineError):
+            transfer.send(3)
+        assert seen == ["expandable_segments:False,max_split_size_mb:512"]
+        assert current() == "expandable_segments:True,max_split_size_mb:512"
+    finally:
+        settings(before)
 
 
 @pytest.mark.slow

@@ -65,15 +65,11 @@ class WeightTransfer:
 
     def send(self, version: int) -> None:
         """Give the engines the trainer's weights, as `version`."""
-        from vllm.device_allocator.alloc_conf import (
-            EXPANDABLE_SEGMENTS,
-            current_alloc_conf,
-            set_alloc_conf,
-            with_conf_flag,
-        )
+        import torch
+        from vllm.device_allocator.alloc_conf import EXPANDABLE_SEGMENTS, set_alloc_conf, with_conf_flag
 
         self._client.version = version
-        before = current_alloc_conf()
+        before = torch._C._accelerator_getAllocatorSettings()
         # Another process maps an expandable segment slowly, and only where it may trace this one: the buffer that IPC
         # shares comes from a plain one.
         set_alloc_conf(with_conf_flag(before, EXPANDABLE_SEGMENTS, False))
