@@ -36,6 +36,7 @@ class Request(Record):
     params: SamplingParams
 
 
+LORA_LAYERS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels; others are padded with zeros
 
 

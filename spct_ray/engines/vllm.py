@@ -42,7 +42,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from spct_ray.chat import encode_prompt, end_of_turn
-from spct_ray.engines.base import EngineConfig, Request
+from spct_ray.engines.base import LORA_LAYERS, EngineConfig, Request
 from spct_ray.engines.checksums import HeldTensor, held_tensors, note_packed
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
 from spct_ray.memory import give_back_freed
@@ -226,6 +226,8 @@ class VllmEngine:
             arguments["block_size"] = 32  # the least that CPU attention takes: vLLM's 128 would share no short prompt
         if config.lora_rank:
             arguments |= {"enable_lora": True, "max_lora_rank": config.lora_rank, "max_loras": 1, "max_cpu_loras": 1}
+            # Not the output layer: vLLM's adapter of it cannot score prompts.
+            arguments["lora_target_modules"] = list(LORA_LAYERS)
         if config.transfer != "directory":
             if on_cpu:
                 raise ConfigError(

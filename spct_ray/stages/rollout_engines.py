@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from spct_ray.chat import encode_prompt
 from spct_ray.data.store import read_items
-from spct_ray.engines.base import LORA_RANKS, EngineConfig
+from spct_ray.engines.base import LORA_LAYERS, LORA_RANKS, EngineConfig
 from spct_ray.errors import DataError, ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
@@ -43,7 +43,6 @@ T = TypeVar("T")
 _Sampled = tuple[list[list[Rollout]], float]  # groups, and the seconds that they took
 
 _PARITY_TOKENS, _PARITY_ITEMS = 1000, 64  # compared after each sync: at least so many, of at most so many items
-_VLLM_ADAPTERS = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 class Rollouts:
@@ -228,7 +227,7 @@ def adapter_rank(lora: LoraConfig, model: Any, engine: EngineConfig, on_gpu: boo
     from spct_ray.learn.lora import whole_weights
 
     layers = {whole.name.split(".")[-2] for whole in whole_weights(model) if whole.layer is not None}
-    if not layers or layers - _VLLM_ADAPTERS or engine.transfer != "directory" or not (on_gpu or engine.lora_rank):
+    if not layers or layers - set(LORA_LAYERS) or engine.transfer != "directory" or not (on_gpu or engine.lora_rank):
         return 0
     return next((rank for rank in LORA_RANKS if rank >= max(lora.rank, engine.lora_rank)), 0)
 
