@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -82,11 +82,14 @@ class Check:
 
 
 def shim() -> None:
-    """vLLM 0.26, the last for torch 2.11, has no common class of errors that a request causes."""
+    """What vLLM 0.26, the last for torch 2.11, lacks: a common class of errors that a request causes, and a name."""
     import vllm.exceptions as exceptions
+    from vllm.model_executor.models.utils import WeightsMapper
 
     if not hasattr(exceptions, "VLLMClientError"):
         exceptions.VLLMClientError = exceptions.VLLMValidationError
+    if not hasattr(WeightsMapper, "map_name"):
+        WeightsMapper.map_name = WeightsMapper._map_name
 
 
 def versions(check: Check) -> Figures:
@@ -118,8 +121,6 @@ def start(check: Check) -> Figures:
 
     sizes, on_gpu = check.sizes, check.device == "cuda"
     limits = {"max_num_seqs": max(sizes.num_requests), "max_num_batched_tokens": max(sizes.batched_tokens)}
-    if "max_num_batched_tokens" not in {f.name for f in fields(EngineConfig)}:
-        ours.EngineArgs = partial(ours.EngineArgs, max_num_batched_tokens=limits.pop("max_num_batched_tokens"))
     check.engine = ours.VllmEngine(
         check.models[0],
         EngineConfig(

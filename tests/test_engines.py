@@ -156,6 +156,11 @@ class TestVllm:
         ((cut,),) = engine.generate([ask("count", max_tokens=5, temperature=0.0, guide="[a-z ]{90}")])
         assert (cut.stop_reason, cut.completion_tokens, cut.logprobs) == ("length", 5, ())
 
+    def test_batch_limits_are_vllms_for_throughput_where_they_are_not_set(self, engine):
+        limits = []
+        engine._alone(lambda core: limits.append(core.vllm_config.scheduler_config))
+        assert (limits[0].max_num_batched_tokens, limits[0].max_num_seqs) == (4096, 64)  # as `LLM` has it on CPU
+
     def test_more_prompt_tokens_than_one_batch_with_seeds(self, engine):
         """vLLM's chunked prefill would kill the engine here: CPU generators cannot be rewound."""
         results = engine.generate([ask(f"{i} " + "prime number " * 25, seed=i) for i in range(300)])

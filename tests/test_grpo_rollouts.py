@@ -41,7 +41,7 @@ from spct_ray.stages.grpo import (
 )
 from spct_ray.stages.replay import replay
 from spct_ray.stages.rollout_dump import RolloutDump
-from spct_ray.stages.rollout_engines import fitting_items
+from spct_ray.stages.rollout_engines import fitting_items, parity_prompts
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
@@ -62,6 +62,27 @@ def make_item(number: int, num_responses: int = 2, words: int = 1) -> Item:
     responses = tuple(f"answer {i}" for i in range(num_responses))
     rewards = tuple(float(i == number % num_responses) for i in range(num_responses))
     return Item(f"item-{number}", (Message("user", "Name a prime. " * words),), responses, rewards)
+
+
+@given(st.integers(1, 30), st.integers(0, 3))
+def test_parity_is_checked_where_the_items_differ(num_items: int, seed: int) -> None:
+    tokenizer, judge = make_tiny_tokenizer(), JudgeConfig()
+    items = [
+        Item(f"item-{i}", (Message("user", f"Tell me of {i * 7919} " + "in words " * i),), ("yes", "no"), (0.0, 1.0))
+        for i in range(num_items)
+    ]
+    prompts, num_shared = parity_prompts(items, judge, tokenizer, seed)
+    assert (prompts, num_shared) == parity_prompts(items, judge, tokenizer, seed)
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts)
+    tails = [tokenizer.decode(prompt[num_shared:]) for prompt in prompts]
+    lengths = [len(prompt) - num_shared for prompt in prompts]
+    assert sum(lengths) >= 1000 or len(prompts) == num_items
+    assert sum(lengths[:-1]) < 1000
+    if num_items > 1:
+        assert tokenizer.decode(prompts[0][:num_shared]).rstrip().endswith("Tell me of")
+        assert all(any(f"{i * 7919} " in tail for i in range(num_items)) for tail in tails)
+    else:
+        assert "Tell me of 0" in tails[0]
 
 
 def make_context(directory: Path) -> StepContext:

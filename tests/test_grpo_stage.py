@@ -49,7 +49,8 @@ CONFIG = GrpoConfig(
     prompts_per_step=4,
     beta=0.01,
     max_prompt_tokens=100,
-    parity_tolerance=0.01,
+    parity_mean=1e-3,
+    parity_p99=0.01,
     checkpoint_every=3,
     dynamic_sampling=1,
 )
@@ -61,6 +62,7 @@ RESOURCES = GrpoResources(
 ADAPTERS_AHEAD = replace(
     CONFIG, steps=8, lora=LoraConfig(rank=4), max_staleness=1, dynamic_sampling=0, checkpoint_every=2
 )
+ADAPTERS_ENGINE = replace(RESOURCES.engine, lora_rank=8)  # adapters go out alone
 CLUSTER = ClusterResources(num_cpus=2, object_store_gib=0.1)
 
 
@@ -161,7 +163,7 @@ def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) 
     assert [line["step"] for line in metrics] == list(range(NUM_STEPS))
     assert [line["weight_version"] for line in metrics] == list(range(NUM_STEPS))
     assert metrics[0]["kl"] == 0.0
-    assert all(line["kl"] > 0.0 and line["parity"] < 0.01 and line["prob_diff_max"] < 0.01 for line in metrics[1:])
+    assert all(line["kl"] > 0.0 and line["parity_p99"] < 0.01 and line["prob_diff_max"] < 0.01 for line in metrics[1:])
     assert metrics[0]["reward"] < 0.5
     assert statistics.fmean(line["reward"] for line in metrics[-5:]) > 0.9
     log = (root / "log").read_text()
@@ -194,7 +196,7 @@ def test_with_staleness_1_a_step_is_sampled_while_the_one_before_is_trained_on(r
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["weight_version"] for line in metrics] == [0, 0, 1, 2]
     assert [line["staleness"] for line in metrics] == [0, 1, 1, 1]
-    assert all(line["parity"] < 0.01 for line in metrics)  # the engines hold the newest weights
+    assert all(line["parity_p99"] < 0.01 for line in metrics)  # the engines hold the newest weights
     assert max(line["prob_diff_max"] for line in metrics[1:]) > 0.01  # the samples do not come from them
     for step in range(4):
         versions = {r.weight_version for group in RolloutDump(tmp_path).read(step) for r in group}
@@ -217,7 +219,7 @@ def test_adapters_trained_a_step_behind_the_engines_survive_a_killed_rank(root: 
     assert set(ages) == {0, 1}
     assert ages[0] == 0
     assert ages[1:].count(0) == 1  # the first step after the new start is sampled from the newest weights
-    assert all(line["parity"] < 0.01 for line in metrics)  # engines hold the sum of weights and adapters
+    assert all(line["parity_p99"] < 0.01 for line in metrics)  # engines hold the adapters beside the weights
     states = list((tmp_path / "out" / "checkpoints").rglob("*.safetensors"))
     names = {name for path in states for name in load_file(path)}
     assert names
@@ -247,18 +249,23 @@ def rollouts(root: Path, tmp_path: Path) -> Iterator[Rollouts]:
 def test_the_parity_gate_fires_on_stale_weights_and_a_step_can_be_asked_again(rollouts: Rollouts) -> None:
     trainer = rollouts._trainer
     rollouts.push_weights(0)
-    assert rollouts.check_parity(0) < 1e-3
+    assert rollouts.check_parity(0).p99 < 1e-3
     first = rollouts.sample(0)
     batch = make_batch([list(range(3, 40))], [1])
     trainer.step([batch], lambda b: -trainer.logprobs(b).mean())
-    with pytest.raises(ParityError, match=r"step 1: max \|dlogp\| between trainer and engine is"):
+    for _ in rollouts._weights.named_weights():
+        pass  # as where the weights go out and never arrive
+    with pytest.raises(ParityError, match=r"step 1: engine 0 does not hold the trainer's weights"):
         rollouts.check_parity(1)  # the engine still has version 0
     assert rollouts.sample(0) == first  # and the same seeds give the same rollouts
     rollouts.push_weights(1)
-    assert rollouts.check_parity(1) < 1e-3
+    assert rollouts.check_parity(1).p99 < 1e-3
     assert rollouts.sample(0) != first
 
 
 if __name__ == "__main__":
     with start(CLUSTER):
-        print(run(make_context(Path(sys.argv[1])), ADAPTERS_AHEAD if sys.argv[2:] else CONFIG, RESOURCES))
+        if sys.argv[2:]:
+            run(make_context(Path(sys.argv[1])), ADAPTERS_AHEAD, replace(RESOURCES, engine=ADAPTERS_ENGINE))
+        else:
+            run(make_context(Path(sys.argv[1])), CONFIG, RESOURCES)

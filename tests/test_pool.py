@@ -141,6 +141,21 @@ def test_an_engine_that_does_not_start_is_an_error_at_once(tmp_path):
     assert len(list(tmp_path.glob("start-*"))) == 1
 
 
+def test_a_replacement_that_does_not_start_at_once_is_tried_again(tmp_path):
+    def make_engine(model_dir, config):
+        (tmp_path / f"start-{os.getpid()}").touch()
+        num_starts = len(list(tmp_path.glob("start-*")))
+        if num_starts == 2:
+            raise EngineError("Free memory on the device is less than what is wanted")
+        return ScriptedEngine(lambda request: ["ok"], calls_to_live=3 if num_starts == 1 else None)
+
+    pool = EnginePool("nowhere", SMALL_BLOCKS, ONE, make_engine)
+    results = pool.generate(requests_for([f"word {i}" for i in range(12)]))
+    assert [completion.text for (completion,) in results] == ["ok"] * 12
+    assert len(list(tmp_path.glob("start-*"))) == 3
+    pool.close()
+
+
 def test_real_engine_dies_and_comes_back(tmp_path):
     make_tiny_model(tmp_path / "a", seed=1)
     make_tiny_model(tmp_path / "b", seed=2)

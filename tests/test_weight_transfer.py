@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,8 +14,8 @@ from test_grpo_stage import make_context
 from tiny import make_tiny_model
 
 from spct_ray.engines.base import EngineConfig, EngineResources
-from spct_ray.engines.vllm_transfer import PoolClient, weight_source
-from spct_ray.errors import ConfigError
+from spct_ray.engines.vllm_transfer import PoolClient, WeightTransfer, ipc_buffer_bytes, weight_source
+from spct_ray.errors import ConfigError, EngineError
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, run
 
@@ -74,6 +78,71 @@ def test_shapes_are_those_of_what_is_given_and_every_pass_is_a_fresh_one() -> No
     assert [names for names, _ in source.iter_groups()] == [["weight", "bias"]]
 
 
+class Large(Rank):
+    """Its largest tensor is Gemma-2-9B's embedding."""
+
+    dtype = torch.bfloat16
+
+    def weight_shapes(self):
+        return [("model.embed_tokens.weight", (256_000, 3584)), ("model.norm.weight", (3584,))]
+
+
+@pytest.mark.slow
+def test_the_buffer_that_ipc_shares_takes_the_largest_tensor() -> None:
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    assert ipc_buffer_bytes(Large()) == 256_000 * 3584 * 2 > 2**30
+    assert ipc_buffer_bytes(Rank()) == IPCTrainerInitInfo(rank=0).packed_buffer_size_bytes == 2**30
+    assert "packed_buffer_size_bytes" in inspect.signature(IPCTrainerInitInfo).parameters
+
+
+@pytest.mark.slow
+def test_what_ipc_shares_is_no_expandable_segment_and_the_trainers_stay_so() -> None:
+    settings, current = torch._C._accelerator_setAllocatorSettings, torch._C._accelerator_getAllocatorSettings
+    seen = []
+
+    class Sender:
+        def send_weights(self):
+            seen.append(current())
+            raise EngineError("died within")
+
+    transfer = WeightTransfer.__new__(WeightTransfer)
+    transfer._client, transfer._engine = PoolClient(None, 1), Sender()
+    before = current()
+    try:
+        settings("expandable_segments:True,max_split_size_mb:512")
+        with pytest.raises(EngineError):
+            transfer.send(3)
+        assert seen == ["expandable_segments:False,max_split_size_mb:512"]
+        assert current() == "expandable_segments:True,max_split_size_mb:512"
+    finally:
+        settings(before)
+
+
+@pytest.mark.slow
+def test_importing_vllm_does_not_make_the_trainer_compile_with_one_thread() -> None:
+    """In a process of its own, as vLLM is imported once."""
+    script = (
+        "import os, torch\n"
+        "from spct_ray.engines.vllm_transfer import _import_vllm\n"
+        "_import_vllm()\n"
+        "from torch._inductor import config\n"
+        "print('TORCHINDUCTOR_COMPILE_THREADS' in os.environ, config.compile_threads)\n"
+        "os.environ['TORCHINDUCTOR_COMPILE_THREADS'] = '7'\n"
+        "_import_vllm()\n"
+        "print(config.compile_threads)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stdout.split("\n")[-3:-1]
+    from torch._inductor.config import decide_compile_threads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+        assert first == f"False {decide_compile_threads()}"
+    assert second == "7"
+
+
 IPC, NCCL = EngineConfig(transfer="ipc"), EngineConfig(transfer="nccl")
 HALF = TrainResources(gpus_per_worker=0.5), EngineResources(gpus_per_replica=0.5)
 WHOLE = TrainResources(gpus_per_worker=1), EngineResources(gpus_per_replica=1)
@@ -115,7 +184,8 @@ def test_a_cpu_engine_takes_weights_from_a_directory_only(tmp_path) -> None:
 def test_an_engine_on_the_trainers_gpu_gets_its_weights_and_sleeps(tmp_path) -> None:
     from spct_ray.cluster.pool import EnginePool
     from spct_ray.cluster.session import ClusterResources, start
-    from spct_ray.cluster.sync import check_parity
+    from spct_ray.cluster.sync import Parity, SentWeights, check_parity
+    from spct_ray.engines.checksums import compare
     from spct_ray.engines.vllm_transfer import WeightTransfer
     from spct_ray.learn.batch import make_batch
     from spct_ray.learn.trainer import Trainer
@@ -129,13 +199,15 @@ def test_an_engine_on_the_trainers_gpu_gets_its_weights_and_sleeps(tmp_path) -> 
     )
     with start(ClusterResources()):
         pool = EnginePool(str(tmp_path / "model"), engine, HALF[1], max_restarts=0)
-        transfer = WeightTransfer(trainer, pool, engine, 1)
+        sent = SentWeights(trainer, trainer.dtype)
+        transfer = WeightTransfer(sent, pool, engine, 1)
         for version in (1, 2):
             trainer.step([batch], lambda b: -trainer.logprobs(b).mean())
             transfer.send(version)
+            assert compare(sent.checksums(), pool.held_tensors(list(sent.checksums()))) == []
             with torch.no_grad():
                 logps = [trainer.logprobs(batch).tolist()]
-            assert check_parity(logps, pool.prompt_logprobs(ids), 0.2) < 0.2
+            check_parity(logps, pool.prompt_logprobs(ids), Parity(0.02, 0.12))
             awake = torch.cuda.mem_get_info()[0]
             pool.sleep()
             assert torch.cuda.mem_get_info()[0] > awake + 2**30  # the cache, and the weights

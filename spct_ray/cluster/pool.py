@@ -9,7 +9,7 @@ import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -17,6 +17,9 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from spct_ray.engines.base import Engine, EngineConfig, EngineResources, Request
 from spct_ray.errors import EngineError, RequestError
 from spct_ray.records import Completion
+
+if TYPE_CHECKING:
+    from spct_ray.engines.checksums import HeldTensor
 
 _logger = logging.getLogger(__name__)
 _BLOCKS_IN_FLIGHT = 2  # a replica: the next block joins the batch while the last sequences of the one before run out
@@ -56,6 +59,9 @@ class EngineHost:
 
     def transfer(self, method: str, info: dict[str, Any] | None, weight_version: int) -> None:
         self._engine.transfer(method, info, weight_version)
+
+    def held_tensors(self, names: Sequence[str]) -> list[list[HeldTensor]]:
+        return self._engine.held_tensors(names)  # type: ignore[no-any-return]
 
     def sleep(self) -> None:
         self._engine.sleep()
@@ -137,6 +143,10 @@ class EnginePool:
         ]
         self._finish("transfer", list(zip(self._replicas, calls, strict=True)))
 
+    def held_tensors(self, names: Sequence[str]) -> list[list[list[HeldTensor]]]:
+        """What each worker of each replica holds, see `VllmEngine.held_tensors`."""
+        return self._on_each("held_tensors", names, again=True)
+
     def sleep(self) -> None:
         """See `VllmEngine.sleep`."""
         self._on_each("sleep")
@@ -165,7 +175,8 @@ class EnginePool:
     def _replace(self, replica: _Replica, cause: Exception) -> None:
         number, what = self._replicas.index(replica), _what_happened(cause)
         ray.kill(replica.actor)  # where only the engine died, its process still holds CPUs and memory
-        if isinstance(cause, RayActorError) and cause.actor_init_failed:
+        # A replacement that does not start is tried again: a dead engine's workers may hold the GPUs a moment more.
+        if isinstance(cause, RayActorError) and cause.actor_init_failed and not replica.num_restarts:
             raise EngineError(f"an engine on {self._model_dir} does not start: {what}") from cause
         if replica.num_restarts == self._max_restarts:
             raise EngineError(
@@ -184,7 +195,7 @@ class EnginePool:
     def _blocks(self, groups: Iterable[list[int]], sizes: Sequence[int]) -> list[list[int]]:
         """Indices in blocks that give each replica some, members of a group (equal prompts) side by side."""
         shares = self._resources.num_replicas * _BLOCKS_IN_FLIGHT
-        limit = min(self._config.max_num_seqs, -(-sum(sizes) // shares))
+        limit = min(self._config.num_seqs(self._resources.gpus_per_replica > 0), -(-sum(sizes) // shares))
         blocks: list[list[int]] = [[]]
         size = 0
         for group in groups:
@@ -231,24 +242,30 @@ class EnginePool:
             raise refused
         return results
 
-    def _on_each(self, method: str, *arguments: Any) -> None:
-        """Call `method` on all replicas at once; one that is new needs `ready` only, as it starts with all it needs."""
-        self._finish(method, [(r, getattr(r.actor, method).remote(*arguments)) for r in self._replicas])
+    def _on_each(self, method: str, *arguments: Any, again: bool = False) -> list[Any]:
+        """Call `method` on all replicas at once. One that is new is asked `again`, or starts with all it needs."""
+        running = [(r, getattr(r.actor, method).remote(*arguments)) for r in self._replicas]
+        return self._finish(method, running, (method, *arguments) if again else ("ready",))
 
-    def _finish(self, method: str, running: list[tuple[_Replica, Any]]) -> None:
+    def _finish(
+        self, method: str, running: list[tuple[_Replica, Any]], to_new: tuple[Any, ...] = ("ready",)
+    ) -> list[Any]:
+        """Each replica's result; one that dies is replaced, and its successor asked for what `to_new` says."""
+        results: dict[int, Any] = {}
         while running:
             replica, ref = running.pop(0)
             try:
-                ray.get(ref, timeout=_START_TIMEOUT_S)
+                results[self._replicas.index(replica)] = ray.get(ref, timeout=_START_TIMEOUT_S)
             except (EngineError, RayActorError) as error:
                 self._replace(replica, error)
-                running.append((replica, replica.actor.ready.remote()))
+                running.append((replica, getattr(replica.actor, to_new[0]).remote(*to_new[1:])))
             except GetTimeoutError as error:
                 raise EngineError(
                     f"engine replica {self._replicas.index(replica)} on {self._model_dir} did not answer `{method}` in "
                     f"{_START_TIMEOUT_S:.0f} s; each replica wants {self._resources}, free in the cluster are "
                     f"{ray.available_resources()}"
                 ) from error
+        return [results[number] for number in sorted(results)]
 
 
 def _what_happened(error: Exception) -> str:

@@ -75,6 +75,12 @@ def _run_rank(config: dict[str, Any]) -> None:
     # What DeepSpeed reads. It takes LOCAL_RANK as the index of the GPU, which is Ray's to choose.
     os.environ["LOCAL_SIZE"] = str(train.get_context().get_local_world_size())
     os.environ["LOCAL_RANK"] = str(get_device().index or 0)
+    if get_device().type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        import torch
+
+        # Rows of many lengths leave gaps in segments of fixed size. Not by the environment: engines that a rank starts
+        # would inherit it, and vLLM's sleep cannot work with such segments.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     config["loop"](*config["args"])
 
 

@@ -36,19 +36,29 @@ class Request(Record):
     params: SamplingParams
 
 
+LORA_LAYERS = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # for which vLLM has kernels; others are padded with zeros
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes of one vLLM engine. They change speed and memory, not what is generated, except `max_model_len`."""
 
     max_model_len: int = 4096  # prompt + completion, tokens
-    max_num_seqs: int = 256  # sequences in one forward pass
+    max_num_seqs: int = 0  # sequences in one forward pass; 0: what vLLM takes on the device
+    max_num_batched_tokens: int = 0  # tokens in one forward pass; 0: what vLLM takes on the device
     dtype: Precision | Literal["float16"] = "auto"  # see `spct_ray.precision`
     tensor_parallel: int = 1  # GPUs of one replica
     gpu_memory_utilization: float = 0.85  # GPU only: share of memory for weights and cache
     transfer: Literal["directory", "nccl", "ipc"] = "directory"  # GRPO's way for new weights, see docs/training.md
+    lora_rank: int = 0  # of adapters beside the weights, one of LORA_RANKS; GRPO sets it where it is of use
     enforce_eager: bool = False  # GPU only: no compilation and CUDA graphs (the CPU engine never has them)
     kv_cache_gib: float = 2.0  # CPU only
     threads: int = 0  # CPU only: OpenMP threads; 0 keeps the process's own number
+
+    def num_seqs(self, on_gpu: bool) -> int:
+        """`max_num_seqs`, or what it will be on CPU or on a card of 70 GiB and more (an A100 and smaller take 256)."""
+        return self.max_num_seqs or (1024 if on_gpu else 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,8 @@ class Engine(Protocol):
         """Log-probability of every token of each sequence but its first, under the current weights."""
 
     def reload(self, weights_dir: str, weight_version: int) -> None:
-        """Replace the weights by those in `weights_dir` (HF safetensors), drop cached prefixes, set the version."""
+        """Replace the weights by those in `weights_dir` (HF safetensors, or a PEFT adapter beside the weights that the
+        engine was started with), drop cached prefixes, set the version."""
 
     def close(self) -> None:
         """Free the engine; pending futures fail with EngineError."""

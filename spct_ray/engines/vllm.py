@@ -1,20 +1,23 @@
 """The vLLM engine, inside this process: continuous batching for concurrent callers without a child process.
 
 One background thread owns vLLM (its OpenMP state is per thread): it takes jobs from a queue, steps, and resolves
-futures. Here and in `vllm_transfer.py` vLLM is imported. Leaves out placement and restarts; see `cluster.pool`.
+futures; another turns messages into tokens before, so that neither callers nor vLLM wait for it. Here and in
+`vllm_transfer.py` vLLM is imported. Leaves out placement and restarts; see `cluster.pool`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
@@ -30,14 +33,17 @@ import vllm
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers import utils as vllm_layers
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from spct_ray.chat import encode_prompt, end_of_turn
-from spct_ray.engines.base import EngineConfig, Request
+from spct_ray.engines.base import LORA_LAYERS, EngineConfig, Request
+from spct_ray.engines.checksums import HeldTensor, held_tensors, note_packed
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
@@ -47,11 +53,22 @@ logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
 _logger = logging.getLogger(__name__)
 _MAX_SEED = 2**62  # vLLM adds the sample's number to the seed, and the sum must fit 63 bits
 _TRIM_PERIOD_S = 30.0
+_vllm_pack = vllm_layers.dispatch_cpu_unquantized_gemm
+
+
+def _pack(layer: Any, remove_weight: bool) -> None:
+    """vLLM's packing of a linear layer on CPU, which nobody can read back, with a note of what was packed."""
+    note_packed(layer)
+    _vllm_pack(layer, remove_weight)
+
+
+vllm_layers.dispatch_cpu_unquantized_gemm = _pack
 
 
 @dataclass(slots=True)
 class _Sample:
     request: Request
+    token_ids: list[int] = field(default_factory=list)  # of the prompt, once it is encoded
     future: Future[tuple[Completion, ...]] = field(default_factory=Future)
 
 
@@ -91,9 +108,11 @@ class VllmEngine:
         self.weight_version = 0
         self._model_dir = model_dir
         self._config = config
+        self._adapter: LoRARequest | None = None
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._dead = ""  # why the engine no longer works
         self._lock = Lock()  # between a call that queues a job and the thread's end, which fails all queued jobs
+        self._encoder = ThreadPoolExecutor(1, "encode-prompts")  # one, as jobs must keep their order
         started: Future[None] = Future()
         self._thread = Thread(target=self._run, args=(started,), name="vllm-engine", daemon=True)
         self._thread.start()
@@ -131,6 +150,12 @@ class VllmEngine:
         """Take the GPU again. Nothing happens where the engine is awake."""
         self._alone(lambda core: core.wake_up() if core.is_sleeping() else None)
 
+    def held_tensors(self, names: Sequence[str]) -> list[list[HeldTensor]]:
+        """What each worker holds of the trainer's tensors of these names, see `checksums.held_tensors`."""
+        held: list[list[HeldTensor]] = []
+        self._alone(lambda core: held.extend(core.collective_rpc(held_tensors, args=(list(names),))))
+        return held
+
     def _alone(self, action: Callable[[LLMEngine], None]) -> None:
         job = _Alone(action)
         self._put(job)
@@ -140,12 +165,26 @@ class VllmEngine:
         with contextlib.suppress(EngineError):  # it may be dead already
             self._put(_Close())
         self._thread.join()
+        self._encoder.shutdown()
 
     def _put(self, job: _Job) -> None:
         with self._lock:
             if self._dead:
                 raise EngineError(self._dead)
-            self._jobs.put(job)
+        self._encoder.submit(self._encode_and_queue, job)
+
+    def _encode_and_queue(self, job: _Job) -> None:
+        if isinstance(job, _Sample) and not job.future.cancelled():
+            try:
+                job.token_ids = list(self._encoded(job.request.messages))
+            except Exception as error:  # whatever a template or tokenizer raised is about this request alone
+                _fail(job, error if isinstance(error, SpctError) else RequestError(f"no prompt can be made: {error!r}"))
+                return
+        with self._lock:
+            if not self._dead:
+                self._jobs.put(job)
+                return
+        _fail(job, EngineError(self._dead))
 
     # Everything below runs in the owner thread.
 
@@ -185,6 +224,10 @@ class VllmEngine:
         if on_cpu:  # chunked prefill rewinds a seeded request's generator, which torch's CPU generator cannot do
             arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "enable_chunked_prefill": False}
             arguments["block_size"] = 32  # the least that CPU attention takes: vLLM's 128 would share no short prompt
+        if config.lora_rank:
+            arguments |= {"enable_lora": True, "max_lora_rank": config.lora_rank, "max_loras": 1, "max_cpu_loras": 1}
+            # Not the output layer: vLLM's adapter of it cannot score prompts.
+            arguments["lora_target_modules"] = list(LORA_LAYERS)
         if config.transfer != "directory":
             if on_cpu:
                 raise ConfigError(
@@ -199,7 +242,8 @@ class VllmEngine:
                 use_tqdm_on_load=False,
                 dtype=resolve(config.dtype, on_gpu=not on_cpu),
                 max_model_len=config.max_model_len,
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=config.max_num_seqs or None,
+                max_num_batched_tokens=config.max_num_batched_tokens or None,
                 tensor_parallel_size=config.tensor_parallel,
                 distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
                 enforce_eager=on_cpu or config.enforce_eager,
@@ -207,10 +251,12 @@ class VllmEngine:
                 generation_config="vllm",  # the model's own sampling defaults must not change ours
                 disable_log_stats=True,
                 **arguments,
-            )
+            ),
+            UsageContext.LLM_CLASS,  # of vLLM's defaults for batches, those for throughput
         )
         tokenizer = core.renderer.tokenizer
-        self._encoded = lru_cache(maxsize=64)(partial(encode_prompt, tokenizer))  # samples of one item share prompts
+        # Samples of one item share prompts. The copy is the encoding thread's own: a tokenizer is not for two at once.
+        self._encoded = lru_cache(maxsize=64)(partial(encode_prompt, copy.deepcopy(tokenizer)))
         self._end_of_turn = end_of_turn(tokenizer)
         return core
 
@@ -249,17 +295,16 @@ class VllmEngine:
 
     def _admit(self, core: LLMEngine, job: _Sample | _Score, request_id: str) -> bool:
         try:
+            token_ids = job.token_ids
             if isinstance(job, _Sample):
-                token_ids = list(self._encoded(job.request.messages))
                 params = self._sampling_params(job.request)
                 wanted = f"a prompt of {len(token_ids)} tokens + max_tokens {params.max_tokens}"
             else:
-                token_ids = job.token_ids
                 params = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
                 wanted = f"a sequence of {len(token_ids)} tokens to score + 1"
             if len(token_ids) + params.max_tokens > self._config.max_model_len:
                 raise TooLongError(f"{wanted} exceeds the engine's max_model_len of {self._config.max_model_len}")
-            core.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+            core.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter)
         except RequestError as error:
             _fail(job, error)
         except (ValueError, VLLMClientError) as error:  # vLLM's words for a request that it will not take
@@ -309,17 +354,34 @@ class VllmEngine:
         )
 
     def _reload(self, weights_dir: str, weight_version: int, core: LLMEngine) -> None:
-        core.collective_rpc("reload_weights", kwargs={"weights_path": weights_dir})
-        if current_platform.is_cpu():
-            core.collective_rpc(_repack_kept_weights)
-        core.reset_prefix_cache()
-        self.weight_version = weight_version
+        if Path(weights_dir, "adapter_config.json").exists():
+            self._load_adapter(weights_dir, core)
+        else:
+            core.collective_rpc("reload_weights", kwargs={"weights_path": weights_dir})
+            if current_platform.is_cpu():
+                core.collective_rpc(_repack_kept_weights)
+        self._take_version(weight_version, core)
+
+    def _load_adapter(self, directory: str, core: LLMEngine) -> None:
+        """In place of the adapter before; under a number of its own, as vLLM takes an old one's for loaded."""
+        number = 1
+        if self._adapter is not None:
+            core.remove_lora(self._adapter.lora_int_id)
+            number += self._adapter.lora_int_id
+        self._adapter = LoRARequest(str(number), number, directory)
+        if not core.add_lora(self._adapter):
+            raise EngineError(f"vLLM does not take the adapter in {directory}")
 
     def _transfer(self, method: str, info: dict[str, Any] | None, weight_version: int, core: LLMEngine) -> None:
         core.collective_rpc(method, args=() if info is None else (info,))
         if method == "finish_weight_update":
-            core.reset_prefix_cache()
-            self.weight_version = weight_version
+            self._take_version(weight_version, core)
+
+    def _take_version(self, weight_version: int, core: LLMEngine) -> None:
+        """Nothing that was computed with the old weights may serve the new ones."""
+        if not core.reset_prefix_cache():
+            raise EngineError(f"vLLM does not drop its cached prefixes, so weights {weight_version} would mix with old")
+        self.weight_version = weight_version
 
 
 def _fail(job: _Job, error: Exception) -> None:
@@ -331,4 +393,4 @@ def _repack_kept_weights(worker: Any) -> None:
     """Pack again what vLLM's CPU reload forgets: a tied lm_head keeps the packed copy of the old embedding."""
     for module in worker.model_runner.get_model().modules():
         if hasattr(module, "cpu_linear") and module.weight.numel() > 0:
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+            _pack(module, remove_weight=False)

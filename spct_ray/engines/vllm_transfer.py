@@ -6,6 +6,8 @@ Leaves out the way over a directory, which needs no GPU and outlives a dead engi
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,6 +45,7 @@ class WeightTransfer:
     """
 
     def __init__(self, trainer: Source, pool: Pool | None, engine: EngineConfig, num_replicas: int) -> None:
+        _import_vllm()
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -50,7 +53,8 @@ class WeightTransfer:
 
         info: IPCTrainerInitInfo | NCCLTrainerInitInfo
         if engine.transfer == "ipc":
-            info = IPCTrainerInitInfo(rank=trainer.rank, packed=True)
+            buffer = ipc_buffer_bytes(trainer)
+            info = IPCTrainerInitInfo(rank=trainer.rank, packed=True, packed_buffer_size_bytes=buffer)
         else:
             world_size = 1 + num_replicas * engine.tensor_parallel
             info = NCCLTrainerInitInfo(get_ip(), get_open_port(), world_size, rank=trainer.rank)
@@ -61,8 +65,40 @@ class WeightTransfer:
 
     def send(self, version: int) -> None:
         """Give the engines the trainer's weights, as `version`."""
+        import torch
+        from vllm.device_allocator.alloc_conf import EXPANDABLE_SEGMENTS, set_alloc_conf, with_conf_flag
+
         self._client.version = version
-        self._engine.send_weights()
+        before = torch._C._accelerator_getAllocatorSettings()
+        # Another process maps an expandable segment slowly, and only where it may trace this one: the buffer that IPC
+        # shares comes from a plain one.
+        set_alloc_conf(with_conf_flag(before, EXPANDABLE_SEGMENTS, False))
+        try:
+            self._engine.send_weights()
+        finally:
+            set_alloc_conf(before)
+
+
+def ipc_buffer_bytes(trainer: Source) -> int:
+    """Bytes of the buffer that IPC shares: vLLM's own number, or the largest tensor, which must fit."""
+    from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
+
+    largest = max(math.prod(shape) for _, shape in trainer.weight_shapes()) * trainer.dtype.itemsize
+    return largest if largest > DEFAULT_PACKED_BUFFER_SIZE_BYTES else int(DEFAULT_PACKED_BUFFER_SIZE_BYTES)
+
+
+def _import_vllm() -> None:
+    """Import vLLM without its effect on a trainer: it makes torch compile with one thread."""
+    name = "TORCHINDUCTOR_COMPILE_THREADS"
+    before = os.environ.get(name)
+    import vllm  # noqa: F401
+    from torch._inductor import config
+
+    if before is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = before
+    config.compile_threads = config.decide_compile_threads()
 
 
 class PoolClient:

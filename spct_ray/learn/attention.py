@@ -23,6 +23,7 @@ from spct_ray.learn.batch import Tree
 NAME = "spct_packed"
 BLOCK = 128  # tokens of a block of flex attention's mask
 FLEX_BACKENDS = {"cuda": "inductor"}  # torch.compile's, by kind of device; elsewhere attention runs tree by tree
+KERNEL_OPTIONS: dict[int, dict[str, int]] = {}  # by head size, where torch's choice for flex attention is not the best
 Ordered = tuple[Tensor, Tensor]
 
 _MAX_GRAPHS = 16  # with and without gradients, of the few models that a process may hold
@@ -238,8 +239,9 @@ def _flex(
         BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen,
     )  # fmt: skip
     return flex_attention(
-        query, key, value, capped if softcap else None, mask, scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+        query, key, value, capped if softcap else None, mask, scale, enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=KERNEL_OPTIONS.get(query.shape[3]),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a row share a mask, or two: with and without a sliding window

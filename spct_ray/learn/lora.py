@@ -2,7 +2,8 @@
 
 The trunk's linear layers compute W x + (alpha / rank) B A x, of which A and B alone are trained; embeddings and output
 layer stay as they are, and a new scalar head is trained in full. What leaves the trainer (weights for engines, exports)
-is the sum W + (alpha / rank) B A under the names of the model without adapters. Leaves out ranks and gathering.
+is the sum W + (alpha / rank) B A under the names of the model without adapters, or A and B alone. Leaves out ranks and
+gathering.
 """
 
 from __future__ import annotations
@@ -61,10 +62,20 @@ class WholeWeight:
     layer: Any = None  # peft's, where there is an adapter
 
     @torch.no_grad()
-    def value(self) -> Tensor:
+    def value(self, with_adapter: bool = True) -> Tensor:
         """The live weight or, with an adapter, a new tensor: the sum. Needs whole parameters."""
         weight = self.parameters[0].detach()
-        return weight if self.layer is None else weight + self.layer.get_delta_weight(_ADAPTER)
+        adapted = self.layer is not None and with_adapter
+        return weight + self.layer.get_delta_weight(_ADAPTER) if adapted else weight
+
+    @torch.no_grad()
+    def adapter(self) -> dict[str, Tensor]:
+        """A [rank, in] and alpha / rank times B [out, rank] under the names of a PEFT checkpoint; empty without."""
+        if self.layer is None:
+            return {}
+        name = f"base_model.model.{self.name.removesuffix('.weight')}"
+        a, b = (parameter.detach() for parameter in self.parameters[1:])
+        return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b * self.layer.scaling[_ADAPTER]}
 
 
 def whole_weights(model: nn.Module) -> list[WholeWeight]:

@@ -171,7 +171,7 @@ class Trainer:
         state: dict[str, Any] = content["state"]
         return state
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, with_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Full weights under their HF names, tied ones once, adapters added; every rank must iterate to the end.
 
         Under ZeRO-3 they are gathered bucket by bucket and are copies; else they are the live weights, valid until the
@@ -179,7 +179,7 @@ class Trainer:
         """
         waiting = whole_weights(self.model)
         if self._zero_stage < 3:
-            yield from ((whole.name, whole.value()) for whole in waiting)
+            yield from ((whole.name, whole.value(with_adapters)) for whole in waiting)
             return
         import deepspeed
 
@@ -190,8 +190,20 @@ class Trainer:
                 bucket.append(waiting.pop(0))
                 parameters += bucket[-1].parameters
             with deepspeed.zero.GatheredParameters(parameters):
-                weights = [(whole.name, whole.value().clone()) for whole in bucket]
+                weights = [(whole.name, whole.value(with_adapters).clone()) for whole in bucket]
             yield from weights
+
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """Adapters alone, see `WholeWeight.adapter`; every rank must iterate to the end."""
+        adapted = [whole for whole in whole_weights(self.model) if whole.layer is not None]
+        if self._zero_stage < 3:
+            yield from (named for whole in adapted for named in whole.adapter().items())
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for whole in adapted for p in whole.parameters[1:]]):
+            weights = [(name, half.clone()) for whole in adapted for name, half in whole.adapter().items()]
+        yield from weights
 
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of what `named_weights` gives, without gathering it. Not collective."""

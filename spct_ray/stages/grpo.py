@@ -21,6 +21,7 @@ from spct_ray.graph.step import StepContext
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
+from spct_ray.placement import check_engine
 from spct_ray.stages.phases import Phases
 from spct_ray.stages.rollout_dump import RolloutDump
 from spct_ray.stages.rollout_engines import Rollouts, fitting_items
@@ -48,12 +49,14 @@ class GrpoConfig:
 
     `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
     dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
-    arithmetic and for older weights. `parity_tolerance` is the largest |dlogp| allowed between trainer and engine after
-    a weight sync. `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip`
-    and `clip_high` in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal
-    alone, after at most R further rounds that ask for as many items as are missing (see
-    `stages.rollouts.sample_groups`). With `max_staleness` 1 the engines sample a step's rollouts while the step before
-    is trained on, so from weights that are one update old.
+    arithmetic and for older weights. `parity_mean` and `parity_p99` bound |dlogp| between trainer and engine after a
+    sync, in nats: twice what two correct programs in bf16 are expected to differ by (its logits of 16 to 32 have
+    neighbours 0.125 away). They are about arithmetic; stale weights are found by checksums, in any dtype.
+    `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip` and `clip_high`
+    in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal alone, after at
+    most R further rounds that ask for as many items as are missing (see `stages.rollouts.sample_groups`). With
+    `max_staleness` 1 the engines sample a step's rollouts while the step before is trained on, so from weights that are
+    one update old.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -73,7 +76,8 @@ class GrpoConfig:
     tis_cap: float = 2.0
     max_staleness: Literal[0, 1] = 0
     max_prompt_tokens: int = 3000
-    parity_tolerance: float = 0.3
+    parity_mean: float = 0.02
+    parity_p99: float = 0.12
     checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
@@ -139,6 +143,8 @@ class GrpoResources:
                 f"ranks of {ranks.gpus_per_worker} GPUs and {engines.num_replicas} engines of "
                 f"{engines.gpus_per_replica}: use nccl"
             )
+        if way != "ipc":  # whose engine sleeps while the trainer takes the memory
+            check_engine(engines.gpus_per_replica, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
         if way == "nccl" and (ranks.gpus_per_worker < 1 or engines.gpus_per_replica < 1):
             raise ConfigError("engine.transfer is nccl, which takes whole GPUs; on a shared one use ipc")
 
@@ -199,7 +205,8 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 dump.write(step, groups, trainer.tokenizer)
             numbers = update(trainer, reference, groups, config, resources.train.micro_tokens, phase)
             if metrics is not None:
-                line = {"step": step, **rollout_metrics(groups), **numbers, "parity": parity}
+                line = {"step": step, **rollout_metrics(groups), **numbers}
+                line |= {"parity_mean": parity.mean, "parity_p99": parity.p99}
                 line["staleness"] = step - line["weight_version"]
                 metrics.append({**line, **phase.finish_step(groups, rollouts.seconds)})
                 context.progress(step + 1, config.steps, "steps", progress_note(line))

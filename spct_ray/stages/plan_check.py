@@ -41,7 +41,7 @@ def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     engine, replicas = where.engine, where.rollout.num_replicas
     prefill = work_of(shape, [(prompt, ())] * config.prompts_per_step, 0).forward(shape)
     prefill /= replicas * engine.tensor_parallel * PEAK_FLOPS * MFU
-    running = min(engine.max_num_seqs, math.ceil(sequences / replicas))
+    running = min(engine.num_seqs(on_gpu=True), math.ceil(sequences / replicas))
     waves = math.ceil(sequences / replicas / running)
     read = 2 * (shape.weights + running * shape.kv_numel * (prompt + completion / 2)) / engine.tensor_parallel
     decode = waves * completion * read / MEMORY_BYTES_S

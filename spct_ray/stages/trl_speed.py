@@ -24,10 +24,11 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from spct_ray.benchmarks.training_speed import OPTIM, Repeat, Side, make_trainer, sft_packed
 from spct_ray.chat import encode_example, encode_prompt
-from spct_ray.cluster.sync import check_parity, push_weights
+from spct_ray.cluster.sync import Parity, SentWeights, check_parity, push_weights
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
+from spct_ray.engines.checksums import compare
 from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
@@ -39,7 +40,6 @@ from spct_ray.precision import resolve
 from spct_ray.records import Message
 from spct_ray.stages.grpo import GrpoConfig, update
 from spct_ray.stages.phases import Phases
-from spct_ray.stages.rollout_engines import PARITY_TOKENS
 from spct_ray.stages.rollouts import Rollout
 
 SEED = 1
@@ -72,22 +72,24 @@ def grpo_ours(model_dir: str, work: Work, beta: float) -> Side:
     engine = VllmEngine(model_dir, replace(limits, threads=threads))
     trainer = make_trainer(model_dir, work.micro_tokens)
     torch.set_num_threads(threads)
+    weights = SentWeights(trainer, getattr(torch, resolve(limits.dtype, on_gpu=torch.cuda.is_available())))
     reference = Reference(model_dir, trainer, TrainResources()) if beta else None
     prompts = [(Message("user", text),) for text in prompt_texts(trainer.tokenizer, work)]
-    config = GrpoConfig(
-        OPTIM, prompts_per_step=work.prompts, group_size=work.group_size, beta=beta, parity_tolerance=0.3
-    )
-    checked = [encode_prompt(trainer.tokenizer, messages)[:PARITY_TOKENS] for messages in prompts[:4]]
+    config = GrpoConfig(OPTIM, prompts_per_step=work.prompts, group_size=work.group_size, beta=beta, parity_p99=0.3)
+    # A quarter of what the stage compares: TRL compares nothing.
+    checked = [encode_prompt(trainer.tokenizer, messages)[:64] for messages in prompts[:4]]
     parity_batch = make_batch(checked, [1] * len(checked))
     directory, phase = tempfile.mkdtemp(prefix="spct-bench-"), Phases()
 
     def repeat() -> Repeat:
         step = trainer.steps_done
         with phase("sync"):
-            push_weights(trainer, engine, directory, step)  # type: ignore[arg-type]
+            push_weights(weights, engine, directory, step)  # type: ignore[arg-type]
         with phase("parity"), torch.no_grad():
             logps = [values.tolist() for values in parity_batch.split(trainer.logprobs(parity_batch).cpu())]
-            check_parity(logps, engine.prompt_logprobs(checked), config.parity_tolerance)
+            sent = weights.checksums()
+            compare(sent, [engine.held_tensors(list(sent))])
+            check_parity(logps, engine.prompt_logprobs(checked), Parity(config.parity_mean, config.parity_p99))
         began = time.monotonic()
         with phase("rollout"):
             params = [SamplingParams(work.completion_tokens, 1.0, step, work.group_size, True) for _ in prompts]
