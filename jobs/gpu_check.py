@@ -390,6 +390,32 @@ def flex_oracle(case: Case, result: Figures) -> None:
     check(graphs == 4, f"{graphs} graphs instead of 4: two models, with and without gradients")
 
 
+def judge_trees(case: Case, tokens: int) -> tuple[Tree, ...]:
+    """Trees of 1,500 + 4 x 260 tokens (or toy sizes), and one trunk of what is left of the row."""
+    from spct_ray.learn.batch import Tree
+
+    tree = Tree(case.size(1500, 150), (case.size(260, 26),) * 4)
+    whole, rest = divmod(tokens, sequences_of([tree]))
+    return (*(tree,) * whole, *([Tree(rest)] if rest else []))
+
+
+def attend(case: Case, shape: str, trees: tuple[Tree, ...], backward: bool) -> Callable[[], None]:
+    """One call of compiled attention over the trees, with its gradients."""
+    import torch
+
+    inputs, options = attention_inputs(case, shape, sequences_of(trees))
+    slope = torch.randn_like(inputs[0])
+
+    def work() -> None:
+        with torch.set_grad_enabled(backward):
+            given = inputs if backward else [tensor.detach() for tensor in inputs]
+            output = flex(case, given, trees, None, **options)
+            if backward:
+                torch.autograd.grad(output, inputs, slope)
+
+    return work
+
+
 @phase(60)
 def flex_speed(case: Case, result: Figures) -> None:
     """Judge-shaped trees in a row of 8,192 tokens against PyTorch's SDPA on as many causal pairs; and the mask."""
@@ -397,34 +423,18 @@ def flex_speed(case: Case, result: Figures) -> None:
     import torch.nn.functional as F
 
     from spct_ray.learn import attention
-    from spct_ray.learn.batch import Tree
 
-    trunk, branch, tokens = case.size(1500, 150), case.size(260, 26), case.size(8192, 1024)
-    tree = Tree(trunk, (branch,) * 4)
-    whole = tokens // sequences_of([tree])
-    trees = (*(tree,) * whole, Tree(tokens - whole * sequences_of([tree])))
+    tokens = case.size(8192, 1024)
+    trees = judge_trees(case, tokens)
     pairs = sum(t.trunk * (t.trunk + 1) // 2 + sum(t.trunk * b + b * (b + 1) // 2 for b in t.branches) for t in trees)
     result["pairs"] = pairs
     for shape in ("qwen", "gemma") if case.on_gpu else ("qwen",):
-        inputs, options = attention_inputs(case, shape, tokens)
-        slope = torch.randn_like(inputs[0])
+        (query, *_), _ = attention_inputs(case, shape, math.isqrt(2 * pairs))
+        heads, dim = query.shape[1], query.shape[3]
+        plain = [torch.randn_like(query).contiguous().requires_grad_() for _ in range(3)]
+        slope = torch.randn_like(plain[0])
 
-        def ours(backward: bool, inputs: Any = inputs, options: Any = options, slope: Any = slope) -> None:
-            with torch.set_grad_enabled(backward):
-                given = inputs if backward else [t.detach() for t in inputs]
-                output = flex(case, given, trees, None, **options)
-                if backward:
-                    torch.autograd.grad(output, inputs, slope)
-
-        square = math.isqrt(2 * pairs)
-        dim, heads = inputs[0].shape[-1], inputs[0].shape[1]
-        plain = [
-            torch.randn(1, heads, square, dim, device=case.device, dtype=inputs[0].dtype, requires_grad=True)
-            for _ in range(3)
-        ]
-        plain_slope = torch.randn_like(plain[0])
-
-        def theirs(backward: bool, plain: Any = plain, slope: Any = plain_slope) -> None:
+        def theirs(backward: bool, plain: Any = plain, slope: Any = slope) -> None:
             with torch.set_grad_enabled(backward):
                 query, key, value = plain
                 output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -432,7 +442,7 @@ def flex_speed(case: Case, result: Figures) -> None:
                     torch.autograd.grad(output, plain, slope)
 
         for name, backward in (("forward", False), ("both", True)):
-            mine = case.seconds(functools.partial(ours, backward), repeats=10, warm=3)
+            mine = case.seconds(attend(case, shape, trees, backward), repeats=10, warm=3)
             other = case.seconds(functools.partial(theirs, backward), repeats=10, warm=3)
             flops = (14 if backward else 4) * pairs * heads * dim
             result |= {
@@ -440,8 +450,7 @@ def flex_speed(case: Case, result: Figures) -> None:
                 f"{shape}_{name}_ratio": other / mine, f"{shape}_{name}_tflops": flops / mine / 1e12,
             }  # fmt: skip
     for size in (tokens, 2 * tokens):
-        many = (*(tree,) * (size // sequences_of([tree])), Tree(size % sequences_of([tree]) or 1))
-        many = padded(many, case)
+        many = judge_trees(case, size)
 
         def build(many: Any = many) -> Any:
             attention._flex_mask.cache_clear()
@@ -733,6 +742,35 @@ def meta(case: Case, result: Figures) -> None:
         score()
         result["first_s"] = time.perf_counter() - started
     result["warm_s"] = case.seconds(score)
+
+
+@phase(150)
+def flex_options(case: Case, result: Figures) -> None:
+    """Which of the kernels' settings is the fastest: torch's own spill registers at head sizes 64 and 256."""
+    import torch
+
+    from spct_ray.learn import attention
+
+    trees = judge_trees(case, case.size(8192, 1024))
+    kept = dict(attention.KERNEL_OPTIONS)
+    candidates: dict[str, tuple[dict[str, int], ...]] = {
+        "qwen": ({}, {"fwd_num_warps": 8}, {"fwd_num_warps": 8, "fwd_BLOCK_N": 64}),
+        "gemma": ({}, {"bwd_num_warps": 8}),
+    }
+    try:
+        for shape, options in candidates.items():
+            for chosen in options:
+                torch._dynamo.reset()
+                attention.KERNEL_OPTIONS.clear()
+                attention.KERNEL_OPTIONS.update({16: chosen, 64: chosen, 256: chosen})
+                name = f"{shape}_{'_'.join(f'{key}={value}' for key, value in chosen.items()) or 'torch'}"
+                for part, backward in (("forward", False), ("both", True)):
+                    work = attend(case, shape, trees, backward)
+                    result[f"{name}_{part}_ms"] = case.seconds(work, repeats=case.size(10, 1)) * 1e3
+    finally:
+        attention.KERNEL_OPTIONS.clear()
+        attention.KERNEL_OPTIONS.update(kept)
+        torch._dynamo.reset()
 
 
 @phase(60)

@@ -23,7 +23,7 @@ from spct_ray.learn.batch import Tree
 NAME = "spct_packed"
 BLOCK = 128  # tokens of a block of flex attention's mask
 FLEX_BACKENDS = {"cuda": "inductor"}  # torch.compile's, by kind of device; elsewhere attention runs tree by tree
-KERNEL_OPTIONS: dict[int, dict[str, int]] = {}  # by head size, where torch's choice for flex attention is not the best
+KERNEL_OPTIONS: dict[int, Any] = {}  # by head size, where torch's choice for flex attention is not the best
 Ordered = tuple[Tensor, Tensor]
 
 _MAX_GRAPHS = 16  # with and without gradients, of the few models that a process may hold
