@@ -238,25 +238,26 @@ class Trainer:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _muon_numels(self) -> list[int]:
-        """The length of Muon's momentum beside each of the masters, 0 where AdamW has its moments. ZeRO-1 and 2 hold
-        the momentum of each whole matrix of which a part is in this rank's master."""
-        zero, groups = self._engine.optimizer, self._optimizer.param_groups
+    def _muon_masters(self) -> Iterator[tuple[Tensor, list[Any] | None]]:
+        """The masters that Muon updates. DeepSpeed keeps their momentum in the form of the master or, under ZeRO-2 and
+        in fp32 under ZeRO-1, for each whole matrix of which this rank has a part: then with those matrices."""
+        zero = self._engine.optimizer
         if self._zero_stage == 3:
-            muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
-            return [len(master) * is_muon for master, is_muon in zip(self._masters(), muon, strict=True)]
-        return [
-            sum(p.numel() for p in parameters) * group.get("use_muon", False)
-            for group, parameters in zip(groups, zero.params_in_partition, strict=True)
-        ]
+            is_muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
+        else:
+            is_muon = [group.get("use_muon", False) for group in self._optimizer.param_groups]
+        whole = getattr(zero, "params_in_partition", [None] * len(is_muon))
+        masters = zip(self._masters(), whole, is_muon, strict=True)
+        return ((master, matrices) for master, matrices, chosen in masters if chosen)
 
     def _create_moments(self) -> None:
         """The optimizer's state as it is before the first update, where there is none yet."""
-        for master, muon_numel in zip(self._masters(), self._muon_numels(), strict=True):
+        for master, matrices in self._muon_masters():
+            numel = len(master) if matrices is None else sum(p.numel() for p in matrices)
+            self._optimizer.state[master].setdefault("momentum_buffer", master.new_zeros(numel, requires_grad=False))
+        for master in self._masters():
             state = self._optimizer.state[master]
-            if muon_numel:
-                state.setdefault("momentum_buffer", master.new_zeros(muon_numel, requires_grad=False))
-            elif not state:
+            if not state:
                 on_cpu = type(self._optimizer).__name__ == "DeepSpeedCPUAdam"
                 state["step"] = 0 if on_cpu else torch.zeros((), device=master.device)
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
@@ -269,14 +270,11 @@ class Trainer:
     def _fragments(self) -> Iterator[checkpoint.Fragment]:
         """Views of the master weights and moments that this rank owns."""
         zero = self._engine.optimizer
-        momentum = dict[Any, Tensor]()  # under ZeRO-1 and 2: of whole matrices
-        if self._zero_stage < 3:
-            for master, muon_numel, params in zip(
-                self._masters(), self._muon_numels(), zero.params_in_partition, strict=True
-            ):
-                if muon_numel:
-                    buffer = self._optimizer.state[master]["momentum_buffer"]
-                    momentum.update(zip(params, buffer.split([p.numel() for p in params]), strict=True))
+        momentum = dict[Any, Tensor]()  # of whole matrices
+        for master, matrices in self._muon_masters():
+            if matrices is not None:
+                buffer = self._optimizer.state[master]["momentum_buffer"]
+                momentum.update(zip(matrices, buffer.split([p.numel() for p in matrices]), strict=True))
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 continue  # as in the model that training began with
@@ -406,7 +404,7 @@ def _make_muon(trunk: Any, parameters: list[Any], optim: OptimConfig, options: d
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     embeddings = {m.weight for m in trunk.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = {p for p in trunk.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1} - embeddings
+    matrices = {p for p in trunk.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2} - embeddings
     for parameter in parameters:
         parameter.use_muon = parameter in matrices  # where ZeRO looks for it
     chosen, rest = ([p for p in parameters if p.use_muon is muon] for muon in (True, False))
