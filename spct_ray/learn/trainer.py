@@ -26,6 +26,7 @@ from spct_ray.learn.batch import EMPTY, Batch
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.optimizers import make_optimizer, run_muon_eagerly
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
@@ -86,7 +87,7 @@ class Trainer:
         module = TokenLogprobs(self.model) if head == "lm" else LastTokenScore(self.model)
         if isinstance(module, TokenLogprobs):
             deepspeed.utils.set_z3_leaf_module(module.head, True)
-        self._optimizer = _make_optimizer(module, optim, resources)
+        self._optimizer = make_optimizer(module, optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -321,7 +322,7 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     if found != wanted:
         raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
     if wanted == "cpu":
-        _run_muon_eagerly()
+        run_muon_eagerly()
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -333,30 +334,6 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])
     torch.set_num_threads(resources.threads or max(1, cores))
     return deepspeed
-
-
-def _run_muon_eagerly() -> None:
-    """Have DeepSpeed's Muon run uncompiled and in fp32, in this process.
-
-    DeepSpeed decorates its Newton-Schulz iteration with torch.compile, which on CPU needs a C++ compiler, takes 20 s at
-    the first update and gains nothing there, and iterates in fp16 where a CPU has instructions for it.
-    """
-    import deepspeed
-    from deepspeed.runtime import compiler
-
-    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        from deepspeed.runtime.zero.muon import original_muon as muon
-    finally:
-        compiler.compile = compile_
-    functions = (muon.muon_update, muon.zeropower_via_gram_newtonschulz)
-    if any(hasattr(f, "_torchdynamo_orig_callable") for f in functions) or not hasattr(muon, "ns_compute_dtype"):
-        raise SpctError(
-            f"DeepSpeed {deepspeed.__version__} would compile Muon or choose its precision in another way than 0.19.8, "
-            "or has loaded it before the trainer could make it eager: install the version of constraints.txt, and "
-            "start the trainer before anything else that uses DeepSpeed in this process"
-        )
-    muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
 
 
 def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torch.dtype) -> dict[str, Any]:
@@ -379,38 +356,3 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
         "gradient_clipping": optim.grad_clip,
         "zero_optimization": zero,
     }
-
-
-def _make_optimizer(module: Any, optim: OptimConfig, resources: TrainResources) -> Any:
-    """For the weights that are trained of a module whose `model` is a transformers model."""
-    parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
-    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-    if optim.muon_lr:
-        if resources.offload_optimizer:
-            raise ConfigError(
-                "offload_optimizer with muon_lr: a rank's momentum would have another form than without, so that "
-                "checkpoints could not be shared; set offload_optimizer to false (Muon keeps less than AdamW)"
-            )
-        return _make_muon(module.model.base_model, parameters, optim, options)
-    if resources.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
-
-
-def _make_muon(trunk: Any, parameters: list[Any], optim: OptimConfig, options: dict[str, Any]) -> Any:
-    """Muon for the trunk's matrices but embeddings, AdamW with `options` for the other `parameters`."""
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    embeddings = {m.weight for m in trunk.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = {p for p in trunk.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2} - embeddings
-    for parameter in parameters:
-        parameter.use_muon = parameter in matrices  # where ZeRO looks for it
-    chosen, rest = ([p for p in parameters if p.use_muon is muon] for muon in (True, False))
-    groups: list[dict[str, Any]] = [
-        {"params": chosen, "use_muon": True, "lr": optim.muon_lr, "weight_decay": optim.weight_decay},
-        {"params": rest, "use_muon": False, **options, "eps": 1e-8},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
