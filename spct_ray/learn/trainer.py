@@ -23,9 +23,10 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import EMPTY, Batch
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, learning_rate
+from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.optimizers import make_optimizer, run_muon_eagerly
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
@@ -86,7 +87,7 @@ class Trainer:
         module = TokenLogprobs(self.model) if head == "lm" else LastTokenScore(self.model)
         if isinstance(module, TokenLogprobs):
             deepspeed.utils.set_z3_leaf_module(module.head, True)
-        self._optimizer = _make_optimizer([p for p in module.parameters() if p.requires_grad], optim, resources)
+        self._optimizer = make_optimizer(module, optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -107,14 +108,15 @@ class Trainer:
         """One update with the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
 
         `loss_fn` calls `logprobs` (or `scores`) once and divides by the normaliser of the whole update. Ranks may hold
-        different numbers of micro-batches, also none. Returns the summed loss, the gradient's norm before clipping and
-        the learning rate. Raises SpctError when the gradient is not finite (the weights are then of no use: restart
-        from the last checkpoint).
+        different numbers of micro-batches, also none. Returns the summed loss, the gradient's norm before clipping
+        (with Muon, of its orthogonalised updates and AdamW's gradients together) and AdamW's learning rate. Raises
+        SpctError when the gradient is not finite (the weights are then of no use: restart from the last checkpoint).
         """
         torch.manual_seed(derive_seed(self.seed, "step", self.steps_done, self.rank))
-        lr = learning_rate(self.optim, self.steps_done, self.total_steps)
+        factor = lr_factor(self.optim, self.steps_done, self.total_steps)
+        lr = self.optim.lr * factor
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.optim.muon_lr * factor if group.get("use_muon") else lr
         count = int(self._reduce(torch.tensor(len(micro_batches)), dist.ReduceOp.MAX))
         loss_sum = torch.zeros((), device=self.device)
         for i in range(count):
@@ -159,11 +161,10 @@ class Trainer:
         path = checkpoint.checkpoint_dir(directory, step)
         content = checkpoint.read_content(path)
         self._create_moments()
-        for master in self._masters():
-            counter = self._optimizer.state[master]["step"]
-            self._optimizer.state[master]["step"] = (
-                torch.full_like(counter, step) if isinstance(counter, Tensor) else step
-            )
+        for state_of_group in (self._optimizer.state[master] for master in self._masters()):
+            counter = state_of_group.get("step")
+            if counter is not None:
+                state_of_group["step"] = torch.full_like(counter, step) if isinstance(counter, Tensor) else step
         with torch.no_grad():
             checkpoint.read_fragments(path, content["files"], self._fragments())
             self._update_weights()
@@ -250,8 +251,23 @@ class Trainer:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
+    def _muon_masters(self) -> Iterator[tuple[Tensor, list[Any] | None]]:
+        """The masters that Muon updates. DeepSpeed keeps their momentum in the form of the master or, under ZeRO-2 and
+        in fp32 under ZeRO-1, for each whole matrix of which this rank has a part: then with those matrices."""
+        zero = self._engine.optimizer
+        if self._zero_stage == 3:
+            is_muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
+        else:
+            is_muon = [group.get("use_muon", False) for group in self._optimizer.param_groups]
+        whole = getattr(zero, "params_in_partition", [None] * len(is_muon))
+        masters = zip(self._masters(), whole, is_muon, strict=True)
+        return ((master, matrices) for master, matrices, chosen in masters if chosen)
+
     def _create_moments(self) -> None:
-        """Adam's state as it is before the first update, where there is none yet."""
+        """The optimizer's state as it is before the first update, where there is none yet."""
+        for master, matrices in self._muon_masters():
+            numel = len(master) if matrices is None else sum(p.numel() for p in matrices)
+            self._optimizer.state[master].setdefault("momentum_buffer", master.new_zeros(numel, requires_grad=False))
         for master in self._masters():
             state = self._optimizer.state[master]
             if not state:
@@ -260,15 +276,26 @@ class Trainer:
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
         if self._zero_stage < 3:
+            # DeepSpeed links the state of all groups once, after the first one's update, when others may have none.
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _fragments(self) -> Iterator[checkpoint.Fragment]:
         """Views of the master weights and moments that this rank owns."""
         zero = self._engine.optimizer
-        keys = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+        momentum = dict[Any, Tensor]()  # of whole matrices
+        for master, matrices in self._muon_masters():
+            if matrices is not None:
+                buffer = self._optimizer.state[master]["momentum_buffer"]
+                momentum.update(zip(matrices, buffer.split([p.numel() for p in matrices]), strict=True))
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 continue  # as in the model that training began with
+            keys: dict[str, str | None] = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+            if getattr(param, "use_muon", False):
+                keys = {"fp32": None} if param in momentum else {"fp32": None, "momentum_buffer": "momentum_buffer"}
+            if param in momentum:
+                yield checkpoint.Fragment(name, 0, {"momentum_buffer": momentum[param]})
             if self._zero_stage == 3:
                 start = self.rank * param.partition_numel()
                 length = min(param.partition_numel(), param.ds_numel - start)  # the rest is padding
@@ -306,6 +333,8 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     wanted = "cuda" if resources.gpus_per_worker else "cpu"
     if found != wanted:
         raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
+    if wanted == "cpu":
+        run_muon_eagerly()
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -326,6 +355,8 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
         "overlap_comm": on_gpu,
         "contiguous_gradients": on_gpu,
     }
+    if optim.muon_lr and resources.zero_stage == 3:
+        zero["reduce_scatter"] = False  # DeepSpeed's condition
     if resources.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
@@ -337,12 +368,3 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
         "gradient_clipping": optim.grad_clip,
         "zero_optimization": zero,
     }
-
-
-def _make_optimizer(parameters: list[Any], optim: OptimConfig, resources: TrainResources) -> Any:
-    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-    if resources.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
