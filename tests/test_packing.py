@@ -368,3 +368,26 @@ def test_models_that_packed_rows_would_falsify_are_refused(tmp_path: Path) -> No
     policy = TokenLogprobs(load_model(str(tmp_path), "lm", torch.float32, on_gpu=False))
     with pytest.raises(ConfigError, match=r"unsupported options: .*s_aux"):
         policy(make_batch([[5, 6, 7]], [1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled attention and Liger's kernels need a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_fused_layers_and_compiled_attention_compute_what_transformers_does(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    wide = type(model)(type(model.config)(**{**model.config.to_dict(), "hidden_size": 128, "head_dim": 32}))
+    wide.save_pretrained(tmp_path)
+    sequences, prompts = make_sequences([(200, [90, 3, 41]), (7, [60])])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    expected = logprobs_one_by_one(plain, sequences, prompts)
+    weighted_sum(expected).backward()
+    policy = TokenLogprobs(load_model(str(tmp_path), "lm", torch.float32, on_gpu=True)).to("cuda")
+    batch = make_batch(sequences, prompts).to("cuda")
+    parts = [part.cpu() for part in batch.split(policy(batch))]
+    weighted_sum(parts).backward()
+    for logp, logp_expected in zip(parts, expected, strict=True):
+        torch.testing.assert_close(logp, logp_expected, atol=1e-4, rtol=1e-4)
+    got = gradients(policy.model)
+    for parameter, gradient in gradients(plain).items():
+        torch.testing.assert_close(got[parameter].cpu(), gradient, atol=2e-3 * float(gradient.abs().max()), rtol=2e-3)
