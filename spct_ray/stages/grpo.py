@@ -143,10 +143,10 @@ class GrpoResources:
                 f"ranks of {ranks.gpus_per_worker} GPUs and {engines.num_replicas} engines of "
                 f"{engines.gpus_per_replica}: use nccl"
             )
-        if way != "ipc":  # whose engine sleeps while the trainer takes the memory
-            check_engine(engines.gpus_per_replica, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
         if way == "nccl" and (ranks.gpus_per_worker < 1 or engines.gpus_per_replica < 1):
             raise ConfigError("engine.transfer is nccl, which takes whole GPUs; on a shared one use ipc")
+        if way != "ipc":  # whose engine sleeps while the trainer takes the memory
+            check_engine(engines.gpus_per_replica, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
 
 
 def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> dict[str, Any]:
