@@ -269,7 +269,7 @@ def test_an_engine_takes_adapters_beside_its_weights(lora, tmp_path):
     from spct_ray.engines.vllm import VllmEngine
 
     make_tiny_model(tmp_path / "model", seed=3)
-    policy = TokenLogprobs(load_model(str(tmp_path / "model"), "lm", torch.bfloat16))
+    policy = TokenLogprobs(load_model(str(tmp_path / "model"), "lm", torch.bfloat16, on_gpu=False))
     add_adapters(policy.model, lora)
     optimiser = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=5e-2)
     config = EngineConfig(256, 8, kv_cache_gib=0.1, dtype="bfloat16")
@@ -336,7 +336,7 @@ def test_adapters_go_out_alone_where_vllm_takes_them(tmp_path):
     make_tiny_model(tmp_path)
 
     def rank(lora, on_gpu=True, **engine):
-        model = load_model(str(tmp_path), "lm", torch.bfloat16)
+        model = load_model(str(tmp_path), "lm", torch.bfloat16, on_gpu=False)
         if lora.rank:
             add_adapters(model, lora)
         return adapter_rank(lora, model, EngineConfig(**engine), on_gpu)
