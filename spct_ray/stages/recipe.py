@@ -113,7 +113,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
     )
     add("items", items, data, items.ItemsResources(), one, {})
     if recipe.nano:
-        judge = add("student", nano, recipe.nano, nano.NanoStudentResources(), one, {"items": "items"})
+        judge = add("student", nano, recipe.nano, nano.NanoStudentResources(), one, {})
     else:
         judge = add("student", student, recipe.student, student.StudentResources(), one, {})
     for number in range(1, recipe.rounds + 1):
