@@ -155,7 +155,7 @@ def test_another_process_makes_the_same_items_and_another_seed_others() -> None:
 
 
 def test_graded_items_rank_every_response_by_what_it_meets() -> None:
-    config = BuiltinConfig(60, 20, 0, (1, 2, 4), (0.2, 0.4, 0.4), (3,), (1.0,), graded=True)
+    config = BuiltinConfig(60, 20, (1, 2, 4), (0.2, 0.4, 0.4), (3,), (1.0,), graded=True)
     for item in itertools.chain(*generate(config, 3)):
         asked = requirements_of(item)
         met = [sum(kind.check(text) for kind in asked) for text in item.responses]

@@ -22,7 +22,7 @@ from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
 from spct_ray.learn.config import OptimConfig, learning_rate
-from spct_ray.learn.examples import DataOrder, Example, ExampleFile, write_examples
+from spct_ray.learn.examples import Example, ExampleFile, ExampleFiles, MixedOrder, write_examples
 from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.model import TokenLogprobs, load_model
@@ -135,7 +135,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 @given(st.integers(1, 30), st.integers(1, 90), st.integers(1, 12), st.integers(0, 3))
 def test_every_epoch_draws_every_example_once(num: int, drawn: int, batch_size: int, seed: int) -> None:
-    order = DataOrder(num, drawn, batch_size, seed)
+    order = MixedOrder((num,), drawn, batch_size, seed)
     batches = [order.batch(step) for step in range(order.num_steps)]
     stream = list(itertools.chain.from_iterable(batches))
     assert len(stream) == drawn
@@ -146,8 +146,26 @@ def test_every_epoch_draws_every_example_once(num: int, drawn: int, batch_size: 
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
-    order = DataOrder(50, 150, 50, 0)
-    assert len({tuple(o.batch(step)) for o in (order, DataOrder(50, 150, 50, 1)) for step in range(3)}) == 6
+    orders = [MixedOrder((50,), 150, 50, seed) for seed in (0, 1)]
+    assert len({tuple(order.batch(step)) for order in orders for step in range(3)}) == 6
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 90), st.integers(1, 12), st.integers(0, 3))
+def test_a_second_kind_of_examples_has_its_share_of_each_part(
+    first: int, second: int, drawn: int, batch_size: int, seed: int
+) -> None:
+    shares = (0.75, 0.3, 0.0)
+    order = MixedOrder((first, second), drawn, batch_size, seed, shares)
+    kinds: tuple[list[int], list[int]] = [], []
+    for step in range(order.num_steps):
+        batch = order.batch(step)
+        assert sum(i >= first for i in batch) == round(shares[3 * step // order.num_steps] * len(batch))
+        for i in batch:
+            kinds[i >= first].append(i)
+    assert sum(map(len, kinds)) == drawn
+    for drawn_of_kind, size, start in zip(kinds, (first, second), (0, first), strict=True):
+        for epoch in range(len(drawn_of_kind) // size):
+            assert sorted(drawn_of_kind[epoch * size : (epoch + 1) * size]) == list(range(start, start + size))
 
 
 def test_examples_come_back_from_disk(tmp_path: Path) -> None:
@@ -157,6 +175,10 @@ def test_examples_come_back_from_disk(tmp_path: Path) -> None:
     file = ExampleFile(path)
     assert [file[i] for i in range(len(file))] == examples
     assert file.lengths == [len(e.ids) for e in examples]
+    write_examples(str(tmp_path / "more.arrow"), examples[:3])
+    files = ExampleFiles([path, str(tmp_path / "more.arrow")])
+    assert files.sizes == [58, 3]
+    assert [files[i] for i in range(61)] == [*examples, *examples[:3]]
 
 
 def test_over_long_examples_are_named_not_cut() -> None:

@@ -129,7 +129,7 @@ def test_the_order_experiment_can_be_made_at_four_responses() -> None:
     from spct_ray.data.builtin import generate
     from spct_ray.stages.recipe import Recipe
 
-    overrides = ["items.builtin.num_responses=[3,4]", "items.builtin.num_constraints=[3]"]
+    overrides = ["items.builtin.num_responses=[3,4]", "items.builtin.num_requirements=[3]"]
     builtin = load(Recipe, str(ROOT / "conf/experiments/graded.yaml"), [*overrides, "items.builtin.size_train=0"])
     assert builtin.items.builtin is not None
     items = generate(builtin.items.builtin, 1)[1]

@@ -29,7 +29,7 @@ FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge takes
 class BuiltinConfig:
     """Sizes and mix. Weights need not sum to 1.
 
-    `size_general` is the number of general instructions (`data.program.exercises`). `alike` is the chance that the
+    `alike` is the chance that the
     responses of an item agree in a part that is not asked for. With `lure` a worse response has the favourites of
     careless judges more often than the best one, where they are not asked for: with a chance of 0.5 + lure / 2 against
     0.5 - lure / 2.
@@ -39,7 +39,6 @@ class BuiltinConfig:
 
     size_train: int = 4000
     size_heldout: int = 500
-    size_general: int = 0
     num_responses: tuple[int, ...] = (1, 2, 3)
     num_responses_weights: tuple[float, ...] = (0.12, 0.63, 0.25)
     num_requirements: tuple[int, ...] = (3, 4)

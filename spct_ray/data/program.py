@@ -62,8 +62,8 @@ class ProgramJudge:
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
     def _state(self, asked: Sequence[Kind], rng: random.Random) -> list[Kind]:
-        weights = self.config.num_stated_weights[: len(asked)]
-        number = rng.choices(range(1, len(weights) + 1), weights)[0]
+        weights = self.config.num_stated_weights
+        number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(asked))
         free = [part for part in PARTS if part not in {kind.part for kind in asked}]
         num_alien = min(sum(rng.random() < self.config.alien for _ in range(number)), len(free))
         stated = [asked[i] for i in sorted(rng.sample(range(len(asked)), number - num_alien))]
