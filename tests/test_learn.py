@@ -21,7 +21,7 @@ from spct_ray.learn import checkpoint
 from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
-from spct_ray.learn.config import OptimConfig, learning_rate
+from spct_ray.learn.config import OptimConfig, lr_factor
 from spct_ray.learn.examples import Example, ExampleFile, ExampleFiles, MixedOrder, write_examples
 from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
 from spct_ray.learn.metrics_file import MetricsFile
@@ -125,12 +125,30 @@ def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> Non
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    cosine = OptimConfig(lr=1.0, warmup_steps=4)
-    assert [learning_rate(cosine, s, 12) for s in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
-    assert learning_rate(cosine, 6, 12) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
-    linear = OptimConfig(lr=2.0, schedule="linear")
-    assert [learning_rate(linear, s, 4) for s in range(5)] == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
-    assert learning_rate(OptimConfig(lr=3.0, schedule="constant"), 99, 10) == 3.0
+    cosine = OptimConfig(warmup_steps=4)
+    assert [lr_factor(cosine, s, 12) for s in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.0])
+    assert lr_factor(cosine, 6, 12) == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+    linear = OptimConfig(schedule="linear")
+    assert [lr_factor(linear, s, 4) for s in range(6)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
+    assert lr_factor(OptimConfig(schedule="constant"), 99, 10) == 1.0
+
+
+def test_learning_rate_stays_and_then_falls_over_the_last_share_of_the_steps() -> None:
+    linear = OptimConfig(warmup_steps=2, schedule="linear", decay_share=0.5)
+    assert [lr_factor(linear, s, 10) for s in range(11)] == pytest.approx(
+        [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    )
+    cosine = OptimConfig(schedule="cosine", decay_share=0.25)
+    assert [lr_factor(cosine, s, 8) for s in (0, 6, 7, 8)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"decay_share": 0.0}, "decay_share is 0.0"), ({"decay_share": 1.5}, "decay_share is 1.5"),
+    ({"muon_lr": -0.1}, "muon_lr is -0.1"), ({"muon_lr": 0.02}, "muon_lr is 0.02 and grad_clip 1.0.*set grad_clip"),
+])  # fmt: skip
+def test_optimizer_settings_that_cannot_be_are_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**wrong)  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 30), st.integers(1, 90), st.integers(1, 12), st.integers(0, 3))
@@ -210,7 +228,7 @@ def split_fragments(values: dict[str, torch.Tensor], cuts: list[float], rank: in
         bounds = [0, *sorted(int(c * len(flat)) for c in cuts), len(flat)]
         low, high = bounds[rank], bounds[rank + 1]
         if low < high:
-            found.append(Fragment(name, low, dict.fromkeys(checkpoint.KINDS, flat[low:high])))
+            found.append(Fragment(name, low, dict.fromkeys(("fp32", "exp_avg"), flat[low:high])))
     return found
 
 
@@ -234,12 +252,27 @@ def test_checkpoint_is_read_under_any_other_partitioning(
     assert all(torch.equal(restored[name], value) for name, value in values.items())
 
 
+def test_what_several_ranks_hold_is_read_as_a_whole_and_in_part(tmp_path: Path) -> None:
+    """Muon's momentum: of whole matrices under ZeRO-1 and 2, of the rank's part under ZeRO-3."""
+    whole = torch.randn(10)
+    for rank, (low, high) in enumerate(((0, 6), (2, 4), (3, 10))):
+        momentum = Fragment("a", low, {"momentum_buffer": whole[low:high]})
+        checkpoint.write_fragments(tmp_path, rank, iter([momentum, Fragment("a", rank, {"fp32": torch.zeros(1)})]))
+    files = sorted(f.name for f in tmp_path.iterdir())
+    for low, high in ((0, 10), (1, 9), (4, 5)):
+        view = torch.zeros(high - low)
+        checkpoint.read_fragments(tmp_path, files, iter([Fragment("a", low, {"momentum_buffer": view})]))
+        assert torch.equal(view, whole[low:high])
+    with pytest.raises(DataError, match="exp_avg of parameter a has 0 of the 3"):
+        checkpoint.read_fragments(tmp_path, files, iter([Fragment("a", 0, {"exp_avg": torch.zeros(3)})]))
+
+
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = checkpoint.checkpoint_dir(str(tmp_path), 1)
     checkpoint.write_fragments(path, 0, iter(split_fragments({"a": torch.randn(4)}, [], 0)))
     checkpoint.complete(str(tmp_path), 1, {})
     files = checkpoint.read_content(path)["files"]
-    with pytest.raises(DataError, match="a has 4 of the 6 elements"):
+    with pytest.raises(DataError, match="fp32 of parameter a has 4 of the 6 elements"):
         checkpoint.read_fragments(path, files, iter(split_fragments({"a": torch.zeros(6)}, [], 0)))
 
 

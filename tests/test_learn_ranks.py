@@ -41,10 +41,11 @@ def run_job(job: dict[str, Any]) -> None:
 
     learn_model._MAX_LOGITS = {"cpu": job.get("max_logits", 1 << 26)}
     head = job.get("head", "lm")
+    muon = {"muon_lr": 2e-2, "grad_clip": 0.0} if job.get("muon") else {}
     trainer = Trainer(
         job["model"],
         head=head,
-        optim=OptimConfig(lr=1e-2, warmup_steps=2, dtype=job.get("dtype", "float32"), weight_decay=0.1),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2, dtype=job.get("dtype", "float32"), weight_decay=0.1, **muon),
         resources=TrainResources(
             zero_stage=job["stage"], threads=1, gradient_checkpointing=job.get("recompute", False)
         ),

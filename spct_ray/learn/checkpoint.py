@@ -1,4 +1,5 @@
-"""Training checkpoints: fp32 master weights and Adam moments in safetensors, everything else in JSON. No pickle.
+"""Training checkpoints: fp32 master weights and the optimizer's moments in safetensors, everything else in JSON. No
+pickle.
 
 Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns
 under its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint
@@ -24,21 +25,24 @@ from torch import Tensor
 
 from spct_ray.errors import DataError
 
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 _KEEP = 2
 _FILE_NUMEL = 1 << 28  # elements a file (1 GiB): bounds the copies made while writing
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part [start, start + n) of one flattened parameter that this rank owns: a view [n] of each KIND of state."""
+    """The part [start, start + n) of one flattened parameter that this rank holds: a view [n] of each kind of state.
+
+    Kinds are fp32 (the master weight), exp_avg, exp_avg_sq (AdamW's) and momentum_buffer (Muon's). Fragments of one
+    parameter may differ by kind, and what several ranks hold is equal.
+    """
 
     name: str
     start: int
     tensors: dict[str, Tensor]
 
     def __len__(self) -> int:
-        return len(self.tensors["fp32"])
+        return len(next(iter(self.tensors.values())))
 
 
 def checkpoint_dir(directory: str, step: int) -> Path:
@@ -65,7 +69,7 @@ def write_fragments(path: Path, rank: int, fragments: Iterator[Fragment]) -> Non
     part = 0
     for fragment in fragments:
         pending.append(fragment)
-        if sum(map(len, pending)) * len(KINDS) >= _FILE_NUMEL:
+        if sum(len(f) * len(f.tensors) for f in pending) >= _FILE_NUMEL:
             _write_file(path / f"rank-{rank:05d}-{part:05d}.safetensors", pending)
             pending, part = [], part + 1
     _write_file(path / f"rank-{rank:05d}-{part:05d}.safetensors", pending)
@@ -94,23 +98,22 @@ def read_fragments(path: Path, files: list[str], fragments: Iterator[Fragment]) 
     readers: list[Any] = [safe_open(path / name, framework="pt") for name in files]
     pieces: dict[str, list[tuple[int, int, Any]]] = {}
     for reader in readers:
-        for name, (start, length) in json.loads(reader.metadata()["pieces"]).items():
-            pieces.setdefault(name, []).append((start, length, reader))
+        for key, (start, length) in json.loads(reader.metadata()["pieces"]).items():
+            pieces.setdefault(key, []).append((start, start + length, reader))
     for fragment in fragments:
-        stop, filled = fragment.start + len(fragment), 0
-        for start, length, reader in pieces.get(fragment.name, ()):
-            low, high = max(start, fragment.start), min(start + length, stop)
-            if low >= high:
-                continue
-            for kind, view in fragment.tensors.items():
-                piece = reader.get_slice(f"{kind}/{fragment.name}")[low - start : high - start]
-                view[low - fragment.start : high - fragment.start].copy_(piece)
-            filled += high - low
-        if filled != len(fragment):
-            raise DataError(
-                f"{path}: parameter {fragment.name} has {filled} of the {len(fragment)} elements needed from "
-                f"{fragment.start} on: the checkpoint is of another model; delete it or point to the right run"
-            )
+        for kind, view in fragment.tensors.items():
+            key, filled = f"{kind}/{fragment.name}", 0
+            for start, stop, reader in sorted(pieces.get(key, ()), key=lambda piece: piece[:2]):
+                low, high = fragment.start + filled, min(stop, fragment.start + len(fragment))
+                if start <= low < high:
+                    view[filled : filled + high - low].copy_(reader.get_slice(key)[low - start : high - start])
+                    filled += high - low
+            if filled != len(fragment):
+                raise DataError(
+                    f"{path}: {kind} of parameter {fragment.name} has {filled} of the {len(fragment)} elements needed "
+                    f"from {fragment.start} on: the checkpoint is of another model or optimizer; delete it or point to "
+                    "the right run"
+                )
 
 
 def _write_file(path: Path, fragments: list[Fragment]) -> None:
@@ -120,7 +123,7 @@ def _write_file(path: Path, fragments: list[Fragment]) -> None:
         for f in fragments
         for kind, t in f.tensors.items()
     }
-    pieces = {f.name: (f.start, len(f)) for f in fragments}
+    pieces = {f"{kind}/{f.name}": (f.start, len(f)) for f in fragments for kind in f.tensors}
     save_file(tensors, path, metadata={"pieces": json.dumps(pieces)})
 
 

@@ -14,18 +14,34 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "none"]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. The learning rate warms up linearly, then stays or falls to 0 at the last step.
+    """AdamW at `lr` or, where `muon_lr` is above 0, Muon at `muon_lr` for the matrices and AdamW for the rest.
 
-    `dtype` is that of the weights in use, see `spct_ray.precision`; checkpoints hold fp32 masters either way.
+    The rest are embeddings, output layer, norms, biases and a scalar head. Both learning rates warm up linearly, then
+    stay or fall to 0 at the last step; the fall takes the last `decay_share` of the steps after the warm-up. `dtype` is
+    that of the weights in use, see `spct_ray.precision`; checkpoints hold fp32 masters either way.
     """
 
     lr: float = 5e-6
+    muon_lr: float = 0.0
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    decay_share: float = 1.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0
     dtype: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay_share <= 1:
+            raise ConfigError(f"optim: decay_share is {self.decay_share}; it is above 0 and at most 1 (all steps)")
+        if self.muon_lr < 0:
+            raise ConfigError(f"optim: muon_lr is {self.muon_lr}; it is above 0, or 0 for AdamW alone")
+        if self.muon_lr and self.grad_clip:
+            raise ConfigError(
+                f"optim: muon_lr is {self.muon_lr} and grad_clip {self.grad_clip}; DeepSpeed would clip Muon's update, "
+                "whose norm is that of an orthogonal matrix whatever the gradient, and so divide the learning rate: "
+                "set grad_clip to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,11 +101,12 @@ class TrainResources:
     tracker: TrackerName = "tensorboard"
 
 
-def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update number `step` (from 0)."""
+def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """What `lr` and `muon_lr` are multiplied with in update number `step` (from 0)."""
     if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    progress = min(1.0, (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps))
+        return (step + 1) / optim.warmup_steps
+    falling = max(1.0, optim.decay_share * (total_steps - optim.warmup_steps))
+    progress = min(1.0, max(0.0, 1 - (total_steps - step) / falling))
     if optim.schedule == "cosine":
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.lr * (1 - progress) if optim.schedule == "linear" else optim.lr
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if optim.schedule == "linear" else 1.0

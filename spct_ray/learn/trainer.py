@@ -23,7 +23,7 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import EMPTY, Batch
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, learning_rate
+from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
 from spct_ray.memory import give_back_freed
@@ -86,7 +86,7 @@ class Trainer:
         module = TokenLogprobs(self.model) if head == "lm" else LastTokenScore(self.model)
         if isinstance(module, TokenLogprobs):
             deepspeed.utils.set_z3_leaf_module(module.head, True)
-        self._optimizer = _make_optimizer([p for p in module.parameters() if p.requires_grad], optim, resources)
+        self._optimizer = _make_optimizer(module, optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -107,14 +107,15 @@ class Trainer:
         """One update with the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
 
         `loss_fn` calls `logprobs` (or `scores`) once and divides by the normaliser of the whole update. Ranks may hold
-        different numbers of micro-batches, also none. Returns the summed loss, the gradient's norm before clipping and
-        the learning rate. Raises SpctError when the gradient is not finite (the weights are then of no use: restart
-        from the last checkpoint).
+        different numbers of micro-batches, also none. Returns the summed loss, the gradient's norm before clipping
+        (with Muon, of its orthogonalised updates and AdamW's gradients together) and AdamW's learning rate. Raises
+        SpctError when the gradient is not finite (the weights are then of no use: restart from the last checkpoint).
         """
         torch.manual_seed(derive_seed(self.seed, "step", self.steps_done, self.rank))
-        lr = learning_rate(self.optim, self.steps_done, self.total_steps)
+        factor = lr_factor(self.optim, self.steps_done, self.total_steps)
+        lr = self.optim.lr * factor
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.optim.muon_lr * factor if group.get("use_muon") else lr
         count = int(self._reduce(torch.tensor(len(micro_batches)), dist.ReduceOp.MAX))
         loss_sum = torch.zeros((), device=self.device)
         for i in range(count):
@@ -159,11 +160,10 @@ class Trainer:
         path = checkpoint.checkpoint_dir(directory, step)
         content = checkpoint.read_content(path)
         self._create_moments()
-        for master in self._masters():
-            counter = self._optimizer.state[master]["step"]
-            self._optimizer.state[master]["step"] = (
-                torch.full_like(counter, step) if isinstance(counter, Tensor) else step
-            )
+        for state_of_group in (self._optimizer.state[master] for master in self._masters()):
+            counter = state_of_group.get("step")
+            if counter is not None:
+                state_of_group["step"] = torch.full_like(counter, step) if isinstance(counter, Tensor) else step
         with torch.no_grad():
             checkpoint.read_fragments(path, content["files"], self._fragments())
             self._update_weights()
@@ -238,25 +238,53 @@ class Trainer:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
+    def _muon_numels(self) -> list[int]:
+        """The length of Muon's momentum beside each of the masters, 0 where AdamW has its moments. ZeRO-1 and 2 hold
+        the momentum of each whole matrix of which a part is in this rank's master."""
+        zero, groups = self._engine.optimizer, self._optimizer.param_groups
+        if self._zero_stage == 3:
+            muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
+            return [len(master) * is_muon for master, is_muon in zip(self._masters(), muon, strict=True)]
+        return [
+            sum(p.numel() for p in parameters) * group.get("use_muon", False)
+            for group, parameters in zip(groups, zero.params_in_partition, strict=True)
+        ]
+
     def _create_moments(self) -> None:
-        """Adam's state as it is before the first update, where there is none yet."""
-        for master in self._masters():
+        """The optimizer's state as it is before the first update, where there is none yet."""
+        for master, muon_numel in zip(self._masters(), self._muon_numels(), strict=True):
             state = self._optimizer.state[master]
-            if not state:
+            if muon_numel:
+                state.setdefault("momentum_buffer", master.new_zeros(muon_numel, requires_grad=False))
+            elif not state:
                 on_cpu = type(self._optimizer).__name__ == "DeepSpeedCPUAdam"
                 state["step"] = 0 if on_cpu else torch.zeros((), device=master.device)
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
         if self._zero_stage < 3:
+            # DeepSpeed links the state of all groups once, after the first one's update, when others may have none.
+            self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _fragments(self) -> Iterator[checkpoint.Fragment]:
         """Views of the master weights and moments that this rank owns."""
         zero = self._engine.optimizer
-        keys = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+        momentum = dict[Any, Tensor]()  # under ZeRO-1 and 2: of whole matrices
+        if self._zero_stage < 3:
+            for master, muon_numel, params in zip(
+                self._masters(), self._muon_numels(), zero.params_in_partition, strict=True
+            ):
+                if muon_numel:
+                    buffer = self._optimizer.state[master]["momentum_buffer"]
+                    momentum.update(zip(params, buffer.split([p.numel() for p in params]), strict=True))
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 continue  # as in the model that training began with
+            keys: dict[str, str | None] = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+            if getattr(param, "use_muon", False):
+                keys = {"fp32": None} if param in momentum else {"fp32": None, "momentum_buffer": "momentum_buffer"}
+            if param in momentum:
+                yield checkpoint.Fragment(name, 0, {"momentum_buffer": momentum[param]})
             if self._zero_stage == 3:
                 start = self.rank * param.partition_numel()
                 length = min(param.partition_numel(), param.ds_numel - start)  # the rest is padding
@@ -294,6 +322,8 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     wanted = "cuda" if resources.gpus_per_worker else "cpu"
     if found != wanted:
         raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
+    if wanted == "cpu":
+        _run_muon_eagerly()
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -307,6 +337,30 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     return deepspeed
 
 
+def _run_muon_eagerly() -> None:
+    """Have DeepSpeed's Muon run uncompiled and in fp32, in this process.
+
+    DeepSpeed decorates its Newton-Schulz iteration with torch.compile, which on CPU needs a C++ compiler, takes 20 s at
+    the first update and gains nothing there, and iterates in fp16 where a CPU has instructions for it.
+    """
+    import deepspeed
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        from deepspeed.runtime.zero.muon import original_muon as muon
+    finally:
+        compiler.compile = compile_
+    functions = (muon.muon_update, muon.zeropower_via_gram_newtonschulz)
+    if any(hasattr(f, "_torchdynamo_orig_callable") for f in functions) or not hasattr(muon, "ns_compute_dtype"):
+        raise SpctError(
+            f"DeepSpeed {deepspeed.__version__} would compile Muon or choose its precision in another way than 0.19.8, "
+            "or has loaded it before the trainer could make it eager: install the version of constraints.txt, and "
+            "start the trainer before anything else that uses DeepSpeed in this process"
+        )
+    muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
+
+
 def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torch.dtype) -> dict[str, Any]:
     on_gpu = resources.gpus_per_worker > 0
     zero: dict[str, Any] = {
@@ -314,6 +368,8 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
         "overlap_comm": on_gpu,
         "contiguous_gradients": on_gpu,
     }
+    if optim.muon_lr and resources.zero_stage == 3:
+        zero["reduce_scatter"] = False  # DeepSpeed's condition
     if resources.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
@@ -327,10 +383,36 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
     }
 
 
-def _make_optimizer(parameters: list[Any], optim: OptimConfig, resources: TrainResources) -> Any:
+def _make_optimizer(module: Any, optim: OptimConfig, resources: TrainResources) -> Any:
+    """For the weights that are trained of a module whose `model` is a transformers model."""
+    parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
     options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    if optim.muon_lr:
+        if resources.offload_optimizer:
+            raise ConfigError(
+                "offload_optimizer with muon_lr: a rank's momentum would have another form than without, so that "
+                "checkpoints could not be shared; set offload_optimizer to false (Muon keeps less than AdamW)"
+            )
+        return _make_muon(module.model.base_model, parameters, optim, options)
     if resources.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def _make_muon(trunk: Any, parameters: list[Any], optim: OptimConfig, options: dict[str, Any]) -> Any:
+    """Muon for the trunk's matrices but embeddings, AdamW with `options` for the other `parameters`."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    embeddings = {m.weight for m in trunk.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = {p for p in trunk.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1} - embeddings
+    for parameter in parameters:
+        parameter.use_muon = parameter in matrices  # where ZeRO looks for it
+    chosen, rest = ([p for p in parameters if p.use_muon is muon] for muon in (True, False))
+    groups: list[dict[str, Any]] = [
+        {"params": chosen, "use_muon": True, "lr": optim.muon_lr, "weight_decay": optim.weight_decay},
+        {"params": rest, "use_muon": False, **options, "eps": 1e-8},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
