@@ -70,12 +70,12 @@ class Failing(StepContext):
 def test_only_short_examples_are_kept_and_general_ones_are_mixed_in(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
     general = tmp_path / "general.jsonl"
-    long = {"prompt": "Hi", "completion": "word " * 900}
+    long = {"prompt": "Hi", "completion": "word " * 1500}
     talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     general.write_text("\n".join(json.dumps(row) for row in [talk, long] * 20))
     context = make_context(tmp_path, "rft", inputs)
     config = replace(CONFIG, general_paths=(str(general),), general_builtin=5, general_shares=(0.5, 0.0))
-    config = replace(config, judge=JudgeConfig(template="compact"), max_tokens=600)
+    config = replace(config, judge=JudgeConfig(template="compact"), max_tokens=900)
     counts = rft.write_training_file(context, config)
     assert counts == {"judgements": 20, "general": 25, "general_too_long": 20}
     files = [tmp_path / "rft" / name for name in ("examples.arrow", "general.arrow")]

@@ -77,7 +77,7 @@ CHANGES = {  # what an experiment runs beside the run whose finished steps it ta
 KEEPS = {
     "no_hinted": {"items", "student", "evaluate_base"},
     "no_easy_rejection": {"items", "student", "sample", "evaluate_base"},
-    "no_principles": {"items"},  # the nano student is made for the prompt
+    "no_principles": {"items", "student"},
 }
 
 
