@@ -22,7 +22,7 @@ from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item, Message
 
 SOURCE = "builtin"
-FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge takes for good, asked for or not
+FAVOURITES = ("a colour", "an exclamation mark")  # what a careless judge takes for good, asked for or not
 
 
 @dataclass(frozen=True)

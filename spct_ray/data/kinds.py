@@ -1,9 +1,9 @@
-"""What a query of the built-in set can ask for: twelve kinds, each of which a program can ask, check, write and quote.
+"""What a query of the built-in set can ask for: ten kinds, each of which a program can ask, check, write and quote.
 
-A response is one sentence of seven parts, each of which is of one of two kinds (the place is free):
+A response is one sentence, five parts of which are of one of two kinds each; the place is free:
 
-    The {number} {look} {who} {manner} {verb} near the {place}{mark}
-    The 4 red foxes often waited near the lake!
+    The {number} {look} {who} {verb} near the {place}{mark}
+    The 4 red foxes waited near the lake!
 
 Everything here is about one response; queries and judgements are `data.builtin` and `data.program`.
 """
@@ -20,7 +20,7 @@ from spct_ray.errors import DataError
 Split = Literal["train", "heldout"]
 Sentence = dict[str, str]  # the word of each part
 
-PARTS = ("number", "look", "who", "manner", "verb", "mark")
+PARTS = ("number", "look", "who", "verb", "mark")
 NUM_HELD_WORDS = 2  # of each kind that has eight words: no training item has them
 
 
@@ -66,8 +66,6 @@ KINDS = _kinds(
     ("look", "a size", "tiny small big huge tall short giant wide"),
     ("who", "animals", "foxes cats dogs owls bears horses ducks goats"),
     ("who", "tools", "saws axes drills hammers shovels rakes ladders brushes"),
-    ("manner", "a time", "often once sometimes always again daily lately nightly"),
-    ("manner", "a feeling", "sadly gladly proudly calmly angrily eagerly happily bravely"),
     ("verb", "the past", "waited stood hid fell stayed slept sat lay"),
     ("verb", "the present", "wait stand hide fall stay sleep sit lie"),
     ("mark", "an exclamation mark", "!"),

@@ -51,8 +51,8 @@ def phrases() -> list[str]:
     found += ["Specific Criteria:", "\nAnalysis:", *(f"\nResponse {p}:" for p in places), "\nScores: \\boxed{"]
     found += [f" ({100 // p}%);" for p in places] + [" yes;", " no;"]
     found += [f" total {score}." for score in range(11)] + ["10", *(f" {score}" for score in range(1, 11))]
-    found += [" Write about", " near"]
+    found += [" Write about"]
     for kind in KINDS.values():
         found += [f" {kind.name}", f" {kind.name}:", *(f" {word}" for word in kind.words)]
-    found += [f" the {place}" for split in PLACES.values() for place in split]
+    found += [f"{before} the {place}" for split in PLACES.values() for place in split for before in ("", " near")]
     return list(dict.fromkeys(found))
