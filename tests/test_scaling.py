@@ -103,6 +103,13 @@ def test_the_given_recipes_fit(name: str) -> None:
     check(load(Recipe, str(ROOT / "conf" / name)))
 
 
+def test_offloading_is_offered_with_adamw_and_not_with_muon_which_refuses_it() -> None:
+    for optim, offered in (([], True), (["grpo.optim.muon_lr=0.02", "grpo.optim.grad_clip=0"], False)):
+        with pytest.raises(ConfigError, match=r"resources\.grpo\.train: a GPU needs") as refused:
+            check(load(Recipe, PAPER, ["resources.grpo.train.num_workers=8", *optim]))
+        assert ("offload_optimizer" in str(refused.value)) == offered
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

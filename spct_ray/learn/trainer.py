@@ -26,6 +26,7 @@ from spct_ray.learn.batch import EMPTY, Batch
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.optimizers import make_optimizer, run_muon_eagerly
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
@@ -86,7 +87,7 @@ class Trainer:
         module = TokenLogprobs(self.model) if head == "lm" else LastTokenScore(self.model)
         if isinstance(module, TokenLogprobs):
             deepspeed.utils.set_z3_leaf_module(module.head, True)
-        self._optimizer = _make_optimizer(module, optim, resources)
+        self._optimizer = make_optimizer(module, optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -238,25 +239,26 @@ class Trainer:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _muon_numels(self) -> list[int]:
-        """The length of Muon's momentum beside each of the masters, 0 where AdamW has its moments. ZeRO-1 and 2 hold
-        the momentum of each whole matrix of which a part is in this rank's master."""
-        zero, groups = self._engine.optimizer, self._optimizer.param_groups
+    def _muon_masters(self) -> Iterator[tuple[Tensor, list[Any] | None]]:
+        """The masters that Muon updates. DeepSpeed keeps their momentum in the form of the master or, under ZeRO-2 and
+        in fp32 under ZeRO-1, for each whole matrix of which this rank has a part: then with those matrices."""
+        zero = self._engine.optimizer
         if self._zero_stage == 3:
-            muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
-            return [len(master) * is_muon for master, is_muon in zip(self._masters(), muon, strict=True)]
-        return [
-            sum(p.numel() for p in parameters) * group.get("use_muon", False)
-            for group, parameters in zip(groups, zero.params_in_partition, strict=True)
-        ]
+            is_muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
+        else:
+            is_muon = [group.get("use_muon", False) for group in self._optimizer.param_groups]
+        whole = getattr(zero, "params_in_partition", [None] * len(is_muon))
+        masters = zip(self._masters(), whole, is_muon, strict=True)
+        return ((master, matrices) for master, matrices, chosen in masters if chosen)
 
     def _create_moments(self) -> None:
         """The optimizer's state as it is before the first update, where there is none yet."""
-        for master, muon_numel in zip(self._masters(), self._muon_numels(), strict=True):
+        for master, matrices in self._muon_masters():
+            numel = len(master) if matrices is None else sum(p.numel() for p in matrices)
+            self._optimizer.state[master].setdefault("momentum_buffer", master.new_zeros(numel, requires_grad=False))
+        for master in self._masters():
             state = self._optimizer.state[master]
-            if muon_numel:
-                state.setdefault("momentum_buffer", master.new_zeros(muon_numel, requires_grad=False))
-            elif not state:
+            if not state:
                 on_cpu = type(self._optimizer).__name__ == "DeepSpeedCPUAdam"
                 state["step"] = 0 if on_cpu else torch.zeros((), device=master.device)
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
@@ -269,14 +271,11 @@ class Trainer:
     def _fragments(self) -> Iterator[checkpoint.Fragment]:
         """Views of the master weights and moments that this rank owns."""
         zero = self._engine.optimizer
-        momentum = dict[Any, Tensor]()  # under ZeRO-1 and 2: of whole matrices
-        if self._zero_stage < 3:
-            for master, muon_numel, params in zip(
-                self._masters(), self._muon_numels(), zero.params_in_partition, strict=True
-            ):
-                if muon_numel:
-                    buffer = self._optimizer.state[master]["momentum_buffer"]
-                    momentum.update(zip(params, buffer.split([p.numel() for p in params]), strict=True))
+        momentum = dict[Any, Tensor]()  # of whole matrices
+        for master, matrices in self._muon_masters():
+            if matrices is not None:
+                buffer = self._optimizer.state[master]["momentum_buffer"]
+                momentum.update(zip(matrices, buffer.split([p.numel() for p in matrices]), strict=True))
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 continue  # as in the model that training began with
@@ -323,7 +322,7 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     if found != wanted:
         raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
     if wanted == "cpu":
-        _run_muon_eagerly()
+        run_muon_eagerly()
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -335,30 +334,6 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])
     torch.set_num_threads(resources.threads or max(1, cores))
     return deepspeed
-
-
-def _run_muon_eagerly() -> None:
-    """Have DeepSpeed's Muon run uncompiled and in fp32, in this process.
-
-    DeepSpeed decorates its Newton-Schulz iteration with torch.compile, which on CPU needs a C++ compiler, takes 20 s at
-    the first update and gains nothing there, and iterates in fp16 where a CPU has instructions for it.
-    """
-    import deepspeed
-    from deepspeed.runtime import compiler
-
-    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        from deepspeed.runtime.zero.muon import original_muon as muon
-    finally:
-        compiler.compile = compile_
-    functions = (muon.muon_update, muon.zeropower_via_gram_newtonschulz)
-    if any(hasattr(f, "_torchdynamo_orig_callable") for f in functions) or not hasattr(muon, "ns_compute_dtype"):
-        raise SpctError(
-            f"DeepSpeed {deepspeed.__version__} would compile Muon or choose its precision in another way than 0.19.8, "
-            "or has loaded it before the trainer could make it eager: install the version of constraints.txt, and "
-            "start the trainer before anything else that uses DeepSpeed in this process"
-        )
-    muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
 
 
 def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torch.dtype) -> dict[str, Any]:
@@ -381,38 +356,3 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
         "gradient_clipping": optim.grad_clip,
         "zero_optimization": zero,
     }
-
-
-def _make_optimizer(module: Any, optim: OptimConfig, resources: TrainResources) -> Any:
-    """For the weights that are trained of a module whose `model` is a transformers model."""
-    parameters: list[Any] = [p for p in module.parameters() if p.requires_grad]
-    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "weight_decay": optim.weight_decay}
-    if optim.muon_lr:
-        if resources.offload_optimizer:
-            raise ConfigError(
-                "offload_optimizer with muon_lr: a rank's momentum would have another form than without, so that "
-                "checkpoints could not be shared; set offload_optimizer to false (Muon keeps less than AdamW)"
-            )
-        return _make_muon(module.model.base_model, parameters, optim, options)
-    if resources.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=True, **options)
-
-
-def _make_muon(trunk: Any, parameters: list[Any], optim: OptimConfig, options: dict[str, Any]) -> Any:
-    """Muon for the trunk's matrices but embeddings, AdamW with `options` for the other `parameters`."""
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    embeddings = {m.weight for m in trunk.modules() if isinstance(m, torch.nn.Embedding)}
-    matrices = {p for p in trunk.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1} - embeddings
-    for parameter in parameters:
-        parameter.use_muon = parameter in matrices  # where ZeRO looks for it
-    chosen, rest = ([p for p in parameters if p.use_muon is muon] for muon in (True, False))
-    groups: list[dict[str, Any]] = [
-        {"params": chosen, "use_muon": True, "lr": optim.muon_lr, "weight_decay": optim.weight_decay},
-        {"params": rest, "use_muon": False, **options, "eps": 1e-8},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})

@@ -130,7 +130,11 @@ def knobs(name: str, training: Training, shape: ModelShape, room: float) -> str:
             _with(gradient_checkpointing=True),
         ),
         (f"resources.{name}.micro_tokens=2048", where.micro_tokens > 2048, _with(micro_tokens=2048)),
-        (f"resources.{name}.offload_optimizer=true", not where.offload_optimizer, _with(offload_optimizer=True)),
+        (
+            f"resources.{name}.offload_optimizer=true",
+            not where.offload_optimizer and not training.optim.muon_lr,
+            _with(offload_optimizer=True),
+        ),
         (
             f"resources.{name}.num_workers={2 * where.num_workers}",
             where.num_workers > 1 or where.zero_stage == 3,
