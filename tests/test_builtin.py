@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spct_ray.data.builtin import BuiltinConfig, generate, is_heldout_combination, random_sentence, requirements_of
-from spct_ray.data.kinds import KINDS, PARTS, PLACES, kind_named, render, words_of
+from spct_ray.data.kinds import KINDS, NAMES, PARTS, kind_named, render, words_of
 from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises, judgement
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.judge.judge import JudgeTask
@@ -27,8 +27,8 @@ from spct_ray.records import Item
 from spct_ray.stages.nano import phrases
 
 JUDGE = JudgeConfig(template="compact")
-FOXES = "The 4 red foxes often waited near the lake!"
-SAWS = "The four tiny saws sadly wait near the lake?"
+FOXES = "The 4 red foxes often waited!"
+SAWS = "The four tiny saws sadly wait?"
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_each_kind_checks_and_quotes(name: str, meets: str, word: str) -> None:
     assert kind.opposite.check(other)
     assert kind.evidence(other) in kind.opposite.words
     assert not kind.check("Nothing of the kind.")
-    assert kind.evidence("") == "nothing"
+    assert kind.evidence("") == ""
 
 
 @given(st.integers(0, 2**40), st.sampled_from(list(KINDS)), st.sampled_from(["train", "heldout"]))
 def test_what_a_kind_writes_it_finds_again_and_nothing_else_changes(seed: int, name: str, split: str) -> None:
     rng = Random(seed)
     sentence = random_sentence(split, rng)  # type: ignore[arg-type]
-    before = render(sentence, "lake")
+    before = render(sentence)
     KINDS[name].write(sentence, split, rng)  # type: ignore[arg-type]
-    after = render(sentence, "lake")
+    after = render(sentence)
     assert KINDS[name].check(after)
     for other in KINDS.values():
         assert other.check(after) == (other.check(before) if other.part != KINDS[name].part else other.name == name)
@@ -86,6 +86,8 @@ def test_the_best_meets_all_and_each_other_response_breaks_exactly_one(seed: int
         else:
             assert broken == [1 - int(reward) for reward in item.rewards]
             assert sum(item.rewards) == 1
+        words = [set(words_of(text)) - {"The", "!", "?"} for text in item.responses]
+        assert not any(a & b for a, b in itertools.combinations(words, 2))
         assert all(kind.name in item.messages[0].content for kind in requirements_of(item))
 
 
@@ -106,13 +108,14 @@ def test_places_of_the_best_are_balanced(items: tuple[list[Item], list[Item]], s
         assert max(per_place) - min(per_place) <= 1, (n, counts)
 
 
-def test_places_words_and_combinations_are_held_out(items: tuple[list[Item], list[Item]]) -> None:
+def test_names_words_and_combinations_are_held_out(items: tuple[list[Item], list[Item]]) -> None:
     texts = [{word for i in side for text in i.responses for word in words_of(text)} for side in items]
     held = {word for kind in KINDS.values() for word in kind.words if word not in kind.train_words}
     assert not texts[0] & held
     assert held <= texts[1]
-    assert texts[0] & set(itertools.chain(*PLACES.values())) == set(PLACES["train"])
-    assert texts[1] & set(itertools.chain(*PLACES.values())) == set(PLACES["heldout"])
+    names = [{name for i in side for name in words_of(i.messages[0].content)} for side in items]
+    for split, found in zip(("train", "heldout"), names, strict=True):
+        assert found & {*NAMES["train"], *NAMES["heldout"]} == set(NAMES[split])  # type: ignore[index]
     combinations = [{tuple(sorted(k.part for k in requirements_of(i))) for i in side} for side in items]
     assert not combinations[0] & combinations[1]
     assert all(map(is_heldout_combination, combinations[1]))
@@ -210,25 +213,30 @@ def test_the_program_errs_at_its_rates(items: tuple[list[Item], list[Item]]) -> 
             aliens = set(stated) - {kind.name for kind in asked}
             counts["alien"] += len(aliens)
             counts["favourite"] += len(aliens & {"a feeling", "an exclamation mark"})
-            for text, line in zip(task.item.responses, t.text.splitlines()[2:], strict=False):
+            for text, line in zip(task.item.responses, t.text.splitlines()[3::2], strict=False):
                 for name in stated:
                     counts["hinted" if hinted else "found"] += 1
-                    word = line.partition(f" {name}: ")[2].split(" ")[0]
-                    counts["misread hinted" if hinted else "misread"] += word != KINDS[name].evidence(text)
+                    answer = "yes" if KINDS[name].check(text) else "no"
+                    counts["false hinted" if hinted else "false"] += f" ({name}: {answer})" not in line
     assert counts["failed"] / counts["judgements"] == pytest.approx(0.1, abs=0.02)
     assert counts["stated"] / counts["judgements"] == pytest.approx(1.5, abs=0.05)
     assert counts["alien"] / counts["stated"] == pytest.approx(0.3, abs=0.03)
     assert counts["favourite"] / counts["alien"] > 0.5  # less than 0.8: where one was asked for, it is no alien
-    assert counts["misread"] / counts["found"] == pytest.approx(0.1, abs=0.02)
-    assert counts["misread hinted"] == 0
+    assert counts["false"] / counts["found"] == pytest.approx(0.1, abs=0.02)
+    assert counts["false hinted"] == 0
 
 
 def test_scores_are_shares_of_what_is_met() -> None:
     kinds = [KINDS[name] for name in ("animals", "a colour", "a question mark")]
-    text = judgement(kinds, [[kind.evidence(t) for kind in kinds] for t in (FOXES, SAWS)], binary=False)
-    assert "Response 1: animals: foxes yes; a colour: red yes; a question mark: ! no; total 7." in text
-    assert text.endswith("Scores: \\boxed{7, 5}")
-    assert judgement(kinds[:2], [["foxes", "red"]], binary=True).endswith("total 1.\nScores: \\boxed{1}")
+    text = judgement(kinds, [FOXES, SAWS], [[True, True, False], [False, False, True]], binary=False)
+    assert text == (
+        "Specific Criteria: animals (33%); a colour (33%); a question mark (33%);\nAnalysis:\n[Response 1]\n"
+        "The 4 red (a colour: yes) foxes (animals: yes) often waited! (a question mark: no) total 7.\n[Response 2]\n"
+        "The four tiny (a colour: no) saws (animals: no) sadly wait? (a question mark: yes) total 5.\n"
+        "Scores: \\boxed{7, 5}"
+    )
+    alone = judgement(kinds[:2], ["Red foxes"], [[True, False]], binary=True)  # no colour: "Red" is no word of ours
+    assert alone.endswith("\nRed foxes (animals: yes) (a colour: no) total 0.\nScores: \\boxed{0}")
 
 
 def test_exercises_apply_the_given_principles_to_all_words() -> None:
@@ -257,7 +265,7 @@ def test_the_nano_tokenizer_has_a_token_for_every_phrase_and_takes_any_text(tmp_
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids) == text
         assert len(ids) < len(text) / 5
-        assert {tokenizer.decode([i]) for i in ids if len(tokenizer.decode([i])) == 1} <= set("0123456789!?.,:;}")
+        assert {tokenizer.decode([i]) for i in ids if len(tokenizer.decode([i])) == 1} <= set("0123456789!?.,:;}\n")
     for text in ("Ünïcode \u3042 \t{x} <|en", "redundant  \n\n 44", ""):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]

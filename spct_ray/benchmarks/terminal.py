@@ -27,7 +27,12 @@ def table(block: Mapping[str, Any], title: str) -> str:
     k_max = max((int(k) for model in models.values() for k in model["vote"]), default=1)
     rows = [["judge", "greedy", "one sample", f"vote@{k_max}", f"meta vote@{k_max}", "parsed"]]
     for name, model in models.items():
-        votes = (model["greedy"], model["vote"]["1"], model["vote"][str(k_max)], model["meta_vote"].get(str(k_max)))
+        votes = (
+            model["greedy"],
+            model["vote"].get("1"),
+            model["vote"].get(str(k_max)),
+            model["meta_vote"].get(str(k_max)),
+        )
         rows.append([LABELS[name], *map(cell, votes), f"{model['parse_rate']:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]

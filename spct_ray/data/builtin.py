@@ -1,10 +1,10 @@
 """The built-in verifiable set: queries that ask for several checkable things, responses whose truth a program knows.
 
-    Write about the lake: animals, a number in digits, an exclamation mark.
+    Write for Anna: animals, a number in digits, an exclamation mark.
 
 The best response meets all; each other one breaks exactly one. For n = 1 the response is right half of the time, and a
 wrong one breaks two. A judgement that looks at a part of what was asked may thus find no difference, and votes add up
-what different judgements looked at. Held out are places, a few words of each kind, and a fifth of the combinations of
+what different judgements looked at. Held out are names, a few words of each kind, and a fifth of the combinations of
 parts that a query asks about. It needs no download, and leaves out everything that a program cannot check.
 """
 
@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
 
-from spct_ray.data.kinds import KINDS, PARTS, PLACES, Kind, Sentence, Split, kind_named, render
+from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, Sentence, Split, kind_named, kinds_of, render
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item, Message
 
 SOURCE = "builtin"
-FAVOURITES = ("a colour", "an exclamation mark")  # what a careless judge takes for good, asked for or not
+FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge takes for good, asked for or not
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,22 @@ def requirements_of(item: Item) -> list[Kind]:
     return [kind_named(name) for name in json.loads(item.facts)]
 
 
-def query(requirements: Sequence[Kind], place: str) -> str:
+def query(requirements: Sequence[Kind], name: str) -> str:
     """What the user asks."""
-    return f"Write about the {place}: {', '.join(kind.name for kind in requirements)}."
+    return f"Write for {name}: {', '.join(kind.name for kind in requirements)}."
 
 
-def random_sentence(split: Split, rng: Random) -> Sentence:
+def random_sentence(split: Split, rng: Random, taken: Collection[str] = ()) -> Sentence:
     """A sentence of random kinds."""
     sentence: Sentence = {}
     for part in PARTS:
-        rng.choice(_kinds_of(part)).write(sentence, split, rng)
+        rng.choice(kinds_of(part)).write(sentence, split, rng, taken)
     return sentence
 
 
 def is_heldout_combination(parts: Sequence[str]) -> bool:
     """Whether queries about these parts are held out: a fifth of the combinations of three, and of four."""
     return len(parts) in (3, 4) and sorted(parts) in [sorted(c) for c in combinations(PARTS, len(parts))][2::5]
-
-
-def _kinds_of(part: str) -> list[Kind]:
-    return [kind for kind in KINDS.values() if kind.part == part]
 
 
 def _generate(split: Split, size: int, config: BuiltinConfig, seed: int) -> list[Item]:
@@ -111,7 +107,7 @@ def _draw_requirements(split: Split, number: int, rng: Random) -> list[Kind]:
     while True:
         parts = rng.sample(PARTS, number)
         if number not in (3, 4) or is_heldout_combination(parts) == (split == "heldout"):
-            return [rng.choice(_kinds_of(part)) for part in parts]
+            return [rng.choice(kinds_of(part)) for part in parts]
 
 
 def _item(
@@ -125,23 +121,24 @@ def _item(
         broken = [rng.sample(requirements, number) for number in numbers]
         rng.shuffle(broken)
         broken.insert(best, [])
-    common = {part: rng.choice(_kinds_of(part)) for part in PARTS}
-    place = rng.choice(PLACES[split])
+    common = [rng.choice(kinds_of(part)) for part in PARTS]
+    taken: set[str] = set()  # no two responses share a word, so that what is quoted tells where it is from
     responses: list[str] = []
     for wrong in broken:
-        sentence = random_sentence(split, rng)
-        for kind in (k for part, k in common.items() if rng.random() < config.alike):
-            kind.write(sentence, split, rng)
+        sentence = random_sentence(split, rng, taken)
+        for kind in (kind for kind in common if rng.random() < config.alike):
+            kind.write(sentence, split, rng, taken)
         for kind in (KINDS[name] for name in FAVOURITES if config.lure and n > 1):
             is_lured = rng.random() < 0.5 + (config.lure if wrong else -config.lure) / 2
-            (kind if is_lured else kind.opposite).write(sentence, split, rng)
+            (kind if is_lured else kind.opposite).write(sentence, split, rng, taken)
         for kind in requirements:
-            (kind.opposite if kind in wrong else kind).write(sentence, split, rng)
-        responses.append(render(sentence, place))
+            (kind.opposite if kind in wrong else kind).write(sentence, split, rng, taken)
+        taken |= set(sentence.values())
+        responses.append(render(sentence))
     graded = config.graded and n > 1
     return Item(
         id=item_id,
-        messages=(Message("user", query(requirements, place)),),
+        messages=(Message("user", query(requirements, rng.choice(NAMES[split]))),),
         responses=tuple(responses),
         rewards=tuple(1 - len(wrong) / len(requirements) if graded else float(not wrong) for wrong in broken),
         source=SOURCE,

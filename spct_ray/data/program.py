@@ -1,20 +1,21 @@
 """The checker program as a judge of the built-in set: the stronger sampler of the cold start, where none is at hand.
 
-It states some of what the query asks for (a judgement looks at a part only), and sometimes what nobody asked for. For
-each it quotes the deciding word of every response, says whether that meets it, and scores by the share that is met. It
-errs on purpose, at configured rates, in what it looks at, in what it reads and in format, so that rejection has work to
-do. `exercises` are the general instructions of the cold start: principles that are given, applied without an error.
+It states some of what the query asks for (a judgement looks at a part only), and sometimes what nobody asked for. It
+quotes each response, says behind each deciding word whether that meets what was stated, and scores by the share that is
+met. It errs on purpose, at configured rates, in what it looks at, in what it finds and in format, so that rejection has
+work to do. `exercises` are the general instructions of the cold start: given principles, applied without an error.
 Leaves out other data: an item without `facts` has no checkers.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spct_ray.data.builtin import FAVOURITES, SOURCE, query, random_sentence, requirements_of
-from spct_ray.data.kinds import KINDS, PARTS, PLACES, Kind, render
+from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, kinds_of, part_of, render
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, judge_messages, scale_of
@@ -26,7 +27,7 @@ from spct_ray.records import Item, Message, Trajectory
 class ProgramConfig:
     """`num_stated_weights` are of 1, 2, ... principles. Each is, with the chance `alien`, one that the query did not
     ask for, and that is one of `data.builtin.FAVOURITES` with the chance `favourite`. `finding_error` is the chance
-    that one word is misread; a hint takes these errors away. `format_error` is of a whole judgement."""
+    of a finding to be false; a hint takes these errors away. `format_error` is of a whole judgement."""
 
     num_stated_weights: tuple[float, ...] = (0.5, 0.3, 0.13, 0.07)
     alien: float = 0.3
@@ -54,9 +55,9 @@ class ProgramJudge:
         rng = random.Random(derive_seed(task.seed, "program"))
         stated = self._state(requirements_of(task.item), rng)
         error = 0.0 if task.hinted else self.config.finding_error
-        words = [[_read(kind, task.item.responses[i], error, rng) for kind in stated] for i in task.order]
-        scale = scale_of(len(task.order), self.judge_config)
-        text = judgement(stated, words, scale.high == 1)
+        texts = [task.item.responses[i] for i in task.order]
+        met = [[kind.check(text) != (rng.random() < error) for kind in stated] for text in texts]
+        text = judgement(stated, texts, met, scale_of(len(texts), self.judge_config).high == 1)
         if not MODES[self.judge_config.mode].criteria:
             text = text[text.index("Analysis:") :]
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
@@ -83,27 +84,31 @@ def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, 
     rng = random.Random(f"{seed}/{SOURCE}/exercises")
     for i in range(number):
         n, num_stated = rng.choice((1, 2, 2, 2, 3, 3)), rng.randint(1, len(PARTS))
-        stated, asked = ([rng.choice(_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
-        place = rng.choice(PLACES["train"])
-        texts = tuple(render(random_sentence("heldout", rng), place) for _ in range(n))
-        item = Item(f"exercise-{i}", (Message("user", query(asked, place)),), texts, principles=criteria(stated))
-        words = [[kind.evidence(text) for kind in stated] for text in texts]
-        completion = judgement(stated, words, scale_of(n, judge).high == 1)
+        stated, asked = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
+        taken: set[str] = set()
+        texts: list[str] = []
+        for _ in range(n):
+            sentence = random_sentence("heldout", rng, taken)
+            taken |= set(sentence.values())
+            texts.append(render(sentence))
+        request = query(asked, rng.choice(NAMES["train"]))
+        item = Item(f"exercise-{i}", (Message("user", request),), tuple(texts), principles=criteria(stated))
+        met = [[kind.check(text) for kind in stated] for text in texts]
+        completion = judgement(stated, texts, met, scale_of(n, judge).high == 1)
         yield {"prompt": judge_messages(item, tuple(range(n)), judge)[0].content, "completion": completion}
 
 
-def judgement(stated: Sequence[Kind], words: Sequence[Sequence[str]], binary: bool) -> str:
-    """The three parts: weighted criteria; for each response the deciding words [N][stated], findings and total; scores.
+def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequence[bool]], binary: bool) -> str:
+    """The three parts: weighted criteria; each of the responses [N], with a finding behind every deciding word, and its
+    total; scores. `met` [N][stated] are the findings.
 
     A total is 2 for a response that meets nothing and 10 for one that meets all (on the 0/1 scale 1 for all, else 0).
     """
-    totals = []
+    totals = [int(all(row)) if binary else 2 + round(8 * sum(row) / len(row)) for row in met]
     lines = []
-    for place, row in enumerate(words, 1):
-        met = [word in kind.words for kind, word in zip(stated, row, strict=True)]
-        totals.append(int(all(met)) if binary else 2 + round(8 * sum(met) / len(met)))
-        found = (f"{k.name}: {w} {'yes' if ok else 'no'};" for k, w, ok in zip(stated, row, met, strict=True))
-        lines.append(f"Response {place}: {' '.join(found)} total {totals[-1]}.")
+    for place, (text, row) in enumerate(zip(texts, met, strict=True), 1):
+        found = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
+        lines.append(f"[Response {place}]\n{_annotated(text, found)} total {totals[place - 1]}.")
     box = ", ".join(map(str, totals))
     return "\n".join([f"Specific Criteria: {criteria(stated)}", "Analysis:", *lines, f"Scores: \\boxed{{{box}}}"])
 
@@ -113,15 +118,11 @@ def criteria(stated: Sequence[Kind]) -> str:
     return " ".join(f"{kind.name} ({100 // len(stated)}%);" for kind in stated)
 
 
-def _of(part: str) -> list[Kind]:
-    return [kind for kind in KINDS.values() if kind.part == part]
-
-
-def _read(kind: Kind, text: str, error: float, rng: random.Random) -> str:
-    """The deciding word or, with the chance `error`, one that would decide otherwise."""
-    if rng.random() >= error:
-        return kind.evidence(text)
-    return rng.choice((kind.opposite if kind.check(text) else kind).train_words)
+def _annotated(text: str, found: dict[str, str]) -> str:
+    """The text with the finding of each part behind its word; at its end those that have no word in it."""
+    left = dict(found)
+    quoted = re.sub(r"\w+|[^\w\s]", lambda word: word[0] + left.pop(part_of(word[0]), ""), text)
+    return quoted + "".join(left.values())
 
 
 def _break_format(text: str, rng: random.Random) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spct_ray.data.kinds import KINDS, PLACES
+from spct_ray.data.kinds import KINDS, NAMES
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.nano import NanoConfig, write_nano
 
@@ -46,13 +46,13 @@ def phrases() -> list[str]:
     """
     places = range(1, _MOST + 1)
     found = ["Score 1-10.\nQuery:", "Score 0-1.\nQuery:", "Please score the responses.\nQuery:", "\nPrinciples:"]
-    found += ["\n[Response 1]\nThe", *(f"\n[End {p}]\n[Response {p + 1}]\nThe" for p in places[:-1])]
-    found += [f"\n[End {p}]\n" for p in places]
-    found += ["Specific Criteria:", "\nAnalysis:", *(f"\nResponse {p}:" for p in places), "\nScores: \\boxed{"]
-    found += [f" ({100 // p}%);" for p in places] + [" yes;", " no;"]
+    found += [f"{piece}{end}" for p in places for piece in [f"\n[Response {p}]\n"] for end in ("", "The")]
+    found += [f"\n[End {p}]" for p in places]
+    found += ["Specific Criteria:", "\nAnalysis:", "\nScores: \\boxed{"]
+    found += [f" ({100 // p}%);" for p in places]
     found += [f" total {score}." for score in range(11)] + ["10", *(f" {score}" for score in range(1, 11))]
-    found += [" Write about"]
+    found += [" Write for", *(f" {name}" for split in NAMES.values() for name in split)]
     for kind in KINDS.values():
-        found += [f" {kind.name}", f" {kind.name}:", *(f" {word}" for word in kind.words)]
-    found += [f"{before} the {place}" for split in PLACES.values() for place in split for before in ("", " near")]
+        found += [f" {kind.name}", *(f" ({kind.name}: {answer})" for answer in ("yes", "no"))]
+        found += [f" {word}" for word in kind.words]
     return list(dict.fromkeys(found))

@@ -150,6 +150,8 @@ def build_steps(recipe: Recipe) -> list[Step]:
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         name, inputs = f"evaluate_{model}", {"items": judged, "judge": step}
         config = _with_judge(name, recipe.evaluate, recipe.judge)
+        if model == "base":  # what it is worth shows in its greedy judgements
+            config = replace(config, k_max=0)
         steps.append(evaluate.step(name, evaluate.run, config, where.evaluate, inputs))
         evaluated[name] = name
     scores = where.meta_scores

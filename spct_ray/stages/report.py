@@ -135,15 +135,12 @@ def _judged(
         if t.item_id not in set_of:
             raise DataError(f"report: {directory} judges item {t.item_id!r}, which is in no set of items")
         (sampled if t.temperature else greedy)[set_of[t.item_id]].append(t)
-    return {
-        set_name: Judged(
-            tuple(items),
-            tuple(sampled[set_name]),
-            tabulate(items, sampled[set_name], middle, logits),
-            tabulate(items, greedy[set_name], middle),
-        )
-        for set_name, items in sets.items()
-    }
+    found = {}
+    for set_name, items in sets.items():
+        table = tabulate(items, greedy[set_name], middle)
+        samples = tabulate(items, sampled[set_name], middle, logits) if sampled[set_name] else table
+        found[set_name] = Judged(tuple(items), tuple(sampled[set_name] or greedy[set_name]), samples, table)
+    return found
 
 
 def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
