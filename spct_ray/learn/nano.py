@@ -1,4 +1,4 @@
-"""The nano judge: a Qwen3 of a third of a million weights, initialised at random, whose tokens are whole phrases.
+"""The nano judge: a Qwen3 of half a million weights, initialised at random, whose tokens are whole phrases.
 
 Small enough that two CPU cores train it from nothing in minutes. Leaves out training; see `stages.rft`.
 """
@@ -21,6 +21,7 @@ class NanoConfig:
 
     hidden_size: int = 128
     num_layers: int = 2
+    num_heads: int = 8  # more than hidden_size / 32: what looks back by one token and by two needs a head each
     intermediate_size: int = 256
     max_length: int = 512
 
@@ -41,7 +42,6 @@ def write_nano(directory: str, config: NanoConfig, phrases: Sequence[str], seed:
         chat_template=CHAT_TEMPLATE,
         model_max_length=config.max_length,
     )
-    heads = config.hidden_size // 32
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -49,8 +49,8 @@ def write_nano(directory: str, config: NanoConfig, phrases: Sequence[str], seed:
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
             head_dim=32,
             max_position_embeddings=config.max_length,
             rope_parameters={"rope_type": "default", "rope_theta": 1000.0},  # texts of a hundred tokens
