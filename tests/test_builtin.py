@@ -226,6 +226,13 @@ def test_the_program_errs_at_its_rates(items: tuple[list[Item], list[Item]]) -> 
     assert counts["false hinted"] == 0
 
 
+def test_what_is_named_first_is_looked_at_first(items: tuple[list[Item], list[Item]]) -> None:
+    one = ProgramJudge(ProgramConfig((1,), fading=0.5, alien=0, finding_error=0, format_error=0), JUDGE)
+    four = [item for item in items[0] if len(requirements_of(item)) == 4]
+    first = [requirements_of(i)[0].name in t.text[:50] for i, t in zip(four, one.judge(tasks(four)), strict=True)]
+    assert sum(first) / len(first) == pytest.approx(8 / 15, abs=0.04)
+
+
 def test_scores_are_shares_of_what_is_met() -> None:
     kinds = [KINDS[name] for name in ("animals", "a colour", "a question mark")]
     text = judgement(kinds, [FOXES, SAWS], [[True, True, False], [False, False, True]], binary=False)

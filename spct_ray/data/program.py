@@ -25,11 +25,15 @@ from spct_ray.records import Item, Message, Trajectory
 
 @dataclass(frozen=True)
 class ProgramConfig:
-    """`num_stated_weights` are of 1, 2, ... principles. Each is, with the chance `alien`, one that the query did not
-    ask for, and that is one of `data.builtin.FAVOURITES` with the chance `favourite`. `finding_error` is the chance
-    of a finding to be false; a hint takes these errors away. `format_error` is of a whole judgement."""
+    """`num_stated_weights` are of 1, 2, ... principles. What a query names first is looked at first: each further thing
+    that it asks for is `fading` times as likely to be stated as the one before. With the chance `alien` a principle is
+    one that nobody asked for, and that one is of `data.builtin.FAVOURITES` with the chance `favourite`.
+    `finding_error` is the chance of a finding to be false; a hint takes these errors away. `format_error` is of a whole
+    judgement.
+    """
 
     num_stated_weights: tuple[float, ...] = (0.5, 0.3, 0.13, 0.07)
+    fading: float = 0.5
     alien: float = 0.3
     favourite: float = 0.8
     finding_error: float = 0.04
@@ -67,7 +71,10 @@ class ProgramJudge:
         number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(asked))
         free = [part for part in PARTS if part not in {kind.part for kind in asked}]
         num_alien = min(sum(rng.random() < self.config.alien for _ in range(number)), len(free))
-        stated = [asked[i] for i in sorted(rng.sample(range(len(asked)), number - num_alien))]
+        left = list(range(len(asked)))
+        while len(left) > len(asked) - (number - num_alien):
+            left.remove(rng.choices(left, [self.config.fading**i for i in left])[0])
+        stated = [kind for i, kind in enumerate(asked) if i not in left]
         for _ in range(num_alien):
             favourites = [KINDS[name] for name in FAVOURITES if KINDS[name].part in free]
             others = [kind for kind in KINDS.values() if kind.part in free]
