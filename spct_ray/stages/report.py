@@ -107,8 +107,8 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
     html = page.render(result, _charts(result, heldout[final], context.inputs), selection, samples)
     _write(Path(context.out, "index.html"), html)
     _write(Path(context.out, "summary.json"), json.dumps(result, indent=2, allow_nan=False) + "\n")
-    example = _text_example(final, heldout[final], max(counting.ks), scale, seed)
-    return {"summary_text": terminal.summary_text(result, example), "num_items": result["num_items"]}
+    examples = _text_examples(final, heldout[final], max(counting.ks), scale, seed)
+    return {"summary_text": terminal.summary_text(result, examples), "num_items": result["num_items"]}
 
 
 def _item_sets(directory: str) -> dict[str, tuple[Item, ...]]:
@@ -250,17 +250,27 @@ def _outcomes(judged: Judged) -> dict[str, tuple[Trajectory, str]]:
     }
 
 
-def _text_example(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> str:
-    """A held-out item drawn by the seed (one with several responses, where there is one), and the vote on it."""
+def _text_examples(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> list[str]:
+    """The first held-out item that the vote got right, and the first that it got wrong, of those with several responses
+    where there are any."""
+    from spct_ray.benchmarks.curves import right_option
     from spct_ray.benchmarks.terminal import example
 
-    several = [item for item in judged.items if len(item.responses) > 1]
-    item = random.Random(seed).choice(several or judged.items)
-    samples = sorted((t for t in judged.trajectories if t.item_id == item.id), key=lambda t: t.sample)[:k]
-    verdict = vote(item.id, len(item.responses), samples)
-    decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
-    shown = next((t for t in samples if not t.failure), samples[0])
-    return example(name, item, shown, verdict, decision)
+    by_item: dict[str, list[Trajectory]] = {item.id: [] for item in judged.items}
+    for t in sorted(judged.trajectories, key=lambda t: t.sample):
+        by_item[t.item_id].append(t)
+    found: dict[bool, str] = {}
+    for item in [item for item in judged.items if len(item.responses) > 1] or judged.items:
+        samples = by_item[item.id][:k]
+        verdict = vote(item.id, len(item.responses), samples)
+        decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
+        is_right = decision == right_option(item)
+        if is_right not in found:
+            shown = next((t for t in samples if not t.failure), samples[0])
+            found[is_right] = example(name, item, shown, verdict, decision)
+        if len(found) == 2:
+            break
+    return [found[is_right] for is_right in (True, False) if is_right in found]
 
 
 def _write(file: Path, text: str) -> None:
