@@ -235,14 +235,14 @@ def test_what_is_named_first_is_looked_at_first(items: tuple[list[Item], list[It
 
 def test_scores_are_shares_of_what_is_met() -> None:
     kinds = [KINDS[name] for name in ("animals", "a colour", "a question mark")]
-    text = judgement(kinds, [FOXES, SAWS], [[True, True, False], [False, False, True]], binary=False)
+    text = judgement(kinds, [FOXES, SAWS], [[True, True, False], [False, False, True]], JUDGE)
     assert text == (
         "Specific Criteria: animals (33%); a colour (33%); a question mark (33%);\nAnalysis:\n[Response 1]\n"
         "The 4 red (a colour: yes) foxes (animals: yes) often waited! (a question mark: no) total 7.\n[Response 2]\n"
         "The four tiny (a colour: no) saws (animals: no) sadly wait? (a question mark: yes) total 5.\n"
         "Scores: \\boxed{7, 5}"
     )
-    alone = judgement(kinds[:2], ["Red foxes"], [[True, False]], binary=True)  # no colour: "Red" is no word of ours
+    alone = judgement(kinds[:2], ["Red foxes"], [[True, False]], JUDGE)  # no colour: "Red" is no word of ours
     assert alone.endswith("\nRed foxes (animals: yes) (a colour: no) total 0.\nScores: \\boxed{0}")
 
 

@@ -61,9 +61,7 @@ class ProgramJudge:
         error = 0.0 if task.hinted else self.config.finding_error
         texts = [task.item.responses[i] for i in task.order]
         met = [[kind.check(text) != (rng.random() < error) for kind in stated] for text in texts]
-        text = judgement(stated, texts, met, scale_of(len(texts), self.judge_config).high == 1)
-        if not MODES[self.judge_config.mode].criteria:
-            text = text[text.index("Analysis:") :]
+        text = judgement(stated, texts, met, self.judge_config)
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
     def _state(self, asked: Sequence[Kind], rng: random.Random) -> list[Kind]:
@@ -101,23 +99,25 @@ def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, 
         request = query(asked, rng.choice(NAMES["train"]))
         item = Item(f"exercise-{i}", (Message("user", request),), tuple(texts), principles=criteria(stated))
         met = [[kind.check(text) for kind in stated] for text in texts]
-        completion = judgement(stated, texts, met, scale_of(n, judge).high == 1)
+        completion = judgement(stated, texts, met, judge)
         yield {"prompt": judge_messages(item, tuple(range(n)), judge)[0].content, "completion": completion}
 
 
-def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequence[bool]], binary: bool) -> str:
+def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequence[bool]], judge: JudgeConfig) -> str:
     """The three parts: weighted criteria; each of the responses [N], with a finding behind every deciding word, and its
     total; scores. `met` [N][stated] are the findings.
 
     A total is 2 for a response that meets nothing and 10 for one that meets all (on the 0/1 scale 1 for all, else 0).
     """
+    binary = scale_of(len(texts), judge).high == 1
     totals = [int(all(row)) if binary else 2 + round(8 * sum(row) / len(row)) for row in met]
     lines = []
     for place, (text, row) in enumerate(zip(texts, met, strict=True), 1):
         found = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
         lines.append(f"[Response {place}]\n{_annotated(text, found)} total {totals[place - 1]}.")
     box = ", ".join(map(str, totals))
-    return "\n".join([f"Specific Criteria: {criteria(stated)}", "Analysis:", *lines, f"Scores: \\boxed{{{box}}}"])
+    head = [f"Specific Criteria: {criteria(stated)}"] if MODES[judge.mode].criteria else []
+    return "\n".join([*head, "Analysis:", *lines, f"Scores: \\boxed{{{box}}}"])
 
 
 def criteria(stated: Sequence[Kind]) -> str:
