@@ -252,7 +252,7 @@ def _outcomes(judged: Judged) -> dict[str, tuple[Trajectory, str]]:
 
 def _text_examples(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> list[str]:
     """The first held-out item that the vote got right, and the first that it got wrong, of those with several responses
-    where there are any."""
+    where there are any; each with the first judgement that decides as the vote did, if there is one."""
     from spct_ray.benchmarks.curves import right_option
     from spct_ray.benchmarks.terminal import example
 
@@ -266,11 +266,18 @@ def _text_examples(name: str, judged: Judged, k: int, scale: Scale, seed: int) -
         decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
         is_right = decision == right_option(item)
         if is_right not in found:
-            shown = next((t for t in samples if not t.failure), samples[0])
+            alike = (t for t in samples if decision is not None and _singles_out(t, decision))
+            shown = next(alike, next((t for t in samples if not t.failure), samples[0]))
             found[is_right] = example(name, item, shown, verdict, decision)
         if len(found) == 2:
             break
     return [found[is_right] for is_right in (True, False) if is_right in found]
+
+
+def _singles_out(t: Trajectory, option: int) -> bool:
+    """Whether a judgement alone decides as the vote did."""
+    best = [i for i, score in enumerate(t.scores) if score == max(t.scores)]
+    return best == [option] if len(t.scores) > 1 else t.scores == (option,)
 
 
 def _write(file: Path, text: str) -> None:
