@@ -1,8 +1,11 @@
-"""The built-in set: its checkers against hand-made texts, and the promises of its items as properties."""
+"""The built-in set: its kinds against hand-made texts, the promises of its items and of the program that judges."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from random import Random
@@ -11,197 +14,269 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spct_ray.data.builtin import BuiltinConfig, constraints_of, generate
-from spct_ray.data.constraints import KINDS, Constraint, fits, words_of
-from spct_ray.data.drafts import render, satisfy, vary, violate, write
-from spct_ray.data.words import TOPICS, TOPICS_OF
+from spct_ray.data.builtin import BuiltinConfig, generate, is_heldout_combination, random_sentence, requirements_of
+from spct_ray.data.kinds import KINDS, NAMES, PARTS, kind_named, render, words_of
+from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises, judgement
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.judge.judge import JudgeTask
+from spct_ray.judge.parse import Scale, has_three_parts, parse_scores
+from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.rule import is_correct
+from spct_ray.learn.nano import NanoConfig, write_nano
 from spct_ray.records import Item
+from spct_ray.stages.nano import phrases
 
-# (constraint, a text that meets it, a text that fails it, evidence in each)
-CASES = [
-    (Constraint("bullets", 2), "- old hat\n- pond", "- old hat\n* pond", "- hat, - pond: 2", "- hat, * pond: 2"),
-    (Constraint("numbered", 2), "1. hat\n2. pond", "1. hat\n3. pond", "1. hat, 2. pond: 2", "1. hat, 3. pond: 2"),
-    (
-        Constraint("json_key", "note"),
-        '{"note": "a hat"}',
-        '{"note": "a hat"',
-        'from {"note": to hat"}',
-        'from {"note": to hat"',
-    ),
-    (Constraint("num_sentences", 2), "A hat. So it is!", "A hat on 4.5 so.", "hat. is!: 2", "so.: 1"),
-    (Constraint("num_words", 3), "the old hat.", "the hat.", "3 words", "2 words"),
-    (Constraint("include", "hat"), "The old hat, maybe.", "The hats.", '"old hat"', 'no "hat"'),
-    (Constraint("exclude", "hat"), "The hats.", "Hat on.", 'no "hat"', '"Hat"'),
-    (Constraint("first_word", "Soon"), '"Soon, the hat"', "So soon", 'first "Soon"', 'first "So"'),
-    (Constraint("last_word", "hat"), "The old hat!", "The hat on", 'last "hat"', 'last "on"'),
-    (Constraint("no_commas"), "The hat.", "Soon, the hat.", "no comma", "comma ,"),
-    (Constraint("number"), "On day 12.", "On day two.", "digit 1", "no digit"),
-    (Constraint("end_mark", "!"), "The hat!", "The hat!?", "ends in !", "ends in !?"),
-    (Constraint("end_number", 47), "The hat 47", "The hat 147", "ends with 47", "ends with 147"),
-    (Constraint("title"), "<<A Hat>> The hat", "<A Hat> The hat", "starts with <<", "starts with <"),
-    (Constraint("quotes"), '"The hat."', '"The" hat."', 'from " to ."', 'from " to ."'),
-    (Constraint("lowercase"), "the hat 1", "the Hat", "no capital", "capital H"),
-    (Constraint("uppercase"), "THE HAT 1", "THE Hat", "no small letter", "small letter a"),
-]
-
-
-def test_every_kind_has_a_hand_made_case() -> None:
-    assert {case[0].kind for case in CASES} == set(KINDS)
+JUDGE = JudgeConfig(template="compact")
+FOXES = "The 4 red foxes often waited!"
+SAWS = "The four tiny saws sadly wait?"
 
 
 @pytest.mark.parametrize(
-    ("constraint", "good", "bad", "good_evidence", "bad_evidence"), CASES, ids=lambda c: str(c)[:30]
+    ("name", "meets", "word"),
+    [
+        ("a number in digits", FOXES, "4"),
+        ("a number in letters", SAWS, "four"),
+        ("a colour", FOXES, "red"),
+        ("a size", SAWS, "tiny"),
+        ("animals", FOXES, "foxes"),
+        ("tools", SAWS, "saws"),
+        ("a time", FOXES, "often"),
+        ("a feeling", SAWS, "sadly"),
+        ("the past", FOXES, "waited"),
+        ("the present", SAWS, "wait"),
+        ("an exclamation mark", FOXES, "!"),
+        ("a question mark", SAWS, "?"),
+    ],
 )
-def test_checkers_and_evidence(
-    constraint: Constraint, good: str, bad: str, good_evidence: str, bad_evidence: str
-) -> None:
-    assert (constraint.check(good), constraint.check(bad)) == (True, False)
-    assert (constraint.evidence(good), constraint.evidence(bad)) == (good_evidence, bad_evidence)
+def test_each_kind_checks_and_quotes(name: str, meets: str, word: str) -> None:
+    kind, other = KINDS[name], SAWS if meets == FOXES else FOXES
+    assert kind.check(meets)
+    assert kind.evidence(meets) == word
+    assert not kind.check(other)
+    assert kind.opposite.check(other)
+    assert kind.evidence(other) in kind.opposite.words
+    assert not kind.check("Nothing of the kind.")
+    assert kind.evidence("") == ""
 
 
-def any_constraint() -> st.SearchStrategy[Constraint]:
-    return st.sampled_from([Constraint(k, v) for k, kind in KINDS.items() for v in kind.values["train"]])
-
-
-@given(any_constraint(), st.text(max_size=60))
-def test_any_text_gets_a_verdict_and_evidence_on_one_line(constraint: Constraint, text: str) -> None:
-    assert constraint.check(text) in (True, False)
-    assert constraint.evidence(text).strip()
-    assert "\n" not in constraint.evidence(text)
-
-
-@settings(max_examples=400)
-@given(any_constraint(), st.sampled_from(TOPICS), st.integers())
-def test_satisfy_and_violate_do_what_they_say(constraint: Constraint, topic: str, seed: int) -> None:
+@given(st.integers(0, 2**40), st.sampled_from(list(KINDS)), st.sampled_from(["train", "heldout"]))
+def test_what_a_kind_writes_it_finds_again_and_nothing_else_changes(seed: int, name: str, split: str) -> None:
     rng = Random(seed)
-    taken = KINDS[constraint.kind].slots
-    base = write(topic, taken, rng)
-    good, bad = vary(base, taken, rng), vary(base, taken, rng)
-    satisfy(good, constraint, rng)
-    violate(bad, constraint, rng)
-    assert constraint.check(render(good, topic))
-    assert not constraint.check(render(bad, topic))
-    assert 3 <= len(words_of(render(bad, topic))) <= 24
+    sentence = random_sentence(split, rng)  # type: ignore[arg-type]
+    before = render(sentence)
+    KINDS[name].write(sentence, split, rng)  # type: ignore[arg-type]
+    after = render(sentence)
+    assert KINDS[name].check(after)
+    for other in KINDS.values():
+        assert other.check(after) == (other.check(before) if other.part != KINDS[name].part else other.name == name)
 
 
 @pytest.fixture(scope="module")
 def items() -> tuple[list[Item], list[Item]]:
-    return generate(BuiltinConfig(6000, 2000), seed=3)
+    return generate(BuiltinConfig(4000, 1500), seed=3)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**40))
-def test_right_responses_meet_all_and_wrong_ones_fail_exactly_one(seed: int) -> None:
-    for item in itertools.chain(*generate(BuiltinConfig(40, 20), seed)):
-        failed = [sum(not c.check(text) for c in constraints_of(item)) for text in item.responses]
-        assert failed == [1 - int(reward) for reward in item.rewards], item
-        assert len(set(item.responses)) == len(item.responses)
-        if len(item.responses) > 1:
+@given(st.integers(0, 2**40), st.sampled_from([0.0, 0.5]))
+def test_the_best_meets_all_and_each_other_response_breaks_exactly_one(seed: int, lure: float) -> None:
+    for item in itertools.chain(*generate(BuiltinConfig(40, 20, lure=lure), seed)):
+        broken = [sum(not kind.check(text) for kind in requirements_of(item)) for text in item.responses]
+        if len(item.responses) == 1:
+            assert broken == [0 if item.rewards == (1.0,) else 2]
+        else:
+            assert broken == [1 - int(reward) for reward in item.rewards]
             assert sum(item.rewards) == 1
-        assert any(
-            not c.check(text) for c in constraints_of(item) for text in item.responses if c.kind == item.subset
-        ) or (item.rewards == (1.0,))
-        assert all(any(s in item.messages[0].content for s in c.instructions) for c in constraints_of(item))
+        words = [set(words_of(text)) - {"The", "!", "?"} for text in item.responses]
+        assert not any(a & b for a, b in itertools.combinations(words, 2))
+        assert all(kind.name in item.messages[0].content for kind in requirements_of(item))
 
 
 def test_the_mix_is_as_configured(items: tuple[list[Item], list[Item]]) -> None:
-    train, _ = items
-    share = {n: count / len(train) for n, count in Counter(len(i.responses) for i in train).items()}
-    assert share == pytest.approx({1: 0.1, 2: 0.6, 4: 0.3}, abs=0.02)
-    assert {len(constraints_of(i)) for i in train} == {1, 2, 3}
-    assert {i.subset for i in train} == set(KINDS)
+    share = {n: count / len(items[0]) for n, count in Counter(len(i.responses) for i in items[0]).items()}
+    assert share == pytest.approx({1: 0.12, 2: 0.63, 3: 0.25}, abs=0.02)
+    assert {len(requirements_of(i)) for i in items[0]} == {3, 4}
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_places_of_the_best_are_balanced_within_each_kind(items: tuple[list[Item], list[Item]], side: int) -> None:
-    places: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
+def test_places_of_the_best_are_balanced(items: tuple[list[Item], list[Item]], side: int) -> None:
+    places: dict[int, Counter[int]] = defaultdict(Counter)
     for item in items[side]:
         n = len(item.responses)
-        places[n, item.subset][item.best if n > 1 else int(item.rewards[0])] += 1
-    for (n, kind), counts in places.items():
+        places[n][item.best if n > 1 else int(item.rewards[0])] += 1
+    for n, counts in places.items():
         per_place = [counts[place] for place in range(max(n, 2))]
-        assert max(per_place) - min(per_place) <= 1, (n, kind, counts)
+        assert max(per_place) - min(per_place) <= 1, (n, counts)
 
 
-def test_topics_and_asked_values_are_disjoint(items: tuple[list[Item], list[Item]]) -> None:
-    train, heldout = ({(c.kind, c.value) for item in side for c in constraints_of(item)} for side in items)
-    assert {value for _, value in train & heldout} == {""}
-    topics = [{t for t in TOPICS for item in side if t in words_of(item.messages[0].content)} for side in items]
-    assert topics[0] == set(TOPICS_OF["train"])
-    assert topics[1] == set(TOPICS_OF["heldout"])
-    assert not topics[0] & topics[1]
-    queries = [{item.messages[0].content for item in side} for side in items]
-    assert not queries[0] & queries[1]
+def test_names_words_and_combinations_are_held_out(items: tuple[list[Item], list[Item]]) -> None:
+    texts = [{word for i in side for text in i.responses for word in words_of(text)} for side in items]
+    held = {word for kind in KINDS.values() for word in kind.words if word not in kind.train_words}
+    assert not texts[0] & held
+    assert held <= texts[1]
+    names = [{name for i in side for name in words_of(i.messages[0].content)} for side in items]
+    for split, found in zip(("train", "heldout"), names, strict=True):
+        assert found & {*NAMES["train"], *NAMES["heldout"]} == set(NAMES[split])  # type: ignore[index]
+    combinations = [{tuple(sorted(k.part for k in requirements_of(i))) for i in side} for side in items]
+    assert not combinations[0] & combinations[1]
+    assert all(map(is_heldout_combination, combinations[1]))
+    for size, held_out in ((3, 4), (4, 3)):  # of 20, and of 15
+        assert sum(len(c) == size for c in combinations[1]) == held_out
 
 
-@pytest.mark.parametrize("longest", [True, False])
-@pytest.mark.parametrize("unit", [len, lambda text: len(text.split())], ids=["characters", "words"])
-def test_length_tells_nothing(items: tuple[list[Item], list[Item]], unit, longest: bool) -> None:  # type: ignore[no-untyped-def]
-    gains = []  # over chance, ties shared
-    for item in itertools.chain(*items):
-        lengths = [unit(text) * (1 if longest else -1) for text in item.responses]
-        top = [i for i, length in enumerate(lengths) if length == max(lengths)]
-        if len(lengths) > 1:
-            gains.append((item.best in top) / len(top) - 1 / len(lengths))
-    assert abs(sum(gains) / len(gains)) < 0.02  # 7,200 items: one standard error is 0.006
+def test_nothing_but_what_was_asked_tells_the_best(items: tuple[list[Item], list[Item]]) -> None:
+    """A guess that follows one kind, whatever the query, is right half of the time."""
+    pairs = [i for i in items[0] if len(i.responses) == 2]
+    for kind in KINDS.values():
+        unasked = [i for i in pairs if kind.part not in {k.part for k in requirements_of(i)}]
+        guesses = [
+            i.best == met.index(True) for i in unasked if sum(met := [kind.check(text) for text in i.responses]) == 1
+        ]
+        assert abs(sum(guesses) / len(guesses) - 0.5) < 0.12, kind.name  # about 350 items: one standard error is 0.027
 
 
-@pytest.mark.parametrize("place", [0, -1])
-def test_first_and_last_character_tell_little_without_the_query(
-    items: tuple[list[Item], list[Item]], place: int
-) -> None:
-    """Guesses from one character, learned on train, tried on held-out, for kinds that it cannot decide."""
-    decided = {"json_key", "quotes", "title", "bullets", "numbered", "end_mark", "end_number", "lowercase", "uppercase"}
-    decided |= {"first_word"}
-    sides = [[i for i in side if len(i.responses) == 2 and i.subset not in decided] for side in items]
-    wins: Counter[str] = Counter()
-    for item in sides[0]:
-        for text, reward in zip(item.responses, item.rewards, strict=True):
-            wins[text[place]] += 1 if reward else -1
-    picks = [max((0, 1), key=lambda i: wins[item.responses[i][place]]) == item.best for item in sides[1]]
-    assert abs(sum(picks) / len(picks) - 0.5) < 0.08  # about 600 items: one standard error is 0.02
+def test_a_lure_makes_the_favourites_more_frequent_in_worse_responses() -> None:
+    train, _ = generate(BuiltinConfig(2000, 0, num_responses=(2,), num_responses_weights=(1.0,), lure=0.5), 1)
+    unasked = [i for i in train if "mark" not in {k.part for k in requirements_of(i)}]
+    best, worse = (
+        sum(KINDS["an exclamation mark"].check(i.responses[i.best if is_best else 1 - i.best]) for i in unasked)
+        for is_best in (True, False)
+    )
+    assert best / len(unasked) == pytest.approx(0.25, abs=0.05)
+    assert worse / len(unasked) == pytest.approx(0.75, abs=0.05)
 
 
-def test_same_seed_same_items_and_another_seed_others() -> None:
+def test_another_process_makes_the_same_items_and_another_seed_others() -> None:
     config = BuiltinConfig(50, 20)
-    assert generate(config, 5) == generate(config, 5)
+    code = (
+        "from spct_ray.data.builtin import *; from spct_ray.data.program import *; from spct_ray.judge.prompt import *;"
+        "print(*generate(BuiltinConfig(50, 20), 5), *exercises(9, JudgeConfig(template='compact'), 5))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip("\n") == " ".join(map(str, [*generate(config, 5), *exercises(9, JUDGE, 5)]))
     assert generate(config, 5) != generate(config, 6)
     assert generate(config, 5)[0] == generate(BuiltinConfig(50, 0), 5)[0]
-
-
-def test_ten_thousand_items_use_a_small_vocabulary(items: tuple[list[Item], list[Item]]) -> None:
-    texts = [text for item in items[0] for text in (item.messages[0].content, *item.responses)]
-    assert len({w.lower() for text in texts for w in words_of(text) if w.isalpha()}) < 600
 
 
 def test_graded_items_rank_every_response_by_what_it_meets() -> None:
     config = BuiltinConfig(60, 20, (1, 2, 4), (0.2, 0.4, 0.4), (3,), (1.0,), graded=True)
     for item in itertools.chain(*generate(config, 3)):
-        constraints = constraints_of(item)
-        met = [sum(c.check(text) for c in constraints) for text in item.responses]
-        if len(item.responses) == 1:
-            assert item.rewards[0] == (met[0] == len(constraints))
-        else:
-            assert item.rewards == pytest.approx([m / len(constraints) for m in met])
-            assert sorted(met, reverse=True) == [len(constraints) - i for i in range(len(met))]
-    with pytest.raises(ConfigError, match="4 responses need 3 constraints, but num_constraints is 2"):
-        generate(replace(config, num_constraints=(2,)), 3)
+        asked = requirements_of(item)
+        met = [sum(kind.check(text) for kind in asked) for text in item.responses]
+        if len(item.responses) > 1:
+            assert item.rewards == pytest.approx([m / len(asked) for m in met])
+            assert sorted(met, reverse=True) == [len(asked) - i for i in range(len(met))]
+    with pytest.raises(ConfigError, match="4 responses need 3 requirements, but num_requirements is 2"):
+        generate(replace(config, num_requirements=(2,)), 3)
 
 
-def test_kinds_can_be_chosen_and_unknown_ones_are_refused() -> None:
-    chosen = generate(BuiltinConfig(30, 0, kinds=("quotes", "include")), 0)[0]
-    assert {c.kind for item in chosen for c in constraints_of(item)} == {"quotes", "include"}
-    with pytest.raises(ConfigError, match="quote_marks"):
-        generate(BuiltinConfig(1, 1, kinds=("quote_marks",)), 0)
+def test_what_cannot_be_made_or_read_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"num_responses .* one weight a value"):
         generate(BuiltinConfig(1, 1, num_responses=(2, 4)), 0)
-    with pytest.raises(DataError, match="unknown constraint kind 'rhyme'"):
-        Constraint("rhyme")
+    with pytest.raises(ConfigError, match="a response has 6 parts"):
+        generate(BuiltinConfig(1, 1, num_requirements=(7,), num_requirements_weights=(1.0,)), 0)
+    with pytest.raises(DataError, match="unknown kind 'rhyme'"):
+        kind_named("rhyme")
     with pytest.raises(DataError, match="'hh'"):
-        constraints_of(Item("x", (), ("a",), source="hh"))
+        requirements_of(Item("x", (), ("a",), source="hh"))
 
 
-def test_kinds_that_decide_the_same_part_do_not_fit() -> None:
-    assert not fits("uppercase", KINDS["lowercase"].slots)
-    assert fits("include", KINDS["last_word"].slots)
+def tasks(items: list[Item], hinted: bool = False) -> list[JudgeTask]:
+    return [JudgeTask(item, tuple(range(len(item.responses))), 0, 1.0, i, hinted) for i, item in enumerate(items)]
+
+
+def test_the_program_without_errors_is_right_where_it_looks_at_everything(
+    items: tuple[list[Item], list[Item]],
+) -> None:
+    thorough = ProgramJudge(ProgramConfig((0, 0, 0, 1), alien=0, finding_error=0, format_error=0), JUDGE)
+    four = [item for item in items[0][:300] if len(requirements_of(item)) == 4]
+    for item, t in zip(four, thorough.judge(tasks(four)), strict=True):
+        assert is_correct(t.scores, item.rewards), t.text
+        assert has_three_parts(t.text)
+    bare = ProgramJudge(ProgramConfig(), replace(JUDGE, mode="no_principles")).judge(tasks(four[:5]))
+    assert all(t.text.startswith("Analysis:") for t in bare)
+
+
+def test_the_program_errs_at_its_rates(items: tuple[list[Item], list[Item]]) -> None:
+    config = ProgramConfig(num_stated_weights=(0.5, 0.5), alien=0.3, favourite=0.8, finding_error=0.1, format_error=0.1)
+    counts: Counter[str] = Counter()
+    for hinted in (False, True):
+        for task, t in zip(
+            tasks(items[0], hinted), (ProgramJudge(config, JUDGE).judge(tasks(items[0], hinted))), strict=True
+        ):
+            counts["judgements"] += 1
+            counts["failed"] += bool(t.failure)
+            asked = requirements_of(task.item)
+            stated = [
+                part.rpartition(" (")[0].strip() for part in t.text.splitlines()[0].split(":", 1)[1].split(";")[:-1]
+            ]
+            counts["stated"] += len(stated)
+            aliens = set(stated) - {kind.name for kind in asked}
+            counts["alien"] += len(aliens)
+            counts["favourite"] += len(aliens & {"a feeling", "an exclamation mark"})
+            for text, line in zip(task.item.responses, t.text.splitlines()[3::2], strict=False):
+                for name in stated:
+                    counts["hinted" if hinted else "found"] += 1
+                    answer = "yes" if KINDS[name].check(text) else "no"
+                    counts["false hinted" if hinted else "false"] += f" ({name}: {answer})" not in line
+    assert counts["failed"] / counts["judgements"] == pytest.approx(0.1, abs=0.02)
+    assert counts["stated"] / counts["judgements"] == pytest.approx(1.5, abs=0.05)
+    assert counts["alien"] / counts["stated"] == pytest.approx(0.3, abs=0.03)
+    assert counts["favourite"] / counts["alien"] > 0.5  # less than 0.8: where one was asked for, it is no alien
+    assert counts["false"] / counts["found"] == pytest.approx(0.1, abs=0.02)
+    assert counts["false hinted"] == 0
+
+
+def test_what_is_named_first_is_looked_at_first(items: tuple[list[Item], list[Item]]) -> None:
+    one = ProgramJudge(ProgramConfig((1,), fading=0.5, alien=0, finding_error=0, format_error=0), JUDGE)
+    four = [item for item in items[0] if len(requirements_of(item)) == 4]
+    first = [requirements_of(i)[0].name in t.text[:50] for i, t in zip(four, one.judge(tasks(four)), strict=True)]
+    assert sum(first) / len(first) == pytest.approx(8 / 15, abs=0.04)
+
+
+def test_scores_are_shares_of_what_is_met() -> None:
+    kinds = [KINDS[name] for name in ("animals", "a colour", "a question mark")]
+    text = judgement(kinds, [FOXES, SAWS], [[True, True, False], [False, False, True]], JUDGE)
+    assert text == (
+        "Specific Criteria: animals (33%); a colour (33%); a question mark (33%);\nAnalysis:\n[Response 1]\n"
+        "The 4 red (a colour: yes) foxes (animals: yes) often waited! (a question mark: no) total 7.\n[Response 2]\n"
+        "The four tiny (a colour: no) saws (animals: no) sadly wait? (a question mark: yes) total 5.\n"
+        "Scores: \\boxed{7, 5}"
+    )
+    alone = judgement(kinds[:2], ["Red foxes"], [[True, False]], JUDGE)  # no colour: "Red" is no word of ours
+    assert alone.endswith("\nRed foxes (animals: yes) (a colour: no) total 0.\nScores: \\boxed{0}")
+
+
+def test_exercises_apply_the_given_principles_to_all_words() -> None:
+    made = list(exercises(800, JUDGE, 1))
+    assert {word for kind in KINDS.values() for word in kind.words} <= {
+        word for row in made for word in words_of(row["completion"])
+    }
+    ties = 0
+    for row in made:
+        given = row["prompt"].partition("\nPrinciples: ")[2].partition("\n")[0]
+        assert row["completion"].startswith(f"Specific Criteria: {given}\nAnalysis:\n")
+        n = row["prompt"].count("[End ")
+        scores = parse_scores(row["completion"], n, Scale(0, 1) if n == 1 else Scale(1, 10))
+        assert isinstance(scores, tuple)
+        ties += n == 2 and scores[0] == scores[1]
+    assert ties > 50  # a judge that never saw one would guess
+
+
+def test_the_nano_tokenizer_has_a_token_for_every_phrase_and_takes_any_text(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    write_nano(str(tmp_path), NanoConfig(), phrases(), 1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for row in exercises(100, JUDGE, 2):
+        text = row["prompt"] + row["completion"]
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text
+        assert len(ids) < len(text) / 5
+        assert {tokenizer.decode([i]) for i in ids if len(tokenizer.decode([i])) == 1} <= set("0123456789!?.,:;}\n")
+    for text in ("Ünïcode \u3042 \t{x} <|en", "redundant  \n\n 44", ""):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_every_part_has_two_kinds() -> None:
+    assert Counter(kind.part for kind in KINDS.values()) == dict.fromkeys(PARTS, 2)

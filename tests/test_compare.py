@@ -100,14 +100,14 @@ def test_runs_stand_side_by_side_from_what_they_stored(tmp_path: Path, capsys: p
 
 
 def test_unseen_sets_stand_beside_the_held_out_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    three = BuiltinConfig(0, 12, (3,), (1.0,), (1,), (1.0,), kinds=("quotes", "last_word"))
+    three = BuiltinConfig(0, 12, (3,), (1.0,))
     root = make_run(tmp_path / "run", 0.9, k=3, sets={"three": three})
     assert main(["compare", str(root), "--k", "1,3", "--out", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     found = summary["benchmarks"]
     assert {label: block["num_questions"] for label, block in found.items()} == {"heldout": 10, "three": 12}
     assert found["three"]["chance"] == pytest.approx(1 / 3, abs=0.05)  # by drawing
-    assert set(found["three"]["models"]["run_grpo"]["by_subset"]) == {"quotes", "last_word"}
+    assert set(found["three"]["models"]["run_grpo"]["by_subset"]) == {"3 responses"}
     assert [block["in_distribution"] for block in found.values()] == [True, False]
     assert set(summary["meta_rm"]["run_grpo"]) == {"heldout", "three"}
     assert "own items (three): official score of 12 rows" in capsys.readouterr().out

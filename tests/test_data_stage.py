@@ -162,22 +162,22 @@ def unseen_after(given: Path, out: Path, config: unseen.UnseenConfig) -> None:
     unseen.run(made, config, unseen.UnseenResources())
 
 
-def test_unseen_sets_are_of_other_kinds_and_sizes_beside_some_held_out_items(tmp_path: Path) -> None:
-    trained = BuiltinConfig(60, 20, (2,), (1.0,), (1,), (1.0,), kinds=("quotes", "number"))
+def test_unseen_sets_are_of_other_sizes_beside_some_held_out_items(tmp_path: Path) -> None:
+    trained = BuiltinConfig(60, 20, (2,), (1.0,), (3,), (1.0,))
     run(context(tmp_path / "items"), ItemsConfig(builtin=trained), ItemsResources())
     sets = {
-        "kinds": BuiltinConfig(99, 12, (2,), (1.0,), (1,), (1.0,), kinds=("last_word", "bullets")),
-        "three": BuiltinConfig(99, 9, (3,), (1.0,), (2,), (1.0,), kinds=("quotes", "number")),
+        "five": BuiltinConfig(99, 12, (2,), (1.0,), (5,), (1.0,)),
+        "three": BuiltinConfig(99, 9, (3,), (1.0,), (2,), (1.0,)),
         "same": trained,
     }
     unseen_after(tmp_path / "items", tmp_path / "out", unseen.UnseenConfig(sets, heldout_size=8))
     files = judged_files(str(tmp_path / "out"))
-    assert list(files) == ["heldout", "kinds", "same", "three"]
+    assert list(files) == ["heldout", "five", "same", "three"]
     items = {name: read_items(str(file)) for name, file in files.items()}
     assert items["heldout"] == read_items(str(tmp_path / "items" / "heldout.parquet"))[:8]
-    assert {item.subset for item in items["kinds"]} == {"last_word", "bullets"}
+    assert {(len(i.responses), len(json.loads(i.facts))) for i in items["five"]} == {(2, 5)}
     assert {(len(i.responses), len(json.loads(i.facts))) for i in items["three"]} == {(3, 2)}
-    assert {len(items[name]) for name in ("kinds", "three", "same")} == {12, 9, 20}
+    assert {len(items[name]) for name in ("five", "three", "same")} == {12, 9, 20}
     # One judge judges them all: ids differ, and a set of the run's own kinds is not its held-out set again.
     assert len({i.id for found in items.values() for i in found}) == 8 + 12 + 9 + 20
     assert not {query_text(i) for i in items["same"]} <= {query_text(i) for i in items["heldout"]}

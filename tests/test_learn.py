@@ -25,7 +25,7 @@ from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
 from spct_ray.learn.config import OptimConfig, lr_factor
-from spct_ray.learn.examples import DataOrder, Example, ExampleFile, make_example, write_examples
+from spct_ray.learn.examples import Example, ExampleFile, ExampleFiles, MixedOrder, make_example, write_examples
 from spct_ray.learn.fit import one_ahead
 from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
 from spct_ray.learn.metrics_file import MetricsFile
@@ -173,7 +173,7 @@ def test_optimizer_settings_that_cannot_be_are_refused(wrong: dict[str, float], 
 
 @given(st.integers(1, 30), st.integers(1, 90), st.integers(1, 12), st.integers(0, 3))
 def test_every_epoch_draws_every_example_once(num: int, drawn: int, batch_size: int, seed: int) -> None:
-    order = DataOrder(num, drawn, batch_size, seed)
+    order = MixedOrder((num,), drawn, batch_size, seed)
     batches = [order.batch(step) for step in range(order.num_steps)]
     stream = list(itertools.chain.from_iterable(batches))
     assert len(stream) == drawn
@@ -184,8 +184,26 @@ def test_every_epoch_draws_every_example_once(num: int, drawn: int, batch_size: 
 
 
 def test_epochs_and_seeds_differ_in_order() -> None:
-    order = DataOrder(50, 150, 50, 0)
-    assert len({tuple(o.batch(step)) for o in (order, DataOrder(50, 150, 50, 1)) for step in range(3)}) == 6
+    orders = [MixedOrder((50,), 150, 50, seed) for seed in (0, 1)]
+    assert len({tuple(order.batch(step)) for order in orders for step in range(3)}) == 6
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 90), st.integers(1, 12), st.integers(0, 3))
+def test_a_second_kind_of_examples_has_its_share_of_each_part(
+    first: int, second: int, drawn: int, batch_size: int, seed: int
+) -> None:
+    shares = (0.75, 0.3, 0.0)
+    order = MixedOrder((first, second), drawn, batch_size, seed, shares)
+    kinds: tuple[list[int], list[int]] = [], []
+    for step in range(order.num_steps):
+        batch = order.batch(step)
+        assert sum(i >= first for i in batch) == round(shares[3 * step // order.num_steps] * len(batch))
+        for i in batch:
+            kinds[i >= first].append(i)
+    assert sum(map(len, kinds)) == drawn
+    for drawn_of_kind, size, start in zip(kinds, (first, second), (0, first), strict=True):
+        for epoch in range(len(drawn_of_kind) // size):
+            assert sorted(drawn_of_kind[epoch * size : (epoch + 1) * size]) == list(range(start, start + size))
 
 
 def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> None:
@@ -200,6 +218,10 @@ def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> No
         assert same(found, example)
     with pytest.raises(IndexError, match="example 9000 of 9000"):
         file[9000]
+    write_examples(str(tmp_path / "more.arrow"), examples[:3])
+    files = ExampleFiles([path, str(tmp_path / "more.arrow")])
+    assert files.sizes == [9000, 3]
+    assert all(same(files[i], example) for i, example in enumerate([*examples, *examples[:3]]))
 
 
 def test_rows_are_made_one_step_ahead_and_in_order() -> None:

@@ -224,7 +224,8 @@ def test_page_is_self_contained_and_escapes_hostile_text(whole: tuple[dict[str, 
 def test_text_is_aligned_and_narrow(whole: tuple[dict[str, Any], str, str]) -> None:
     text = whole[2]
     assert max(map(len, text.splitlines())) <= WIDTH
-    assert text.startswith("One judged example (GRPO)")
+    assert text.startswith("The first held-out item that GRPO judges right")
+    assert "The first held-out item that GRPO judges wrong" in text
     table = text[text.index("Held-out: accuracy on 24 items") :].splitlines()[1:]
     assert [row.split()[0] for row in table[2:5]] == ["base", "RFT", "GRPO"]
     assert len({len(row) for row in table[:5]}) == 1

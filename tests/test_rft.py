@@ -18,6 +18,7 @@ from tiny import make_tiny_model
 
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.examples import ExampleFile
 from spct_ray.stages import rft
@@ -69,18 +70,19 @@ class Failing(StepContext):
 def test_only_short_examples_are_kept_and_general_ones_are_mixed_in(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
     general = tmp_path / "general.jsonl"
-    long = {"prompt": "Hi", "completion": "word " * 300}
+    long = {"prompt": "Hi", "completion": "word " * 1500}
     talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     general.write_text("\n".join(json.dumps(row) for row in [talk, long] * 20))
     context = make_context(tmp_path, "rft", inputs)
-    config = replace(CONFIG, general_paths=(str(general),), general_ratio=1.5)
+    config = replace(CONFIG, general_paths=(str(general),), general_builtin=5, general_shares=(0.5, 0.0))
+    config = replace(config, judge=JudgeConfig(template="compact"), max_tokens=900)
     counts = rft.write_training_file(context, config)
-    assert counts["judgements"] == 20
-    assert counts["general"] + counts["general_too_long"] == 30
-    assert len(ExampleFile(str(tmp_path / "rft" / "examples.arrow"))) == 20 + counts["general"]
-    first = (tmp_path / "rft" / "examples.arrow").read_bytes()
+    assert counts == {"judgements": 20, "general": 25, "general_too_long": 20}
+    files = [tmp_path / "rft" / name for name in ("examples.arrow", "general.arrow")]
+    assert [len(ExampleFile(str(file))) for file in files] == [20, 25]
+    first = [file.read_bytes() for file in files]
     assert rft.write_training_file(context, config) == counts
-    assert (tmp_path / "rft" / "examples.arrow").read_bytes() == first
+    assert [file.read_bytes() for file in files] == first
 
 
 def test_unusable_training_data_is_refused_by_name(tmp_path: Path) -> None:
@@ -91,18 +93,20 @@ def test_unusable_training_data_is_refused_by_name(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"question": "a"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl, row 2: needs messages.*question"):
-        rft.write_training_file(context, replace(CONFIG, general_paths=(str(bad),), general_ratio=1))
+        rft.write_training_file(context, replace(CONFIG, general_paths=(str(bad),), general_shares=(0.5,)))
     bad.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(DataError, match="end with an assistant"):
-        rft.write_training_file(context, replace(CONFIG, general_paths=(str(bad),), general_ratio=1))
+        rft.write_training_file(context, replace(CONFIG, general_paths=(str(bad),), general_shares=(0.5,)))
 
 
 def test_number_of_steps_follows_epochs_or_max_steps() -> None:
-    assert data_order(100, SupervisedConfig(batch_size=8, epochs=1.0, max_steps=0), 0).num_steps == 13
-    assert data_order(100, SupervisedConfig(batch_size=8, epochs=0.5, max_steps=0), 0).num_steps == 7
-    assert data_order(100, SupervisedConfig(batch_size=8, epochs=1.0, max_steps=3), 0).num_steps == 3
+    assert data_order([100], SupervisedConfig(batch_size=8, epochs=1.0, max_steps=0), 0).num_steps == 13
+    assert data_order([100], SupervisedConfig(batch_size=8, epochs=0.5, max_steps=0), 0).num_steps == 7
+    assert data_order([100], SupervisedConfig(batch_size=8, epochs=1.0, max_steps=3), 0).num_steps == 3
+    mixed = data_order([100, 900], SupervisedConfig(batch_size=8, epochs=1.0, max_steps=0), 0, (0.75, 0.25))
+    assert mixed.num_steps == 25  # half of the examples are judgements
     with pytest.raises(ConfigError, match="nothing to train on"):
-        data_order(100, SupervisedConfig(batch_size=8, epochs=0.0, max_steps=0), 0)
+        data_order([100], SupervisedConfig(batch_size=8, epochs=0.0, max_steps=0), 0)
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ CHANGES = {  # what an experiment runs beside the run whose finished steps it ta
 KEEPS = {
     "no_hinted": {"items", "student", "evaluate_base"},
     "no_easy_rejection": {"items", "student", "sample", "evaluate_base"},
-    "no_principles": {"items"},  # the nano student is made for the prompt
+    "no_principles": {"items", "student"},
 }
 
 
@@ -129,7 +129,7 @@ def test_the_order_experiment_can_be_made_at_four_responses() -> None:
     from spct_ray.data.builtin import generate
     from spct_ray.stages.recipe import Recipe
 
-    overrides = ["items.builtin.num_responses=[3,4]", "items.builtin.num_constraints=[3]"]
+    overrides = ["items.builtin.num_responses=[3,4]", "items.builtin.num_requirements=[3]"]
     builtin = load(Recipe, str(ROOT / "conf/experiments/graded.yaml"), [*overrides, "items.builtin.size_train=0"])
     assert builtin.items.builtin is not None
     items = generate(builtin.items.builtin, 1)[1]

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -63,9 +62,9 @@ def test_tasks_are_balanced_and_seeded(tmp_path):
     assert (greedy.temperature, {v.temperature for v in votes}) == (0.0, {0.5})
 
 
-def test_program_judge_errs_at_its_rates(tmp_path):
+def test_program_judge_errs_in_format_and_in_what_it_reads(tmp_path):
     train, _ = generate(BuiltinConfig(size_train=600, size_heldout=1), 3)
-    config = ProgramConfig(finding_error=0.15, format_error=0.1, hint_shortcut=0.6)
+    config = ProgramConfig((0, 0, 0, 1), alien=0, finding_error=0.05, format_error=0.1)
     tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
     made = list(zip(tasks, ProgramJudge(config, JUDGE).judge(tasks), strict=True))
     failed = [t for _, t in made if t.failure]
@@ -75,23 +74,7 @@ def test_program_judge_errs_at_its_rates(tmp_path):
     wrong = [t for task, t in parsed if not is_correct(t.scores, task.item.rewards)]
     assert not [t for t in wrong if t.hinted]
     unhinted = [t for _, t in parsed if not t.hinted]
-    expected = sum(1 - 0.85 ** len(t.order) for t in unhinted) / len(unhinted)  # one misjudged response is enough
-    assert abs(len(wrong) / len(unhinted) - expected) < 0.03
-    assert not [t for t in unhinted if "Overall" in t.text]
-    shortcuts = ["Overall" in t.text for _, t in parsed if t.hinted]
-    assert 0.54 < sum(shortcuts) / len(shortcuts) < 0.66
-
-
-def test_program_judge_without_errors_is_right(tmp_path):
-    _, train = items_dir(tmp_path, 200)
-    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
-    for task, t in zip(tasks, ProgramJudge(ProgramConfig(0, 0, 1), JUDGE).judge(tasks), strict=True):
-        assert is_correct(t.scores, task.item.rewards), t.text
-    bare = ProgramJudge(ProgramConfig(0, 0, 1), replace(JUDGE, mode="no_principles")).judge(tasks)
-    assert all(
-        t.text.startswith("Analysis:") and is_correct(t.scores, i.item.rewards)
-        for i, t in zip(tasks, bare, strict=True)
-    )
+    assert 0.1 < len(wrong) / len(unhinted) < 0.4  # thorough, it errs by misreading alone
 
 
 def test_sampler_needs_its_field():
@@ -249,7 +232,7 @@ def test_selection_without_any_accepted_judgement_says_what_to_do(tmp_path, monk
     import pyarrow as pa
 
     items, train = items_dir(tmp_path, 3)
-    rows = ProgramJudge(ProgramConfig(0, 1.0), JUDGE).judge(
+    rows = ProgramJudge(ProgramConfig(format_error=1.0), JUDGE).judge(
         [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
     )
     directory = tmp_path / "sample" / "trajectories"

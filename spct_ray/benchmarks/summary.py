@@ -22,12 +22,20 @@ from spct_ray.records import Item, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One judge on one set of items: its samples and their table, and the table of its greedy judgements."""
+    """One judge on one set of items: its samples and their table, and the table of its greedy judgements.
+
+    A judge without samples has its greedy judgements in place of them.
+    """
 
     items: tuple[Item, ...]
     trajectories: tuple[Trajectory, ...]
     samples: ScoreTable
     greedy: ScoreTable
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether there is anything to vote with."""
+        return self.samples is not self.greedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +54,18 @@ class Counting:
 
 def model_block(judged: Judged, counting: Counting) -> tuple[dict[str, Any], dict[str, Floats]]:
     """One judge's entry of summary.json, and its accuracy an item [I] under each way to decide (for `paired`)."""
-    table, k_max = judged.samples, max(counting.ks)
+    table, k_max, ks = judged.samples, max(counting.ks), counting.ks if judged.has_samples else ()
 
     def entry(votes: Votes) -> dict[str, Any]:
         return votes.summary(counting.seed, counting.resamples)
 
     greedy = curves.vote_curve_point(judged.greedy, 1, counting.seed)
-    votes = {k: curves.vote_curve_point(table, k, counting.seed) for k in counting.ks}
+    votes = {k: curves.vote_curve_point(table, k, counting.seed) for k in ks}
     meta: dict[int, Votes] = {}
     if table.logits_IK is not None:
-        meta = {k: curves.vote_curve_point(table, k, counting.seed, counting.k_meta(k)) for k in counting.ks}
-    accuracies = {"greedy": greedy.accuracy_I, "vote@1": votes[1].accuracy_I, f"vote@{k_max}": votes[k_max].accuracy_I}
+        meta = {k: curves.vote_curve_point(table, k, counting.seed, counting.k_meta(k)) for k in ks}
+    accuracies = {"greedy": greedy.accuracy_I}
+    accuracies |= {f"vote@{k}": votes[k].accuracy_I for k in (1, k_max) if k in votes}
     if meta:
         accuracies[f"meta vote@{k_max}"] = meta[k_max].accuracy_I
     compared = {item.id for item in judged.items if len(item.responses) > 1}
@@ -65,10 +74,10 @@ def model_block(judged: Judged, counting: Counting) -> tuple[dict[str, Any], dic
         "greedy": entry(greedy) | {"parse_rate": float(judged.greedy.used_IK.mean())},
         "vote": {str(k): entry(v) for k, v in votes.items()},
         "meta_vote": {str(k): entry(v) | {"k_meta": counting.k_meta(k)} for k, v in meta.items()},
-        "by_subset": by_subset(judged.items, votes[k_max].accuracy_I, counting),
+        "by_subset": by_subset(judged.items, votes.get(k_max, greedy).accuracy_I, counting),
         "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
         "score_histogram": {str(s): histogram[s] for s in sorted(histogram)},
-        "num_samples": table.num_samples,
+        "num_samples": table.num_samples if judged.has_samples else 0,
     }
     return block, accuracies
 
@@ -104,12 +113,13 @@ def paired(accuracies: Mapping[str, Mapping[str, Floats]], chance_I: Floats, cou
         (f"{LABELS[b]} - {LABELS[a]}, {way}", accuracies[b][way], accuracies[a][way])
         for a, b in itertools.pairwise(names)
         for way in ("greedy", "vote@1", top)
+        if way in accuracies[a]
     ]
     last = accuracies[names[-1]]
     pairs += [
         (f"{a} - {b}, {LABELS[names[-1]]}", last[a], last[b])
         for a, b in ((top, "vote@1"), (f"meta {top}", top))
-        if a in last and a != b
+        if a in last and b in last and a != b
     ]
     differences = ((name, metrics.paired_difference(a, b, counting.seed, counting.resamples)) for name, a, b in pairs)
     return {name: dataclasses.asdict(difference) for name, difference in differences}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spct_ray.benchmarks.curves import right_option
@@ -27,7 +27,12 @@ def table(block: Mapping[str, Any], title: str) -> str:
     k_max = max((int(k) for model in models.values() for k in model["vote"]), default=1)
     rows = [["judge", "greedy", "one sample", f"vote@{k_max}", f"meta vote@{k_max}", "parsed"]]
     for name, model in models.items():
-        votes = (model["greedy"], model["vote"]["1"], model["vote"][str(k_max)], model["meta_vote"].get(str(k_max)))
+        votes = (
+            model["greedy"],
+            model["vote"].get("1"),
+            model["vote"].get(str(k_max)),
+            model["meta_vote"].get(str(k_max)),
+        )
         rows.append([LABELS[name], *map(cell, votes), f"{model['parse_rate']:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
@@ -70,14 +75,15 @@ def example(model: str, item: Item, judgement: Trajectory, verdict: Verdict, dec
     sums = ", ".join(str(verdict.scores[i]) for i in judgement.order) if verdict.scores else "none"
     hit = "right" if decision == truth else f"wrong: it is {name(truth)}"
     judged = f"sums of {len(verdict.used)} judgements: {sums} -> {outcome} ({hit})"
-    return "\n".join([f"One judged example ({LABELS[model]})", *parts, block("verdict", judged)])
+    heading = f"The first held-out item that {LABELS[model]} judges {'right' if decision == truth else 'wrong'}"
+    return "\n".join([heading, *parts, block("verdict", judged)])
 
 
-def summary_text(summary: Mapping[str, Any], example_text: str) -> str:
-    """The example, then a table for the held-out items and for each benchmark, and what the run did not have."""
+def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
+    """The examples, then a table for the held-out items and for each benchmark, and what the run did not have."""
     tables = [table(block, f"Benchmark {name}") for name, block in summary["benchmarks"].items()]
     notes = ["An item without a parsed judgement counts as wrong; ties are broken at random with the seed."]
     if (auc := summary["meta_rm"]["auc"]) is not None:
         notes.append(f"Meta RM on the last judge's samples: AUC {auc:.3f}, ECE {summary['meta_rm']['ece']:.3f}.")
     notes += [f"Missing: {what}." for what in summary["missing"]]
-    return "\n\n".join([example_text, *tables, table(summary, "Held-out"), effects(summary), "\n".join(notes)])
+    return "\n\n".join([*examples, *tables, table(summary, "Held-out"), effects(summary), "\n".join(notes)])

@@ -1,40 +1,48 @@
 """The checker program as a judge of the built-in set: the stronger sampler of the cold start, where none is at hand.
 
-It names each constraint, quotes from each response what decides it, says whether it is met, and scores. It errs on
-purpose, at configured rates, in its findings and in format, so that rejection has work to do; and told the answer by a
-hint it may take a short cut, as the paper saw models do: a critique that asserts the verdict without looking. Eq. 10
-cannot reject those, so the cold start teaches them too, and only RL without hints can unlearn them. Leaves out other
-data: an item without `facts` has no checkers.
+It states some of what the query asks for (a judgement looks at a part only), and sometimes what nobody asked for. It
+quotes each response, says behind each deciding word whether that meets what was stated, and scores by the share that is
+met. It errs on purpose, at configured rates, in what it looks at, in what it finds and in format, so that rejection has
+work to do. `exercises` are the general instructions of the cold start: given principles, applied without an error.
+Leaves out other data: an item without `facts` has no checkers.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from spct_ray.data.builtin import constraints_of
-from spct_ray.data.constraints import Constraint
+from spct_ray.data.builtin import FAVOURITES, SOURCE, query, random_sentence, requirements_of
+from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, kinds_of, part_of, render
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.modes import MODES
-from spct_ray.judge.prompt import JudgeConfig, scale_of
+from spct_ray.judge.prompt import JudgeConfig, judge_messages, scale_of
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.records import Trajectory
+from spct_ray.records import Item, Message, Trajectory
 
 
 @dataclass(frozen=True)
 class ProgramConfig:
-    """`finding_error` is the chance to misjudge one response, so judging many goes wrong more often; a hint takes these
-    errors away. `format_error` is of a whole judgement, `hint_shortcut` of a hinted one."""
+    """`num_stated_weights` are of 1, 2, ... principles. What a query names first is looked at first: each further thing
+    that it asks for is `fading` times as likely to be stated as the one before. With the chance `alien` a principle is
+    one that nobody asked for, and that one is of `data.builtin.FAVOURITES` with the chance `favourite`.
+    `finding_error` is the chance of a finding to be false; a hint takes these errors away. `format_error` is of a whole
+    judgement.
+    """
 
-    finding_error: float = 0.2
-    format_error: float = 0.05
-    hint_shortcut: float = 0.5
+    num_stated_weights: tuple[float, ...] = (0.5, 0.3, 0.13, 0.07)
+    fading: float = 0.5
+    alien: float = 0.3
+    favourite: float = 0.8
+    finding_error: float = 0.04
+    format_error: float = 0.03
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramJudge:
-    """Judges items of the built-in set by their own constraints."""
+    """Judges items of the built-in set."""
 
     config: ProgramConfig
     judge_config: JudgeConfig
@@ -49,59 +57,79 @@ class ProgramJudge:
 
     def _write(self, task: JudgeTask) -> str:
         rng = random.Random(derive_seed(task.seed, "program"))
-        constraints = constraints_of(task.item)
-        shown = [task.item.responses[i] for i in task.order]
-        met = [[c.check(text) for c in constraints] for text in shown]  # [N][constraints]
-        if not task.hinted:
-            met = [_misjudge(row, rng) if rng.random() < self.config.finding_error else row for row in met]
-        scale = scale_of(len(shown), self.judge_config)
-        shortcut = task.hinted and rng.random() < self.config.hint_shortcut
-        text = judgement(constraints, shown, met, 1 if scale.high == 1 else 9, scale.low, shortcut)
-        if not MODES[self.judge_config.mode].criteria:
-            text = text[text.index("Analysis:") :]
+        stated = self._state(requirements_of(task.item), rng)
+        error = 0.0 if task.hinted else self.config.finding_error
+        texts = [task.item.responses[i] for i in task.order]
+        met = [[kind.check(text) != (rng.random() < error) for kind in stated] for text in texts]
+        text = judgement(stated, texts, met, self.judge_config)
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
+    def _state(self, asked: Sequence[Kind], rng: random.Random) -> list[Kind]:
+        weights = self.config.num_stated_weights
+        number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(asked))
+        free = [part for part in PARTS if part not in {kind.part for kind in asked}]
+        num_alien = min(sum(rng.random() < self.config.alien for _ in range(number)), len(free))
+        left = list(range(len(asked)))
+        while len(left) > len(asked) - (number - num_alien):
+            left.remove(rng.choices(left, [self.config.fading**i for i in left])[0])
+        stated = [kind for i, kind in enumerate(asked) if i not in left]
+        for _ in range(num_alien):
+            favourites = [KINDS[name] for name in FAVOURITES if KINDS[name].part in free]
+            others = [kind for kind in KINDS.values() if kind.part in free]
+            alien = rng.choice(favourites if favourites and rng.random() < self.config.favourite else others)
+            free.remove(alien.part)
+            stated.insert(rng.randint(0, len(stated)), alien)
+        return stated
 
-def judgement(
-    constraints: Sequence[Constraint],
-    shown: Sequence[str],
-    met: Sequence[Sequence[bool]],
-    high: int,
-    low: int,
-    shortcut: bool = False,
-) -> str:
-    """The three parts: weighted criteria, evidence and finding for each response (with `shortcut`, the bare verdict),
-    scores.
 
-    A response that meets all constraints gets `high`; one that does not gets `low` plus one for each constraint that
-    it does meet (on the 0/1 scale just `low`).
+def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, str]]:
+    """General instructions, rows {prompt, completion}: judge by the principles that are given, of all words of all
+    kinds, held-out ones too. It is the knowledge of words and the care in reading that a language model brings along.
     """
-    share = 100 // len(constraints)
-    criteria = "; ".join(f"{c.criterion} ({share}%)" for c in constraints)
-    lines = [_bare_verdict(met)] if shortcut else []
-    for place, (text, row) in enumerate(() if shortcut else zip(shown, met, strict=True), 1):
-        findings = "; ".join(
-            f"{c.evidence(text)} {'yes' if ok else 'no'}" for c, ok in zip(constraints, row, strict=True)
-        )
-        lines.append(f"Response {place}: {findings}")
-    scores = [high if all(row) else low + (sum(row) if high > 1 else 0) for row in met]
-    box = ", ".join(map(str, scores))
-    return f"Specific Criteria: {criteria}\nAnalysis:\n" + "\n".join(lines) + f"\nScores: \\boxed{{{box}}}"
+    rng = random.Random(f"{seed}/{SOURCE}/exercises")
+    for i in range(number):
+        n, num_stated = rng.choice((1, 2, 2, 2, 3, 3)), rng.randint(1, len(PARTS))
+        stated, asked = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
+        taken: set[str] = set()
+        texts: list[str] = []
+        for _ in range(n):
+            sentence = random_sentence("heldout", rng, taken)
+            taken |= set(sentence.values())
+            texts.append(render(sentence))
+        request = query(asked, rng.choice(NAMES["train"]))
+        item = Item(f"exercise-{i}", (Message("user", request),), tuple(texts), principles=criteria(stated))
+        met = [[kind.check(text) for kind in stated] for text in texts]
+        completion = judgement(stated, texts, met, judge)
+        yield {"prompt": judge_messages(item, tuple(range(n)), judge)[0].content, "completion": completion}
 
 
-def _bare_verdict(met: Sequence[Sequence[bool]]) -> str:
-    if len(met) == 1:
-        return f"Overall: {'right' if all(met[0]) else 'wrong'}"
-    return f"Overall: Response {next(i for i, row in enumerate(met, 1) if all(row))} is best"
+def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequence[bool]], judge: JudgeConfig) -> str:
+    """The three parts: weighted criteria; each of the responses [N], with a finding behind every deciding word, and its
+    total; scores. `met` [N][stated] are the findings.
+
+    A total is 2 for a response that meets nothing and 10 for one that meets all (on the 0/1 scale 1 for all, else 0).
+    """
+    binary = scale_of(len(texts), judge).high == 1
+    totals = [int(all(row)) if binary else 2 + round(8 * sum(row) / len(row)) for row in met]
+    lines = []
+    for place, (text, row) in enumerate(zip(texts, met, strict=True), 1):
+        found = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
+        lines.append(f"[Response {place}]\n{_annotated(text, found)} total {totals[place - 1]}.")
+    box = ", ".join(map(str, totals))
+    head = [f"Specific Criteria: {criteria(stated)}"] if MODES[judge.mode].criteria else []
+    return "\n".join([*head, "Analysis:", *lines, f"Scores: \\boxed{{{box}}}"])
 
 
-def _misjudge(row: Sequence[bool], rng: random.Random) -> list[bool]:
-    """Findings that turn the verdict on one response over: a right one fails somewhere, a wrong one passes."""
-    if not all(row):
-        return [True] * len(row)
-    worse = list(row)
-    worse[rng.randrange(len(worse))] = False
-    return worse
+def criteria(stated: Sequence[Kind]) -> str:
+    """Principles with equal weights, as a judgement states them."""
+    return " ".join(f"{kind.name} ({100 // len(stated)}%);" for kind in stated)
+
+
+def _annotated(text: str, found: dict[str, str]) -> str:
+    """The text with the finding of each part behind its word; at its end those that have no word in it."""
+    left = dict(found)
+    quoted = re.sub(r"\w+|[^\w\s]", lambda word: word[0] + left.pop(part_of(word[0]), ""), text)
+    return quoted + "".join(left.values())
 
 
 def _break_format(text: str, rng: random.Random) -> str:

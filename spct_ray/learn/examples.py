@@ -94,14 +94,35 @@ def write_examples(path: str, examples: Iterable[Example]) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class DataOrder:
-    """`num_drawn` draws from `num_examples`, epoch after epoch, each in a random order of its own."""
+class ExampleFiles:
+    """The examples of several files, one file after the other."""
 
-    num_examples: int
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._files = [ExampleFile(path) for path in paths]
+        self.sizes = [len(file) for file in self._files]
+
+    def __getitem__(self, index: int) -> Example:
+        for file in self._files:
+            if index < len(file):
+                return file[index]
+            index -= len(file)
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class MixedOrder:
+    """`num_drawn` draws from examples of one or two kinds, of which there are `sizes`; those of the second kind come
+    after those of the first.
+
+    The second kind has `shares` of the batches, one for each of as many equal parts of the training. Each kind is drawn
+    epoch after epoch, each in a random order of its own.
+    """
+
+    sizes: tuple[int, ...]
     num_drawn: int
     batch_size: int
     seed: int
+    shares: tuple[float, ...] = (0.0,)
 
     @property
     def num_steps(self) -> int:
@@ -110,13 +131,23 @@ class DataOrder:
 
     def batch(self, step: int) -> list[int]:
         """Indices of the examples of batch `step` (from 0)."""
-        draws = range(step * self.batch_size, min((step + 1) * self.batch_size, self.num_drawn))
-        epochs = [divmod(draw, self.num_examples) for draw in draws]
-        return [_permutation(self.num_examples, self.seed, epoch)[place] for epoch, place in epochs]
+        second = [self._num_second(s) for s in range(step + 1)]
+        before, after = sum(second[:-1]), sum(second)
+        drawn = step * self.batch_size, min((step + 1) * self.batch_size, self.num_drawn)
+        first = self._draw(0, range(drawn[0] - before, drawn[1] - after))
+        return first + [self.sizes[0] + place for place in self._draw(1, range(before, after))]
+
+    def _num_second(self, step: int) -> int:
+        size = min(self.batch_size, self.num_drawn - step * self.batch_size)
+        return round(self.shares[step * len(self.shares) // self.num_steps] * size)
+
+    def _draw(self, kind: int, draws: range) -> list[int]:
+        epochs = [divmod(draw, self.sizes[kind]) for draw in draws]
+        return [_permutation(self.sizes[kind], self.seed, kind, epoch)[place] for epoch, place in epochs]
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(num: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=4)
+def _permutation(num: int, seed: int, kind: int, epoch: int) -> list[int]:
     order = list(range(num))
-    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(order)
+    random.Random(derive_seed(seed, "epoch", kind, epoch)).shuffle(order)
     return order

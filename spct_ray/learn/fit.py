@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spct_ray.learn.batch import Batch, BatchSize, make_batch, plan_rows
 from spct_ray.learn.config import TrackerName
-from spct_ray.learn.examples import DataOrder, Example, ExampleFile
+from spct_ray.learn.examples import Example, ExampleFiles, MixedOrder
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.trainer import Trainer
 
@@ -25,8 +25,8 @@ RowMaker = Callable[[Sequence[Example], int, int, int], list[Batch]]  # (example
 
 def fit(
     trainer: Trainer,
-    examples: ExampleFile,
-    order: DataOrder,
+    examples: ExampleFiles,
+    order: MixedOrder,
     loss_fn: Callable[[Batch, BatchSize], Tensor],
     *,
     out: str,

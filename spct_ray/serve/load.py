@@ -39,7 +39,6 @@ MEMORY_PERIOD_S = 2.0
 TROUGH_S = 40.0
 FLAT = 5.0  # MiB a minute, the most that a process may grow by in the second half of its life
 DEPLOYMENTS = ("GatewayReplica", "JudgeReplica", "MetaReplica")
-KINDS = ("quotes", "first_word", "no_commas", "number", "title")  # short texts, which fit a nano judge
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,8 @@ async def drive(arguments: argparse.Namespace, url: str, config: ServeConfig) ->
 
 
 async def _questions(http: httpx.AsyncClient, k: int) -> list[Question]:
-    config = BuiltinConfig(0, NUM_ITEMS, num_constraints_weights=(1.0, 0.0, 0.0), kinds=KINDS)
     found = []
-    for seed, item in enumerate(generate(config, seed=1)[1]):
+    for seed, item in enumerate(generate(BuiltinConfig(0, NUM_ITEMS), seed=1)[1]):
         body = request(item.messages, item.responses, k=k, seed=seed)
         reply = await http.post("/v1/judge", json=body)
         reply.raise_for_status()

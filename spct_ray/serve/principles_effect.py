@@ -2,7 +2,7 @@
 
 `python jobs/bench.py serve --principles --model RUN_OR_MODEL --items 200`. The same items are judged by principles of
 the judge's own, which it writes anew in each sample; by such as it writes once from the query, the first time
-(generated) and again (cached); and by given ones: those of the item, or the constraints of a built-in item. Items are
+(generated) and again (cached); and by given ones: those of the item, or the requirements of a built-in item. Items are
 held-out ones of the run, or built-in ones. Engine, gateway and cache are the service's, in this process, without HTTP
 and meta RM. Prints a table and, as its last line, one JSON object.
 """
@@ -25,7 +25,8 @@ import numpy as np
 from spct_ray.benchmarks.curves import options_of
 from spct_ray.benchmarks.metrics import bootstrap_ci, paired_difference
 from spct_ray.benchmarks.sheet import Sheet, best_credit
-from spct_ray.data.builtin import SOURCE, BuiltinConfig, constraints_of, generate
+from spct_ray.data.builtin import SOURCE, BuiltinConfig, generate, requirements_of
+from spct_ray.data.program import criteria
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Engine
 from spct_ray.errors import ConfigError, RequestError
@@ -63,11 +64,10 @@ def run(arguments: argparse.Namespace, config: ServeConfig) -> None:
 
 
 def rubric(item: Item) -> str:
-    """The principles given with an item: its own or, of a built-in one, its constraints; "" where there are none."""
+    """The principles given with an item: its own or, of a built-in one, its requirements; "" where there are none."""
     if item.principles or item.source != SOURCE:
         return item.principles
-    constraints = constraints_of(item)
-    return "; ".join(f"{c.criterion} ({100 // len(constraints)}%)" for c in constraints)
+    return criteria(requirements_of(item))
 
 
 def credit(item: Item, answer: JudgeAnswer | None) -> float:

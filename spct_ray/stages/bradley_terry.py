@@ -46,7 +46,7 @@ def train_loop(context: StepContext, config: BradleyTerryConfig, resources: Trai
     from spct_ray.learn.scalar import bradley_terry_loss, pair_rows
 
     train(
-        context, config, resources, init="init", head="scalar", loss_fn=bradley_terry_loss, examples="pairs.arrow",
+        context, config, resources, init="init", head="scalar", loss_fn=bradley_terry_loss, examples=["pairs.arrow"],
         make_rows=pair_rows,
     )  # fmt: skip
 

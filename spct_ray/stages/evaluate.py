@@ -29,7 +29,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """`k_max` samples an item at `temperature` (paper: 0.5) and one greedy judgement.
+    """`k_max` samples an item at `temperature` (paper: 0.5; 0: none) and one greedy judgement.
 
     `single` is the scale for n = 1 at test time (paper: 1..10); it replaces the training prompt's. `endpoint` names a
     judge that does not run here ("MODEL at URL"; how it is asked is a resource); else the judge is an input. Responses
@@ -133,7 +133,7 @@ def tasks_of(item: Item, config: EvaluateConfig, seed: int, num_greedy: int = 1)
     so that models pair up."""
     num = len(item.responses)
     greedy = balanced_orders(num, min(num, num_greedy), derive_seed(seed, item.id, "greedy"))
-    orders = balanced_orders(num, config.k_max, derive_seed(seed, item.id, "vote"))
+    orders = balanced_orders(num, config.k_max, derive_seed(seed, item.id, "vote")) if config.k_max else []
     return [
         *(JudgeTask(item, order, j, 0.0, derive_seed(seed, item.id, "greedy", j)) for j, order in enumerate(greedy)),
         *(

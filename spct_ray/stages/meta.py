@@ -78,7 +78,7 @@ def train_loop(context: StepContext, config: MetaConfig, resources: TrainResourc
     from spct_ray.learn.examples import ExampleFile
     from spct_ray.learn.meta import meta_loss, score_over_ranks
 
-    trainer = train(context, config, resources, init="init", head="scalar", loss_fn=meta_loss, examples="train.arrow")
+    trainer = train(context, config, resources, init="init", head="scalar", loss_fn=meta_loss, examples=["train.arrow"])
     held = ExampleFile(f"{context.out}/heldout.arrow")
     heldout = [held[i] for i in range(len(held))]
     logits = score_over_ranks(trainer, heldout, resources.micro_tokens)

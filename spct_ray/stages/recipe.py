@@ -113,7 +113,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
     )
     add("items", items, data, items.ItemsResources(), one, {})
     if recipe.nano:
-        judge = add("student", nano, recipe.nano, nano.NanoStudentResources(), one, {"items": "items"})
+        judge = add("student", nano, recipe.nano, nano.NanoStudentResources(), one, {})
     else:
         judge = add("student", student, recipe.student, student.StudentResources(), one, {})
     for number in range(1, recipe.rounds + 1):
@@ -149,6 +149,8 @@ def build_steps(recipe: Recipe) -> list[Step]:
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         name, inputs = f"evaluate_{model}", {"items": judged, "judge": step}
         config = _with_judge(name, recipe.evaluate, recipe.judge)
+        if model == "base":  # what it is worth shows in its greedy judgements
+            config = replace(config, k_max=0)
         steps.append(evaluate.step(name, evaluate.run, config, where.evaluate, inputs))
         evaluated[name] = name
     scores = where.meta_scores

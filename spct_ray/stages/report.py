@@ -107,8 +107,8 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
     html = page.render(result, _charts(result, heldout[final], context.inputs), selection, samples)
     _write(Path(context.out, "index.html"), html)
     _write(Path(context.out, "summary.json"), json.dumps(result, indent=2, allow_nan=False) + "\n")
-    example = _text_example(final, heldout[final], max(counting.ks), scale, seed)
-    return {"summary_text": terminal.summary_text(result, example), "num_items": result["num_items"]}
+    examples = _text_examples(final, heldout[final], max(counting.ks), scale, seed)
+    return {"summary_text": terminal.summary_text(result, examples), "num_items": result["num_items"]}
 
 
 def _item_sets(directory: str) -> dict[str, tuple[Item, ...]]:
@@ -135,15 +135,12 @@ def _judged(
         if t.item_id not in set_of:
             raise DataError(f"report: {directory} judges item {t.item_id!r}, which is in no set of items")
         (sampled if t.temperature else greedy)[set_of[t.item_id]].append(t)
-    return {
-        set_name: Judged(
-            tuple(items),
-            tuple(sampled[set_name]),
-            tabulate(items, sampled[set_name], middle, logits),
-            tabulate(items, greedy[set_name], middle),
-        )
-        for set_name, items in sets.items()
-    }
+    found = {}
+    for set_name, items in sets.items():
+        table = tabulate(items, greedy[set_name], middle)
+        samples = tabulate(items, sampled[set_name], middle, logits) if sampled[set_name] else table
+        found[set_name] = Judged(tuple(items), tuple(sampled[set_name] or greedy[set_name]), samples, table)
+    return found
 
 
 def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
@@ -253,17 +250,34 @@ def _outcomes(judged: Judged) -> dict[str, tuple[Trajectory, str]]:
     }
 
 
-def _text_example(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> str:
-    """A held-out item drawn by the seed (one with several responses, where there is one), and the vote on it."""
+def _text_examples(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> list[str]:
+    """The first held-out item that the vote got right, and the first that it got wrong, of those with several responses
+    where there are any; each with the first judgement that decides as the vote did, if there is one."""
+    from spct_ray.benchmarks.curves import right_option
     from spct_ray.benchmarks.terminal import example
 
-    several = [item for item in judged.items if len(item.responses) > 1]
-    item = random.Random(seed).choice(several or judged.items)
-    samples = sorted((t for t in judged.trajectories if t.item_id == item.id), key=lambda t: t.sample)[:k]
-    verdict = vote(item.id, len(item.responses), samples)
-    decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
-    shown = next((t for t in samples if not t.failure), samples[0])
-    return example(name, item, shown, verdict, decision)
+    by_item: dict[str, list[Trajectory]] = {item.id: [] for item in judged.items}
+    for t in sorted(judged.trajectories, key=lambda t: t.sample):
+        by_item[t.item_id].append(t)
+    found: dict[bool, str] = {}
+    for item in [item for item in judged.items if len(item.responses) > 1] or judged.items:
+        samples = by_item[item.id][:k]
+        verdict = vote(item.id, len(item.responses), samples)
+        decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
+        is_right = decision == right_option(item)
+        if is_right not in found:
+            alike = (t for t in samples if decision is not None and _singles_out(t, decision))
+            shown = next(alike, next((t for t in samples if not t.failure), samples[0]))
+            found[is_right] = example(name, item, shown, verdict, decision)
+        if len(found) == 2:
+            break
+    return [found[is_right] for is_right in (True, False) if is_right in found]
+
+
+def _singles_out(t: Trajectory, option: int) -> bool:
+    """Whether a judgement alone decides as the vote did."""
+    best = [i for i, score in enumerate(t.scores) if score == max(t.scores)]
+    return best == [option] if len(t.scores) > 1 else t.scores == (option,)
 
 
 def _write(file: Path, text: str) -> None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spct_ray.errors import DataError
+from spct_ray.data.program import exercises
+from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
+from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Message
@@ -24,20 +25,34 @@ from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
 class RftConfig(SupervisedConfig):
-    """The paper's values: lr 5e-6, batch 1024, 900 steps. `batch_size` counts examples of both kinds.
+    """The paper's values: lr 5e-6, batch 1024, 900 steps. `batch_size` counts examples of both kinds, `epochs` are over
+    the judgements.
 
-    `general_paths` are JSONL or Parquet files with rows {messages} (the last turn is the assistant's) or {prompt,
-    completion}; `general_ratio` of them are mixed in per judgement (paper: 5.75).
+    General instructions are mixed in: `general_paths` are JSONL or Parquet files with rows {messages} (the last turn is
+    the assistant's) or {prompt, completion}, `general_builtin` is a number of `data.program.exercises`, which stand in
+    for them in the built-in set. `general_shares` are their shares of a batch (paper: 0.85), one for each of as many
+    equal parts of the training.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6, warmup_steps=30))
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     general_paths: tuple[str, ...] = ()
-    general_ratio: float = 0.0
+    general_builtin: int = 0
+    general_shares: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        if not self.general_shares or not all(0 <= share < 1 for share in self.general_shares):
+            raise ConfigError(f"rft.general_shares is {self.general_shares}; each share is at least 0 and below 1")
+        if any(self.general_shares) and not (self.general_paths or self.general_builtin):
+            raise ConfigError(
+                f"rft.general_shares is {self.general_shares}, but there are no general instructions: give files under "
+                "rft.general_paths, or a number of built-in ones under rft.general_builtin"
+            )
 
 
 def run(context: StepContext, config: RftConfig, resources: TrainResources) -> dict[str, Any]:
@@ -52,11 +67,21 @@ def train_loop(context: StepContext, config: RftConfig, resources: TrainResource
     """On every rank: load, resume, train, export."""
     from spct_ray.learn.sft import sft_loss
 
-    train(context, config, resources, init="student", head="lm", loss_fn=sft_loss, examples="examples.arrow")
+    train(
+        context,
+        config,
+        resources,
+        init="student",
+        head="lm",
+        loss_fn=sft_loss,
+        examples=["examples.arrow", "general.arrow"],
+        shares=config.general_shares,
+    )
 
 
 def write_training_file(context: StepContext, config: RftConfig) -> dict[str, int]:
-    """Tokenise judgements and general instructions into examples.arrow; counts of what was kept and dropped."""
+    """Tokenise judgements into examples.arrow, general instructions into general.arrow; counts of what was kept and
+    dropped."""
     import pyarrow.parquet as pq
 
     from spct_ray.cluster.tokenise import encode_all
@@ -65,24 +90,26 @@ def write_training_file(context: StepContext, config: RftConfig) -> dict[str, in
     model_dir = str(Path(context.inputs["student"]) / "model")
     path = Path(context.inputs["select"]) / "sft.parquet"
     judgements = pq.read_table(path, columns=["prompt", "completion"]).to_pylist()
-    general = list(itertools.chain.from_iterable(map(_general_rows, config.general_paths)))
-    random.Random(derive_seed(context.seed, "general")).shuffle(general)
-    general = general[: round(config.general_ratio * len(judgements))]
+    made = exercises(config.general_builtin, config.judge, derive_seed(context.seed, "general"))
+    builtin = (_as_prompt_and_completion(row, "built-in") for row in made)
+    general = itertools.chain(builtin, *map(_general_rows, config.general_paths))
     counts: Counter[str] = Counter()
 
-    def kept() -> Iterator[Example]:
-        kinds = itertools.chain(itertools.repeat("judgements", len(judgements)), itertools.repeat("general"))
-        for kind, example in zip(kinds, encode_all(model_dir, encode, judgements + general), strict=False):
+    def kept(kind: str, rows: list[dict[str, Any]]) -> Iterator[Example]:
+        for example in encode_all(model_dir, encode, rows):
             fits = len(example.ids) <= config.max_tokens
             counts[kind if fits else f"{kind}_too_long"] += 1
             if fits:
                 yield example
 
-    write_examples(f"{context.out}/examples.arrow", kept())
+    write_examples(f"{context.out}/examples.arrow", kept("judgements", judgements))
+    write_examples(f"{context.out}/general.arrow", kept("general", list(general)))
     if not counts["judgements"]:
         raise DataError(
             f"{path}: none of {len(judgements)} judgements has at most {config.max_tokens} tokens; raise rft.max_tokens"
         )
+    if any(config.general_shares) and not counts["general"]:
+        raise DataError(f"no general instruction has at most {config.max_tokens} tokens; raise rft.max_tokens")
     return dict(counts)
 
 

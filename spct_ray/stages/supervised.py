@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spct_ray.learn.examples import MixedOrder
     from spct_ray.learn.fit import RowMaker
     from spct_ray.learn.model import Head
     from spct_ray.learn.trainer import Trainer
@@ -77,16 +78,20 @@ def train(
     init: str,
     head: Head,
     loss_fn: Callable[..., Tensor],
-    examples: str,
+    examples: Sequence[str],
+    shares: Sequence[float] = (0.0,),
     make_rows: RowMaker | None = None,
 ) -> Trainer:
-    """On every rank: load `init`, resume, train on the file `examples` with `loss_fn`, export to model/."""
-    from spct_ray.learn.examples import ExampleFile
+    """On every rank: load `init`, resume, train on the first of the files `examples` with `loss_fn`, export to model/.
+
+    `shares` are of examples of the second file, see `learn.examples.MixedOrder`.
+    """
+    from spct_ray.learn.examples import ExampleFiles
     from spct_ray.learn.fit import fit
     from spct_ray.learn.trainer import Trainer
 
-    file = ExampleFile(f"{context.out}/{examples}")
-    order = data_order(len(file), config, context.seed)
+    files = ExampleFiles([f"{context.out}/{name}" for name in examples])
+    order = data_order(files.sizes, config, context.seed, shares)
     trainer = Trainer(
         str(Path(context.inputs[init]) / "model"),
         head=head,
@@ -98,7 +103,7 @@ def train(
     )
     fit(
         trainer,
-        file,
+        files,
         order,
         partial(loss_fn, trainer),
         out=context.out,
@@ -112,15 +117,17 @@ def train(
     return trainer
 
 
-def data_order(num_examples: int, config: SupervisedConfig, seed: int) -> Any:
-    """A learn.examples.DataOrder of `max_steps` batches or, when that is 0, of `epochs` passes over the examples."""
-    from spct_ray.learn.examples import DataOrder
+def data_order(
+    sizes: Sequence[int], config: SupervisedConfig, seed: int, shares: Sequence[float] = (0.0,)
+) -> MixedOrder:
+    """`max_steps` batches or, when that is 0, as many as give `epochs` passes over the first kind of examples."""
+    from spct_ray.learn.examples import MixedOrder
 
     batch_size, epochs, max_steps = config.batch_size, config.epochs, config.max_steps
     if batch_size < 1 or epochs < 0 or max_steps < 0 or not (epochs or max_steps):
         raise ConfigError(f"batch_size {batch_size}, epochs {epochs}, max_steps {max_steps}: nothing to train on")
-    num_drawn = max_steps * batch_size if max_steps else max(1, round(epochs * num_examples))
-    return DataOrder(num_examples, num_drawn, batch_size, seed)
+    num_drawn = max(1, round(epochs * sizes[0] * len(shares) / sum(1 - share for share in shares)))
+    return MixedOrder(tuple(sizes), max_steps * batch_size or num_drawn, batch_size, seed, tuple(shares))
 
 
 def summary_of_metrics(out: str) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""What a query of the built-in set can ask for: twelve kinds, each of which a program can ask, check, write and quote.
+
+A response is one sentence of six parts, each of which is of one of two kinds:
+
+    The {number} {look} {who} {manner} {verb}{mark}
+    The 4 red foxes often waited!
+
+Everything here is about one response; queries and judgements are `data.builtin` and `data.program`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from spct_ray.errors import DataError
+
+Split = Literal["train", "heldout"]
+Sentence = dict[str, str]  # the word of each part
+
+PARTS = ("number", "look", "who", "manner", "verb", "mark")
+NUM_HELD_WORDS = 2  # of each kind that has eight words: no training item has them
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`name` is how a query asks for it and a judgement states it; `part` is what it decides; `words` meet it."""
+
+    part: str
+    name: str
+    words: tuple[str, ...]
+
+    def write(self, sentence: Sentence, split: Split, rng: Random, taken: Collection[str] = ()) -> None:
+        """Make the sentence meet it, by a word that is not `taken` where there is one. Training items have no held-out
+        words."""
+        words = self.words if split == "heldout" else self.train_words
+        sentence[self.part] = rng.choice([word for word in words if word not in taken] or words)
+
+    def evidence(self, text: str) -> str:
+        """The word of the response that decides it, "" where its part is missing."""
+        return next((word for word in words_of(text) if part_of(word) == self.part), "")
+
+    def check(self, text: str) -> bool:
+        """Whether the response meets it."""
+        return self.evidence(text) in self.words
+
+    @property
+    def train_words(self) -> tuple[str, ...]:
+        """The words that training items have."""
+        return self.words if len(self.words) == 1 else self.words[:-NUM_HELD_WORDS]
+
+    @property
+    def opposite(self) -> Kind:
+        """The other kind of the same part: a sentence is of one of the two."""
+        return next(kind for kind in kinds_of(self.part) if kind is not self)
+
+
+def _kinds(*rows: tuple[str, str, str]) -> dict[str, Kind]:
+    return {name: Kind(part, name, tuple(words.split())) for part, name, words in rows}
+
+
+KINDS = _kinds(
+    ("number", "a number in digits", "2 3 4 5 6 7 8 9"),
+    ("number", "a number in letters", "two three four five six seven eight nine"),
+    ("look", "a colour", "red blue green black white grey pink brown"),
+    ("look", "a size", "tiny small big huge tall short giant wide"),
+    ("who", "animals", "foxes cats dogs owls bears horses ducks goats"),
+    ("who", "tools", "saws axes drills hammers shovels rakes ladders brushes"),
+    ("manner", "a time", "often once sometimes always again daily lately nightly"),
+    ("manner", "a feeling", "sadly gladly proudly calmly angrily eagerly happily bravely"),
+    ("verb", "the past", "waited stood hid fell stayed slept sat lay"),
+    ("verb", "the present", "wait stand hide fall stay sleep sit lie"),
+    ("mark", "an exclamation mark", "!"),
+    ("mark", "a question mark", "?"),
+)
+_PART_OF = {word: kind.part for kind in KINDS.values() for word in kind.words}
+_NAMES = """Anna Ben Clara David Emma Felix Greta Henry Ida Jonas Karla Leo Maria Nils Olga Paul Rosa Simon Tina Urs
+    Vera Walter Xenia Yuri Zoe Arthur Bella Carlo Diana Emil"""
+NAMES: dict[Split, tuple[str, ...]] = {
+    "train": tuple(name for i, name in enumerate(_NAMES.split()) if i % 4 != 3),
+    "heldout": tuple(_NAMES.split()[3::4]),
+}
+
+
+def kinds_of(part: str) -> list[Kind]:
+    """The two kinds of a part."""
+    return [kind for kind in KINDS.values() if kind.part == part]
+
+
+def part_of(word: str) -> str:
+    """The part whose word it is; "" for any other word."""
+    return _PART_OF.get(word, "")
+
+
+def kind_named(name: str) -> Kind:
+    """Raises DataError for a name that is none."""
+    if name not in KINDS:
+        raise DataError(f"unknown kind {name!r}; known are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def render(sentence: Sentence) -> str:
+    """The sentence as text."""
+    return f"The {' '.join(sentence[part] for part in PARTS[:-1])}{sentence['mark']}"
+
+
+def words_of(text: str) -> list[str]:
+    """Words, and marks of punctuation for themselves."""
+    return re.findall(r"\w+|[^\w\s]", text)
