@@ -129,8 +129,9 @@ def test_an_engine_that_sleeps_takes_the_memory_in_turn_with_the_trainer() -> No
     recipe = load(Recipe, single)
     assert recipe.resources.grpo.engine.transfer == "ipc"
     assert beside(recipe, "grpo.train") == 3.0
-    awake = load(Recipe, single, ["resources.grpo.engine.transfer=directory"])
-    assert beside(awake, "grpo.train") == pytest.approx(0.7 * 79)
+    half = ["resources.grpo.engine.transfer=directory", "resources.grpo.engine.gpu_memory_utilization=0.5"]
+    awake = load(Recipe, single, half)
+    assert beside(awake, "grpo.train") == pytest.approx(0.5 * 79)
     with pytest.raises(ConfigError, match=r"resources\.grpo\.train: a GPU needs 40 GiB"):
         check(awake)
     utilization = "resources.grpo.engine.gpu_memory_utilization"
