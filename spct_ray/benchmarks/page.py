@@ -110,8 +110,9 @@ def _rates(block: Mapping[str, Any]) -> str:
     return _table(
         head,
         rows,
-        "Shares of single samples. Ties: the highest score is shared (n ≥ 2). Position consistency: of two parsed "
-        "samples of one item that saw different orders, how often the same responses win.",
+        "Shares of single samples. Ties: the highest score is shared (n ≥ 2). Position consistency: of two "
+        "parsed greedy judgements (or samples, where there is one order) of one item that saw different orders, how "
+        "often the same responses win.",
     )
 
 

@@ -245,7 +245,7 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             judged.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
         else:
             engines = where.evaluate or judge.resources
-            judged.append(evaluate.step(name, evaluate.run_both_orders, config, engines, inputs))
+            judged.append(evaluate.step(name, evaluate.run, config, engines, inputs))
         read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"

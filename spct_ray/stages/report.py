@@ -123,7 +123,7 @@ def _judged(
     inputs: Mapping[str, str], name: str, sets: Mapping[str, Sequence[Item]], scale: Scale
 ) -> dict[str, Judged]:
     """One judge's judgements, told apart by the set of their item, and sampled from greedy by their temperature."""
-    from spct_ray.benchmarks.curves import tabulate
+    from spct_ray.benchmarks.curves import in_all_orders, tabulate
     from spct_ray.benchmarks.summary import Judged
     from spct_ray.cluster.sampling import read_trajectories
 
@@ -137,7 +137,7 @@ def _judged(
         (sampled if t.temperature else greedy)[set_of[t.item_id]].append(t)
     found = {}
     for set_name, items in sets.items():
-        table = tabulate(items, greedy[set_name], middle)
+        table = tabulate(items, in_all_orders(greedy[set_name]), middle)
         samples = tabulate(items, sampled[set_name], middle, logits) if sampled[set_name] else table
         found[set_name] = Judged(tuple(items), tuple(sampled[set_name] or greedy[set_name]), samples, table)
     return found
