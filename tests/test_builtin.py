@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spct_ray.data.builtin import BuiltinConfig, generate, is_heldout_combination, random_sentence, requirements_of
+from spct_ray.data.habits import habits
 from spct_ray.data.kinds import KINDS, NAMES, PARTS, kind_named, render, words_of
 from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises, judgement
 from spct_ray.errors import ConfigError, DataError
@@ -231,6 +232,20 @@ def test_what_is_named_first_is_looked_at_first(items: tuple[list[Item], list[It
     four = [item for item in items[0] if len(requirements_of(item)) == 4]
     first = [requirements_of(i)[0].name in t.text[:50] for i, t in zip(four, one.judge(tasks(four)), strict=True)]
     assert sum(first) / len(first) == pytest.approx(8 / 15, abs=0.04)
+
+
+def test_habits_count_what_judgements_do(items: tuple[list[Item], list[Item]]) -> None:
+    four = [item for item in items[0] if len(requirements_of(item)) == 4][:200]
+    thorough = ProgramConfig((0, 0, 0, 1), alien=0, finding_error=0, format_error=0)
+    careless = ProgramConfig((1,), alien=1, favourite=1, finding_error=0.25, format_error=0)
+    found = [
+        list(habits(zip(four, ProgramJudge(config, JUDGE).judge(tasks(four)), strict=True)).values())
+        for config in (thorough, careless)
+    ]
+    assert found[0] == [4, 4, 0, 1, 0, 1]
+    assert found[1][:4] == [1, 0, 1, 0]
+    assert found[1][5] == pytest.approx(0.75, abs=0.06)
+    assert set(habits([]).values()) == {None}
 
 
 def test_scores_are_shares_of_what_is_met() -> None:

@@ -56,7 +56,7 @@ def make_run(
         unseen.run(context, unseen.UnseenConfig(sets, heldout_size=10), unseen.UnseenResources())
     inputs = {"items": items_id, "judge": "judge0000000"}
     made = record("evaluate_grpo", "e" * 12, inputs, to_plain(EvaluateConfig(PROMPT, "scale", k, 0.7)))
-    judgements(made, str(items), skill, k, 0.05, root.name, num_greedy=1)
+    judgements(made, str(items), skill, k, 0.05, root.name)
     make_model(Path(step_directory(str(root), "judge", "judge0000000")) / "model")
     make_model(Path(step_directory(str(root), "meta", "meta00000000")) / "model")
     scores = record("meta_scores", "s" * 12, {"evaluate_grpo": "e" * 12, "meta": "meta00000000"}, {})

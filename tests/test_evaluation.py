@@ -36,7 +36,7 @@ from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.placement import Nodes
 from spct_ray.records import Item, Message, Trajectory
-from spct_ray.stages import benchmarks, compare, evaluate, evaluation
+from spct_ray.stages import benchmarks, compare, evaluation
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
 from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, on_resources, resolve
 from spct_ray.stages.meta_scores import MetaScoresResources
@@ -66,14 +66,12 @@ def make_benchmarks(tmp_path: Path, num: int = 30) -> tuple[BenchmarkSpec, ...]:
     return evaluation.specs(f"rewardbench={tmp_path}/rb.jsonl,realmistake={tmp_path}/rm.jsonl")
 
 
-def judgements(
-    directory: Path, items_dir: str, skill: float, k: int, fails: float, name: str, num_greedy: int = 2
-) -> None:
+def judgements(directory: Path, items_dir: str, skill: float, k: int, fails: float, name: str) -> None:
     """The files of a finished evaluate step whose judge is right with probability `skill`."""
     rng, made = random.Random(name), []
     for file in judged_files(items_dir).values():
         for item in read_items(str(file)):
-            for task in tasks_of(item, EvaluateConfig(PROMPT, "scale", k), 1, num_greedy):
+            for task in tasks_of(item, EvaluateConfig(PROMPT, "scale", k), 1):
                 made.append(judgement(task, rng.random() < skill, rng.random() < fails, name, rng))
     (directory / "trajectories").mkdir(parents=True)
     rows = [{"key": t.key, **t.to_row()} for t in made]
@@ -523,11 +521,8 @@ def test_contamination_is_counted(tmp_path: Path) -> None:
 
 def test_greedy_judgements_come_in_both_orders(tmp_path: Path) -> None:
     (item, *_) = (i for f in [make_benchmarks(tmp_path)[0]] for i in evaluation_items(f))
-    greedy = [t for t in tasks_of(item, EvaluateConfig(k_max=4), 1, num_greedy=2) if not t.temperature]
+    greedy = [t for t in tasks_of(item, EvaluateConfig(k_max=4), 1) if not t.temperature]
     assert sorted(t.order for t in greedy) == [(0, 1), (1, 0)]
-    one = [t for t in tasks_of(item, EvaluateConfig(k_max=4), 1) if not t.temperature]
-    assert one == greedy[:1]
-    assert evaluate.run is not evaluate.run_both_orders
 
 
 def evaluation_items(spec: BenchmarkSpec) -> Any:

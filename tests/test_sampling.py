@@ -58,8 +58,10 @@ def test_tasks_are_balanced_and_seeded(tmp_path):
     assert len({t.seed for t in tasks}) == 5
     assert tasks == sample.tasks_of(item, sample.SampleConfig(num_samples=4), 7)
     assert [t.seed for t in tasks] != [t.seed for t in sample.tasks_of(item, sample.SampleConfig(num_samples=4), 8)]
-    greedy, *votes = evaluate.tasks_of(item, evaluate.EvaluateConfig(k_max=4), 7)
-    assert (greedy.temperature, {v.temperature for v in votes}) == (0.0, {0.5})
+    greedy, other, *votes = evaluate.tasks_of(item, evaluate.EvaluateConfig(k_max=4), 7)
+    assert (greedy.temperature, other.temperature, {v.temperature for v in votes}) == (0.0, 0.0, {0.5})
+    assert greedy.order == other.order[::-1]
+    assert not [t for t in evaluate.tasks_of(item, evaluate.EvaluateConfig(k_max=0), 7) if t.temperature]
 
 
 def test_program_judge_errs_in_format_and_in_what_it_reads(tmp_path):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,20 @@ def tabulate(
         first_IK,
         prompt_tokens_IK,
     )
+
+
+def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
+    """Greedy judgements, as many of each item: a single response has one order, and its judgement stands for all."""
+    by_item: dict[str, list[Trajectory]] = {}
+    for t in greedy:
+        by_item.setdefault(t.item_id, []).append(t)
+    num = max(map(len, by_item.values()), default=0)
+    return [
+        replace(t, sample=j) if len(found) < num else t
+        for found in by_item.values()
+        for t in found
+        for j in range(num if len(found) < num else 1)
+    ]
 
 
 def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> ScoreTable:

@@ -110,8 +110,9 @@ def _rates(block: Mapping[str, Any]) -> str:
     return _table(
         head,
         rows,
-        "Shares of single samples. Ties: the highest score is shared (n ≥ 2). Position consistency: of two parsed "
-        "samples of one item that saw different orders, how often the same responses win.",
+        "Shares of single samples. Ties: the highest score is shared (n ≥ 2). Position consistency: of two "
+        "parsed greedy judgements (or samples, where there is one order) of one item that saw different orders, how "
+        "often the same responses win.",
     )
 
 
@@ -200,6 +201,14 @@ def _cards(summary: Mapping[str, Any], k_max: int) -> str:
     return "".join(f"<div class=card><span>{a}</span><strong>{b}</strong><small>{c}</small></div>" for a, b, c in facts)
 
 
+def _habits(found: Mapping[str, Mapping[str, float | None]]) -> str:
+    rows = [
+        [escape(habit), *("–" if (value := by_habit[habit]) is None else f"{value:.2f}" for by_habit in found.values())]
+        for habit in next(iter(found.values()))
+    ]
+    return _table(["a judgement", *(LABELS[name] for name in found)], rows, "Means and shares over parsed samples.")
+
+
 def _panel(title: str, body: str, wide: bool = False) -> str:
     return f"<section class='panel{' wide' if wide else ''}'><h3>{escape(title)}</h3>{body}</section>"
 
@@ -240,6 +249,7 @@ def render(
         + f"<div class=cards>{_cards(summary, k_max)}</div><div class=grid>"
         + _panel("Accuracy", _headline(summary), wide=True)
         + _panel("How the samples behave", _rates(summary), wide=True)
+        + (_panel("What judges do", _habits(summary["habits"])) if summary["habits"] else "")
         + "".join(drawn)
         + "".join(tables)
         + _panel("By kind of item", _subsets(models, k_max), wide=True)

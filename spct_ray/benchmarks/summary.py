@@ -70,7 +70,10 @@ def model_block(judged: Judged, counting: Counting) -> tuple[dict[str, Any], dic
         accuracies[f"meta vote@{k_max}"] = meta[k_max].accuracy_I
     compared = {item.id for item in judged.items if len(item.responses) > 1}
     histogram = Counter(s for t in judged.trajectories if t.item_id in compared for s in t.scores)
-    block = curves.rates(table) | {
+    block = curves.rates(table)
+    if judged.greedy.num_samples > 1:  # samples differ by chance as well as by the order
+        block["position_consistency"] = curves.position_consistency(judged.greedy)
+    block |= {
         "greedy": entry(greedy) | {"parse_rate": float(judged.greedy.used_IK.mean())},
         "vote": {str(k): entry(v) for k, v in votes.items()},
         "meta_vote": {str(k): entry(v) | {"k_meta": counting.k_meta(k)} for k, v in meta.items()},

@@ -55,6 +55,16 @@ def effects(block: Mapping[str, Any]) -> str:
     return "\n".join(["Differences on the same items in points, with 95 % intervals", *lines])
 
 
+def habits(found: Mapping[str, Mapping[str, float | None]]) -> str:
+    """What a judgement of each judge does, a row a habit (`spct_ray.data.habits`)."""
+    rows = [["A sampled judgement", *(LABELS[name] for name in found)]]
+    for habit in next(iter(found.values())):
+        values = [by_habit[habit] for by_habit in found.values()]
+        rows.append([habit, *("-" if value is None else f"{value:.2f}" for value in values)])
+    width = max(len(row[0]) for row in rows)
+    return "\n".join("  ".join([row[0].ljust(width), *(cell.rjust(5) for cell in row[1:])]) for row in rows)
+
+
 def example(model: str, item: Item, judgement: Trajectory, verdict: Verdict, decision: int | None) -> str:
     """One item as its judge saw it, what it wrote, and what the vote came to."""
 
@@ -85,5 +95,6 @@ def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
     notes = ["An item without a parsed judgement counts as wrong; ties are broken at random with the seed."]
     if (auc := summary["meta_rm"]["auc"]) is not None:
         notes.append(f"Meta RM on the last judge's samples: AUC {auc:.3f}, ECE {summary['meta_rm']['ece']:.3f}.")
+    told = [habits(summary["habits"])] if summary["habits"] else []
     notes += [f"Missing: {what}." for what in summary["missing"]]
-    return "\n\n".join([*examples, *tables, table(summary, "Held-out"), effects(summary), "\n".join(notes)])
+    return "\n\n".join([*examples, *tables, table(summary, "Held-out"), effects(summary), *told, "\n".join(notes)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +253,7 @@ def judged_tables(
 ) -> dict[str, tuple[ScoreTable, ScoreTable]]:
     """One judge's samples and greedy judgements (two orders) of each set of items. Raises DataError for items that it
     did not judge."""
-    from spct_ray.benchmarks.curves import tabulate
+    from spct_ray.benchmarks.curves import in_all_orders, tabulate
 
     scale = scale_of(1, prompt)
     middle, logits = (scale.low + scale.high) / 2, _logits(inputs, name)
@@ -265,16 +265,10 @@ def judged_tables(
         missing = [item.id for item in asked if item.id not in of_item]
         if missing:
             raise DataError(f"evaluation of {name}: no judgement of {len(missing)} items, the first is {missing[0]!r}")
-        sampled = [t for item in asked for t in of_item[item.id] if t.temperature]
-        orders = max(sum(not t.temperature for t in of_item[item.id]) for item in asked)
-        greedy = [t for item in asked for t in _repeated([t for t in of_item[item.id] if not t.temperature], orders)]
-        found[label] = tabulate(asked, sampled, middle, logits), tabulate(asked, greedy, middle)
+        judged = [t for item in asked for t in of_item[item.id]]
+        sampled, greedy = [t for t in judged if t.temperature], [t for t in judged if not t.temperature]
+        found[label] = tabulate(asked, sampled, middle, logits), tabulate(asked, in_all_orders(greedy), middle)
     return found
-
-
-def _repeated(greedy: Sequence[Trajectory], num: int) -> Sequence[Trajectory]:
-    """A single response has one order and one greedy judgement: it stands for all, so that all items have as many."""
-    return greedy if len(greedy) == num else [replace(t, sample=j) for t in greedy for j in range(num)]
 
 
 def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:

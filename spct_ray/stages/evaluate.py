@@ -24,12 +24,12 @@ from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
 from spct_ray.stages.sample import remote_judge
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """`k_max` samples an item at `temperature` (paper: 0.5; 0: none) and one greedy judgement.
+    """`k_max` samples an item at `temperature` (paper: 0.5; 0: none) beside its greedy judgements.
 
     `single` is the scale for n = 1 at test time (paper: 1..10); it replaces the training prompt's. `endpoint` names a
     judge that does not run here ("MODEL at URL"; how it is asked is a resource); else the judge is an input. Responses
@@ -58,21 +58,25 @@ class EndpointResources:
 
 
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
-    """Judge all held-out and benchmark items with input "judge"; writes trajectories/*.parquet and timing.json."""
-    return _judge_kept(context, config, resources, num_greedy=1)
+    """Judge all held-out and benchmark items with input "judge", in two orders greedily where n >= 2 (of a pair, both);
+    writes trajectories/*.parquet and timing.json."""
+    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
+    from spct_ray.graph.keeper import keeper
 
-
-def run_both_orders(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
-    """The same with two greedy judgements of items with n >= 2, in two orders (of a pair, both)."""
-    return _judge_kept(context, config, resources, num_greedy=2)
+    model, name = str((Path(context.inputs["judge"]) / "model").resolve()), context.name.removeprefix("evaluate_")
+    kept, spec = keeper(), JudgeSpec(model, config.prompt, name, config.in_chunks)
+    make_judge = keep_judges(kept, str(resources), spec, resources, context.log)
+    # They only send blocks; the engines have the GPUs.
+    senders = SamplingResources(resources.num_replicas, resources.cpus_per_replica, 0, resources.block_size)
+    return _judge(context, config, senders, make_judge)
 
 
 def run_endpoint(context: StepContext, config: EvaluateConfig, resources: EndpointResources) -> dict[str, Any]:
-    """As `run_both_orders`, by a judge behind an endpoint. Raises ConfigError and EngineError before anything is asked
+    """As `run`, by a judge behind an endpoint. Raises ConfigError and EngineError before anything is asked
     when it cannot be reached."""
     _greet(resources.endpoint)
     make_judge = partial(remote_judge, resources.endpoint, config.prompt, False, config.in_chunks)
-    return _judge(context, config, SamplingResources(block_size=resources.block_size), make_judge, num_greedy=2)
+    return _judge(context, config, SamplingResources(block_size=resources.block_size), make_judge)
 
 
 def step(
@@ -87,33 +91,18 @@ def step(
     return Step(name, function, VERSION, config, resources, demand, inputs, keeps=str(resources))
 
 
-def _judge_kept(
-    context: StepContext, config: EvaluateConfig, resources: SamplingResources, num_greedy: int
-) -> dict[str, Any]:
-    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
-    from spct_ray.graph.keeper import keeper
-
-    model, name = str((Path(context.inputs["judge"]) / "model").resolve()), context.name.removeprefix("evaluate_")
-    kept, spec = keeper(), JudgeSpec(model, config.prompt, name, config.in_chunks)
-    make_judge = keep_judges(kept, str(resources), spec, resources, context.log)
-    # They only send blocks; the engines have the GPUs.
-    senders = SamplingResources(resources.num_replicas, resources.cpus_per_replica, 0, resources.block_size)
-    return _judge(context, config, senders, make_judge, num_greedy)
-
-
 def _judge(
     context: StepContext,
     config: EvaluateConfig,
     resources: SamplingResources,
     make_judge: Callable[[], Judge],
-    num_greedy: int,
 ) -> dict[str, Any]:
     from spct_ray.cluster.sampling import sample
 
     files = judged_files(context.inputs["items"]).values()
     items = [item for file in files for item in read_items(str(file))]
     check_items(items, config.prompt)
-    tasks = [task for item in items for task in tasks_of(item, config, context.seed, num_greedy)]
+    tasks = [task for item in items for task in tasks_of(item, config, context.seed)]
     return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
 
 
@@ -128,11 +117,11 @@ def _greet(endpoint: RemoteConfig) -> None:
         engine.close()
 
 
-def tasks_of(item: Item, config: EvaluateConfig, seed: int, num_greedy: int = 1) -> list[JudgeTask]:
-    """`num_greedy` greedy (one for n = 1) and k_max sampled tasks; the orders and seeds are the same for every model,
+def tasks_of(item: Item, config: EvaluateConfig, seed: int) -> list[JudgeTask]:
+    """Two greedy (one for n = 1) and k_max sampled tasks; the orders and seeds are the same for every model,
     so that models pair up."""
     num = len(item.responses)
-    greedy = balanced_orders(num, min(num, num_greedy), derive_seed(seed, item.id, "greedy"))
+    greedy = balanced_orders(num, min(num, 2), derive_seed(seed, item.id, "greedy"))
     orders = balanced_orders(num, config.k_max, derive_seed(seed, item.id, "vote")) if config.k_max else []
     return [
         *(JudgeTask(item, order, j, 0.0, derive_seed(seed, item.id, "greedy", j)) for j, order in enumerate(greedy)),

@@ -271,7 +271,7 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             ask = judge.resources
             judged.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
         else:
-            judged.append(evaluate.step(name, evaluate.run_both_orders, config, judge.resources, inputs))
+            judged.append(evaluate.step(name, evaluate.run, config, judge.resources, inputs))
         read |= {name: name}
         if judge.meta is not None and asked.suite == "benchmarks":
             meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"

@@ -96,6 +96,7 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
         **blocks.pop("heldout"),
         "meta_rm": summary.meta_block(heldout[final].samples)
         | {"auc_by_judge": {name: summary.meta_block(j.samples)["auc"] for name, j in heldout.items()}},
+        "habits": {name: found for name, j in heldout.items() if (found := _habits(j))},
         "benchmarks": blocks,
         "seconds": _seconds(context.inputs),
         "missing": _missing(context.inputs),
@@ -123,7 +124,7 @@ def _judged(
     inputs: Mapping[str, str], name: str, sets: Mapping[str, Sequence[Item]], scale: Scale
 ) -> dict[str, Judged]:
     """One judge's judgements, told apart by the set of their item, and sampled from greedy by their temperature."""
-    from spct_ray.benchmarks.curves import tabulate
+    from spct_ray.benchmarks.curves import in_all_orders, tabulate
     from spct_ray.benchmarks.summary import Judged
     from spct_ray.cluster.sampling import read_trajectories
 
@@ -137,10 +138,20 @@ def _judged(
         (sampled if t.temperature else greedy)[set_of[t.item_id]].append(t)
     found = {}
     for set_name, items in sets.items():
-        table = tabulate(items, greedy[set_name], middle)
+        table = tabulate(items, in_all_orders(greedy[set_name]), middle)
         samples = tabulate(items, sampled[set_name], middle, logits) if sampled[set_name] else table
         found[set_name] = Judged(tuple(items), tuple(sampled[set_name] or greedy[set_name]), samples, table)
     return found
+
+
+def _habits(judged: Judged) -> dict[str, float | None]:
+    """Of judgements of built-in items; empty where there are none that parsed."""
+    from spct_ray.data.builtin import SOURCE
+    from spct_ray.data.habits import habits
+
+    items = {item.id: item for item in judged.items if item.source == SOURCE and item.facts}
+    told = [(items[t.item_id], t) for t in judged.trajectories if t.item_id in items and not t.failure]
+    return habits(told) if told else {}
 
 
 def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
