@@ -118,6 +118,23 @@ def engine(model_dir):
 
 
 @pytest.mark.slow
+def test_compiled_graphs_are_shared_by_directories_of_equal_config(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    import spct_ray.engines.vllm  # noqa: F401
+
+    make_tiny_model(tmp_path / "one")
+    make_tiny_model(tmp_path / "same", seed=1)
+    make_tiny_model(tmp_path / "other", hidden=96)
+    options = {"max_model_len": 256, "kv_cache_memory_bytes": 2**28, "dtype": "float32", "enforce_eager": True}
+    one, same, other = (
+        EngineArgs(model=str(tmp_path / name), **options).create_engine_config() for name in ("one", "same", "other")
+    )
+    assert one.compute_hash() == same.compute_hash() != other.compute_hash()
+    assert one.model_config.model == str(tmp_path / "one")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 class TestVllm:
     def test_samples_follow_the_models_own_distribution(self, engine, model_dir):

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 import torch
 import vllm
-from vllm.config import WeightTransferConfig
+from vllm.config import ModelConfig, WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
@@ -63,6 +63,22 @@ def _pack(layer: Any, remove_weight: bool) -> None:
 
 
 vllm_layers.dispatch_cpu_unquantized_gemm = _pack
+
+
+_compute_hash = ModelConfig.compute_hash
+
+
+def _hash_without_directory(config: Any) -> str:
+    """vLLM's key for compiled graphs, which also has the model's directory: each new judge would compile them again,
+    though they depend on its config alone. (Workers of tensor parallelism still do, as they do not import this.)"""
+    directory, config.model = config.model, ""
+    try:
+        return str(_compute_hash(config))
+    finally:
+        config.model = directory
+
+
+ModelConfig.compute_hash = _hash_without_directory
 
 
 @dataclass(slots=True)
