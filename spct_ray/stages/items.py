@@ -23,7 +23,7 @@ from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item
 
-VERSION = 3
+VERSION = 4
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 

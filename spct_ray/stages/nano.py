@@ -46,7 +46,7 @@ def phrases() -> list[str]:
     """
     places = range(1, _MOST + 1)
     found = ["Score 1-10.\nQuery:", "Score 0-1.\nQuery:", "Please score the responses.\nQuery:", "\nPrinciples:"]
-    found += [f"{piece}{end}" for p in places for piece in [f"\n[Response {p}]\n"] for end in ("", "The")]
+    found += [f"\n[Response {p}]\n{start}" for p in places for start in ("", "The")]
     found += [f"\n[End {p}]" for p in places]
     found += ["Specific Criteria:", "\nAnalysis:", "\nScores: \\boxed{"]
     found += [f" ({100 // p}%);" for p in places]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.summary import Judged
     from spct_ray.graph.step import StepContext
 
-VERSION = 3
+VERSION = 4
 JUDGES = ("base", "rft", "grpo")
 GRPO_PANELS = {
     "Reward": ("reward",),

@@ -28,7 +28,7 @@ from spct_ray.judge.seeds import derive_seed
 if TYPE_CHECKING:
     from spct_ray.records import Item
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

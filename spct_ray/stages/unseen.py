@@ -18,7 +18,7 @@ from spct_ray.graph.step import StepContext
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.stages.items import NAME
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
