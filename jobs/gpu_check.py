@@ -140,8 +140,9 @@ def model_dir(case: Case, kind: str, layers: int, spread: float = 0.02) -> str:
 def write_model(directory: str, kind: str, layers: int, spread: float, tiny: bool, device: str) -> None:
     """Write bf16 weights drawn with a deviation of `spread`, config, and a tokenizer of bytes and made-up words."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+
+    from spct_ray.benchmarks.training_speed import write_tokenizer
 
     vocab = 1024 if tiny else {"qwen": 151936, "gemma": 256000}[kind]
     common: dict[str, Any] = {
@@ -163,20 +164,7 @@ def write_model(directory: str, kind: str, layers: int, spread: float, tiny: boo
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     del model
-    control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    pieces = [*control, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += [f"word{i}" for i in range(vocab - len(pieces) - 8)]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=control[0], eos_token=control[2], additional_special_tokens=[control[1]],
-        chat_template=template,
-    ).save_pretrained(directory)  # fmt: skip
+    write_tokenizer(directory, vocab - 8)  # transformers adds one of its own
 
 
 def draw(rng: random.Random, num: int) -> list[int]:
