@@ -29,10 +29,9 @@ FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge takes
 class BuiltinConfig:
     """Sizes and mix. Weights need not sum to 1.
 
-    `alike` is the chance that the
-    responses of an item agree in a part that is not asked for. With `lure` a worse response has the favourites of
-    careless judges more often than the best one, where they are not asked for: with a chance of 0.5 + lure / 2 against
-    0.5 - lure / 2.
+    `alike` is the chance that the responses of an item agree in a part that is not asked for. With `lure` a worse
+    response has the favourites of careless judges more often than the best one, where they are not asked for: with a
+    chance of 0.5 + lure / 2 against 0.5 - lure / 2.
     `graded`: the wrong responses of an item break 1, 2, ... of its requirements, and the reward of each response is the
     share that it meets, so that all n are ranked.
     """
