@@ -443,3 +443,9 @@ def test_one_stale_tensor_of_any_kind_and_a_skipped_sync_are_caught_after_one_ti
                 assert unlike() == []
     finally:
         engine.close()
+
+
+def test_an_engine_of_which_nothing_can_be_compared_is_refused() -> None:
+    held = HeldTensor("other.weight", (), 7, 4)
+    with pytest.raises(ParityError, match="engine 0: none of its 1 tensors could be matched to the 1 that were sent"):
+        compare({"model.weight": (7, 4)}, [[[held]]])

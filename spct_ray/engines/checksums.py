@@ -118,9 +118,14 @@ def compare(sent: Mapping[str, tuple[int, int]], engines: Sequence[Sequence[Sequ
         for held in workers:
             for tensor in held:
                 places[tensor.place].append(tensor)
+        compared = sum(bool(shards[0].parts) for shards in places.values())
+        if not compared:
+            raise ParityError(
+                f"engine {number}: none of its {len(places)} tensors could be matched to the {len(sent)} that were "
+                "sent, so nothing shows that it holds the trainer's weights: vLLM names those of this model otherwise"
+            )
         stale = [place for place, shards in places.items() if shards[0].parts and not _equal(sent, shards)]
         if stale:
-            compared = sum(bool(shards[0].parts) for shards in places.values())
             named = ", ".join(stale[:_MAX_NAMED]) + (", ..." if len(stale) > _MAX_NAMED else "")
             raise ParityError(
                 f"engine {number} does not hold the trainer's weights: {len(stale)} of {compared} tensors differ in "
