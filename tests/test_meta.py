@@ -23,7 +23,6 @@ from spct_ray.learn.examples import ExampleFile
 from spct_ray.learn.meta import score_judgements
 from spct_ray.records import Item, Message, Trajectory
 from spct_ray.stages import meta, meta_scores
-from spct_ray.stages.select import META_SCHEMA
 
 CONFIG = meta.MetaConfig(OptimConfig(lr=5e-3), batch_size=16, max_steps=20, heldout_share=0.3, max_tokens=300)
 ITEMS = [
@@ -52,13 +51,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "items").mkdir()
     for name in ("train", "heldout"):
         write_items(str(root / "items" / f"{name}.parquet"), ITEMS)
-    (root / "select").mkdir()
-    rows = []
-    for i, item in enumerate(ITEMS):
-        t = trajectory(item, 0, i % 2 == 0)
-        talk = [m.to_row() for m in meta_messages(item, t.order, t.text)]
-        rows.append({"item_id": item.id, "key": t.key, "messages": talk, "label": int(i % 2 == 0)})
-    pq.write_table(pa.Table.from_pylist(rows, schema=META_SCHEMA), root / "select" / "meta.parquet")
+    cold_start = [trajectory(item, 0, i % 2 == 0) for i, item in enumerate(ITEMS)]
+    hinted = replace(trajectory(ITEMS[0], 1, True), hinted=True)
+    tied = replace(trajectory(ITEMS[0], 2, False), scores=(5, 5))
+    write_trajectories(root / "sample", [*cold_start, hinted, tied])
     on_policy = [trajectory(item, k, (i + k) % 3 == 0) for i, item in enumerate(ITEMS) for k in range(2)]
     write_trajectories(root / "onpolicy", [*on_policy, trajectory(ITEMS[0], 2, False, "no_box")])
     return root
@@ -66,17 +62,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_context(root: Path, name: str, **inputs: str) -> StepContext:
     (root / name).mkdir(exist_ok=True)
-    defaults = {role: str(root / role) for role in ("items", "select", "onpolicy")}
+    defaults = {role: str(root / role) for role in ("items", "sample", "onpolicy")}
     return StepContext(name, 3, str(root / name), {**defaults, "init": str(root / "student"), **inputs}, "spct run x")
 
 
 def test_labels_follow_eq_10_and_unparsable_judgements_are_counted_out(root: Path) -> None:
-    counts: Counter[str] = Counter()
-    labelled = list(meta.labelled_judgements(make_context(root, "labels"), counts))
-    assert counts == {"cold_start": 24, "on_policy": 48, "unparsable": 1}
+    context, counts = make_context(root, "labels"), Counter[str]()
+    labelled = list(meta.labelled_judgements(context, counts))
+    assert counts == {"cold_start": 25, "on_policy": 48, "unparsable": 1, "hinted": 1}
     assert all(("second" in j.messages[-1].content) == bool(j.label) for j in labelled)
-    for data, num in (("off_policy", 24), ("on_policy", 48)):
-        assert len(list(meta.labelled_judgements(make_context(root, "labels"), Counter(), data))) == num  # type: ignore[arg-type]
+    assert len(list(meta.labelled_judgements(context, Counter(), "off_policy"))) == 25
+    assert len(list(meta.labelled_judgements(context, Counter(), "on_policy"))) == 48
+    without = Counter[str]()
+    assert len(list(meta.labelled_judgements(context, without, ties=False))) == 72
+    assert without["tied"] == 1
 
 
 def test_heldout_items_share_no_item_with_training(root: Path) -> None:

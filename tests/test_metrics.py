@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -71,29 +72,25 @@ def test_votes_equal_the_vote_of_each_block(single: str, k: int, k_meta: int | N
     flat = [t for ts in samples.values() for t in ts]
     logits = {t.key: rng.gauss(0, 3) for t in flat if not t.failure}
     table = curves.tabulate(items, rng.sample(flat, len(flat)), (scale.low + scale.high) / 2, logits)
-    votes = curves.vote_curve_point(table, k, 7, k_meta)
+    votes = curves.vote_curve_point(table, k, k_meta)
     for i, item in enumerate(items):
-        outcomes = {"right": 0, "wrong": 0, "tied": 0, "undecided": 0}
+        outcomes = {"right": 0.0, "tied": 0, "undecided": 0}
         for start in range(0, 6 - k + 1, k):
             block = samples[item.id][start : start + k]
             guides = [logits.get(t.key, float("nan")) for t in block] if k_meta else []
             verdict = vote(item.id, len(item.responses), block, guides, k_meta)
             if len(item.responses) == 1:
-                decisions = {decide_single(verdict, scale, s) for s in range(40)}
+                decisions = {decide_single(verdict, scale, s) for s in range(40)} - {None}
                 truth = int(item.rewards[0])
             else:
-                decisions, truth = set(verdict.winners) or {None}, item.best
-            tied = len(decisions) > 1
-            kind = "undecided" if None in decisions else "tied" if tied else "right" if truth in decisions else "wrong"
-            outcomes[kind] += 1
-            if tied and truth not in decisions:
-                outcomes["tied_wrong"] = outcomes.get("tied_wrong", 0) + 1
+                decisions, truth = set(verdict.winners), item.best
+            outcomes["undecided"] += not decisions
+            outcomes["tied"] += len(decisions) > 1
+            outcomes["right"] += (truth in decisions) / max(1, len(decisions))
         blocks = 6 // k
         assert votes.tied_I[i] * blocks == pytest.approx(outcomes["tied"])
         assert votes.undecided_I[i] * blocks == pytest.approx(outcomes["undecided"])
-        right = votes.accuracy_I[i] * blocks
-        most = outcomes["right"] + outcomes["tied"] - outcomes.get("tied_wrong", 0)
-        assert outcomes["right"] - 1e-9 <= right <= most + 1e-9
+        assert votes.accuracy_I[i] * blocks == pytest.approx(outcomes["right"])
     assert votes.tokens == pytest.approx(k * np.mean([t.completion_tokens for t in flat]))
 
 
@@ -130,16 +127,30 @@ def test_position_consistency_equals_pair_counting() -> None:
     assert curves.position_consistency(table) == pytest.approx(np.mean(pairs))
 
 
-def test_random_tie_breaks_and_undecided_items() -> None:
-    items = [Item(f"i{i}", (Message("user", "q"),), ("a", "b", "c"), (0.0, 1.0, 0.0)) for i in range(4000)]
-    tied = [_one(item, (5, 5, 1)) for item in items]
-    votes = curves.vote_curve_point(curves.tabulate(items, tied, 5.5), 1, 3)
-    assert votes.accuracy_I.mean() == pytest.approx(0.5, abs=0.04)
-    assert votes.tied_I.mean() == 1
-    again = curves.vote_curve_point(curves.tabulate(items, tied, 5.5), 1, 3)
-    assert (again.accuracy_I == votes.accuracy_I).all()
-    failed = curves.vote_curve_point(curves.tabulate(items, [_one(item, ()) for item in items], 5.5), 1, 3)
-    assert (failed.accuracy_I.mean(), failed.undecided_I.mean(), failed.tied_I.mean()) == (0, 1, 0)
+def test_ties_count_as_their_share_and_undecided_items_as_wrong() -> None:
+    item = Item("i", (Message("user", "q"),), ("a", "b", "c"), (0.0, 1.0, 0.0))
+
+    def outcome(scores: tuple[int, ...]) -> tuple[float, float, float]:
+        votes = curves.vote_curve_point(curves.tabulate([item], [_one(item, scores)], 5.5), 1)
+        return votes.accuracy_I[0], votes.tied_I[0], votes.undecided_I[0]
+
+    assert outcome((5, 5, 1)) == (1 / 2, 1, 0)
+    assert outcome((5, 5, 5)) == (1 / 3, 1, 0)
+    assert outcome((5, 1, 5)) == (0, 1, 0)
+    assert outcome(()) == (0, 0, 1)
+
+
+def test_a_weighted_vote_sums_scores_times_minus_log_of_the_chance_to_be_wrong() -> None:
+    """Two judgements of p = 0.6 against one of p = 0.9: -log 0.4 twice is 1.83, -log 0.1 is 2.30."""
+    item = Item("i", (Message("user", "q"),), ("a", "b", "c"), (0.0, 1.0, 0.0))
+    samples = [_one(item, s, k) for k, s in enumerate([(10, 2, 2), (10, 2, 2), (2, 10, 2), ()])]
+    logits = {t.key: math.log(p / (1 - p)) for t, p in zip(samples, (0.6, 0.6, 0.9), strict=False)}
+    table = curves.tabulate([item], samples, 5.5, logits)
+    assert curves.meta_weight(table)[0] == pytest.approx([-math.log(0.4), -math.log(0.4), -math.log(0.1), 0])
+    assert curves.vote_curve_point(table, 4).accuracy_I.tolist() == [0]
+    assert curves.vote_curve_point(table, 4, weighted=True).accuracy_I.tolist() == [1]
+    with pytest.raises(DataError, match="meta_scores"):
+        curves.vote_curve_point(curves.tabulate([item], samples, 5.5), 4, weighted=True)
 
 
 def _one(item: Item, scores: tuple[int, ...], sample: int = 0) -> Trajectory:
@@ -160,9 +171,9 @@ def test_wrong_inputs_are_named() -> None:
         curves.tabulate(items, [a, b], 5.5, {a.key: 1.0})
     table = curves.tabulate(items, [a, b], 5.5)
     with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples an item, evaluation drew 1"):
-        curves.vote_curve_point(table, 2, 0)
+        curves.vote_curve_point(table, 2)
     with pytest.raises(DataError, match="meta_scores"):
-        curves.vote_curve_point(table, 1, 0, k_meta=1)
+        curves.vote_curve_point(table, 1, k_meta=1)
 
 
 def test_paper_votes() -> None:
@@ -170,13 +181,13 @@ def test_paper_votes() -> None:
     item = Item("i", (Message("user", "q"),), ("a", "b"), (0.0, 1.0))
     table = curves.tabulate([item], [_one(item, s, k) for k, s in enumerate([(8, 8), (5, 9), (7, 10)])], 5.5)
     assert table.scores_IKO[0].sum(axis=0).tolist() == [20, 27]
-    assert curves.vote_curve_point(table, 3, 0).accuracy_I.tolist() == [1]
+    assert curves.vote_curve_point(table, 3).accuracy_I.tolist() == [1]
     # One sample in favour of the wrong response: plain votes go wrong, the meta vote keeps the other two.
     samples = [_one(item, s, k) for k, s in enumerate([(9, 1), (4, 6), (5, 6)])]
     logits = {t.key: x for t, x in zip(samples, (-15.7781, 1.3126, 1.6739), strict=True)}
     table = curves.tabulate([item], samples, 5.5, logits)
-    assert curves.vote_curve_point(table, 3, 0).accuracy_I.tolist() == [0]
-    assert curves.vote_curve_point(table, 3, 0, k_meta=2).accuracy_I.tolist() == [1]
+    assert curves.vote_curve_point(table, 3).accuracy_I.tolist() == [0]
+    assert curves.vote_curve_point(table, 3, k_meta=2).accuracy_I.tolist() == [1]
 
 
 def test_chance() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spct_ray.benchmarks.curves import Bools, Floats, Ints, ScoreTable
+from spct_ray.benchmarks.curves import Bools, Floats, Ints, ScoreTable, meta_weight
 from spct_ray.benchmarks.sheet import Decision
 from spct_ray.errors import ConfigError, DataError
 
@@ -86,8 +86,7 @@ def _weights(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, 
     if table.logits_IK is None:
         raise DataError(f"the aggregator {name!r} needs meta-RM logits")
     if name == "meta_weighted":
-        logit_IK = np.where(table.used_IK, table.logits_IK, 0.0)
-        return np.asarray(take_IRK / (1 + np.exp(-logit_IK))[:, None])
+        return np.asarray(take_IRK * meta_weight(table)[:, None])
     return _top(table.logits_IK, take_IRK, 1 if name == "best_by_meta" else k_meta)
 
 

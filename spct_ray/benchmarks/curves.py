@@ -9,7 +9,8 @@ scale. The response is then held right when the mean of the used scores is above
 rule decides n = 1 and n >= 2.
 
 Counting: a sample that could not be parsed is left out of the vote, never scored. An item without any usable sample is
-undecided; it counts as wrong, and `undecided_rate` tells how often. Ties are broken at random with the seed.
+undecided; it counts as wrong, and `undecided_rate` tells how often. A tie of m options counts as 1/m where the right
+option is among them, which is what breaking ties at random gives on average.
 """
 
 from __future__ import annotations
@@ -185,8 +186,9 @@ def _winners(scores: Floats, option_IO: Bools) -> Bools:
     return np.asarray(held == held.max(axis=-1, keepdims=True))
 
 
-def vote_curve_point(table: ScoreTable, k: int, seed: int, k_meta: int | None = None) -> Votes:
-    """Vote with k of the K samples (Eq. 14); with `k_meta`, sum only the k_meta usable ones of best meta-RM logit.
+def vote_curve_point(table: ScoreTable, k: int, k_meta: int | None = None, weighted: bool = False) -> Votes:
+    """Vote with k of the K samples (Eq. 14); with `k_meta`, sum only the k_meta usable ones of best meta-RM logit;
+    `weighted`, sum all of them, each times `meta_weight`.
 
     For k < K each item is voted on by every full block of k successive samples, and the outcomes are averaged. Blocks
     share no sample and keep the balanced orders of a real run of k samples. k = 1 is thus the mean over all samples.
@@ -203,14 +205,27 @@ def vote_curve_point(table: ScoreTable, k: int, seed: int, k_meta: int | None = 
         logits_IBK = np.where(take_IBK, table.logits_IK[:, None, :], -np.inf)
         best_IBK = np.argsort(np.argsort(-logits_IBK, axis=-1, kind="stable"), axis=-1) < k_meta
         take_IBK &= best_IBK
-    winners_IBO = _winners(take_IBK.astype(np.float64) @ table.scores_IKO, table.option_IO)
-    decided_IB = take_IBK.any(axis=-1)
-    draws_IBO = np.random.default_rng(seed).random(winners_IBO.shape)
-    choice_IB = np.where(winners_IBO, draws_IBO, -1.0).argmax(axis=-1)
-    right_IB = decided_IB & (choice_IB == table.truth_I[:, None])
-    tied_IB = decided_IB & (winners_IBO.sum(axis=-1) > 1)
+    weight_IBK = take_IBK.astype(np.float64)
+    if weighted:
+        weight_IBK *= meta_weight(table)[:, None]
+    winners_IBO = _winners((weight_IBK @ table.scores_IKO).round(9), table.option_IO)  # equal sums stay equal
+    decided_IB, num_winners_IB = take_IBK.any(axis=-1), winners_IBO.sum(axis=-1)
+    hit_IB = np.take_along_axis(winners_IBO, table.truth_I[:, None, None], axis=-1)[..., 0]
+    right_IB = decided_IB * hit_IB / num_winners_IB
+    tied_IB = decided_IB & (num_winners_IB > 1)
     tokens = float(table.tokens_IK.mean() * k)
     return Votes(right_IB.mean(axis=1), tied_IB.mean(axis=1), (~decided_IB).mean(axis=1), tokens)
+
+
+def meta_weight(table: ScoreTable) -> Floats:
+    """[I, K] -log(1 - p) of each usable sample, where p is its chance to be right by the meta RM; 0 for the others.
+
+    Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
+    log-odds where p is large, and never negative.
+    """
+    if table.logits_IK is None:
+        raise DataError("a meta vote needs meta-RM logits; add the meta_scores step")
+    return np.asarray(np.logaddexp(0.0, np.where(table.used_IK, table.logits_IK, -np.inf)))
 
 
 def correct_samples(table: ScoreTable) -> Bools:

@@ -82,20 +82,22 @@ def _dot(name: str) -> str:
 def _headline(block: Mapping[str, Any]) -> str:
     models, ks = block["models"], sorted({int(k) for m in block["models"].values() for k in m["vote"]})
     many = [k for k in ks if k > 1]
-    head = ["judge", "greedy", *(f"vote@{k}" for k in ks), *(f"meta vote@{k}" for k in many)]
+    guided = {"meta": "meta_vote", "weighted": "weighted_vote"}
+    head = ["judge", "greedy", *(f"vote@{k}" for k in ks), *(f"{way}@{k}" for way in guided for k in many)]
     rows = [
         [
             _dot(name),
             _accuracy(m["greedy"]),
             *(_accuracy(m["vote"].get(str(k))) for k in ks),
-            *(_accuracy(m["meta_vote"].get(str(k))) for k in many),
+            *(_accuracy(m[key].get(str(k))) for key in guided.values() for k in many),
         ]
         for name, m in models.items()
     ]
     caption = (
         f"Accuracy in % with 95&thinsp;% bootstrap intervals over {block['num_items']:,} items; chance is "
-        f"{_percent(block['chance'])}. vote@1 is one sample. An item without any parsed judgement counts as wrong; "
-        "ties are broken at random with the seed."
+        f"{_percent(block['chance'])}. vote@1 is one sample. An item without any parsed judgement counts as wrong, a "
+        "tie of m as 1/m. By the meta RM, meta@k sums the best of the k judgements, weighted@k all of them, each times "
+        "-log of its chance to be wrong."
     )
     return _table(head, rows, caption)
 

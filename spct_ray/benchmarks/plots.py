@@ -62,7 +62,8 @@ def new_figure(width: float, height: float, columns: int = 1, **options: Any) ->
 
 
 def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over_tokens: bool) -> str:
-    """Accuracy of vote (solid) and meta vote (dashed) over k, or over the tokens written per decision, with 95 % bands.
+    """Accuracy of vote (solid), meta vote (dashed) and weighted vote (dash-dotted) over k, or over the tokens written
+    per decision, with 95 % bands.
 
     `models` has the shape of summary.json's "models". A model that wrote nothing parsable is named, not drawn.
     """
@@ -73,14 +74,14 @@ def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over
             if not block["parse_rate"]:
                 axes.plot([], [], color=COLOURS[name], label=f"{LABELS[name]}: nothing parsed")
                 continue
-            for kind, line, marker in (("vote", "-", "o"), ("meta_vote", "--", "D")):
+            for kind, line, marker in (("vote", "-", "o"), ("meta_vote", "--", "D"), ("weighted_vote", "-.", "s")):
                 points = sorted((int(k), entry) for k, entry in block[kind].items())
                 if not points:
                     continue
                 x = [entry["tokens"] if over_tokens else k for k, entry in points]
                 last_x = x
                 low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
-                label = f"{LABELS[name]}, {'vote' if kind == 'vote' else 'meta vote'}"
+                label = f"{LABELS[name]}, {kind.replace('_', ' ')}"
                 y = [entry["accuracy"] for _, entry in points]
                 axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
                 axes.plot(

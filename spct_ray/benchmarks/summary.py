@@ -59,15 +59,18 @@ def model_block(judged: Judged, counting: Counting) -> tuple[dict[str, Any], dic
     def entry(votes: Votes) -> dict[str, Any]:
         return votes.summary(counting.seed, counting.resamples)
 
-    greedy = curves.vote_curve_point(judged.greedy, 1, counting.seed)
-    votes = {k: curves.vote_curve_point(table, k, counting.seed) for k in ks}
+    greedy = curves.vote_curve_point(judged.greedy, 1)
+    votes = {k: curves.vote_curve_point(table, k) for k in ks}
     meta: dict[int, Votes] = {}
+    weighted: dict[int, Votes] = {}
     if table.logits_IK is not None:
-        meta = {k: curves.vote_curve_point(table, k, counting.seed, counting.k_meta(k)) for k in ks}
+        meta = {k: curves.vote_curve_point(table, k, counting.k_meta(k)) for k in ks}
+        weighted = {k: curves.vote_curve_point(table, k, weighted=True) for k in ks}
     accuracies = {"greedy": greedy.accuracy_I}
     accuracies |= {f"vote@{k}": votes[k].accuracy_I for k in (1, k_max) if k in votes}
     if meta:
         accuracies[f"meta vote@{k_max}"] = meta[k_max].accuracy_I
+        accuracies[f"weighted vote@{k_max}"] = weighted[k_max].accuracy_I
     compared = {item.id for item in judged.items if len(item.responses) > 1}
     histogram = Counter(s for t in judged.trajectories if t.item_id in compared for s in t.scores)
     block = curves.rates(table)
@@ -77,6 +80,7 @@ def model_block(judged: Judged, counting: Counting) -> tuple[dict[str, Any], dic
         "greedy": entry(greedy) | {"parse_rate": float(judged.greedy.used_IK.mean())},
         "vote": {str(k): entry(v) for k, v in votes.items()},
         "meta_vote": {str(k): entry(v) | {"k_meta": counting.k_meta(k)} for k, v in meta.items()},
+        "weighted_vote": {str(k): entry(v) for k, v in weighted.items()},
         "by_subset": by_subset(judged.items, votes.get(k_max, greedy).accuracy_I, counting),
         "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
         "score_histogram": {str(s): histogram[s] for s in sorted(histogram)},
@@ -106,8 +110,8 @@ def by_subset(items: Sequence[Item], accuracy_I: Floats, counting: Counting) -> 
 
 
 def paired(accuracies: Mapping[str, Mapping[str, Floats]], chance_I: Floats, counting: Counting) -> dict[str, Any]:
-    """Trained judges against chance, each judge against the one before it, and the last judge's ways to decide
-    against each other, all on the same items."""
+    """Trained judges against chance, each judge against the one before it, and each judge's ways to decide against each
+    other, all on the same items."""
     names, top = list(accuracies), f"vote@{max(counting.ks)}"
     pairs = [
         (f"{LABELS[name]} - chance, greedy", accuracies[name]["greedy"], chance_I) for name in names if name != "base"
@@ -118,11 +122,11 @@ def paired(accuracies: Mapping[str, Mapping[str, Floats]], chance_I: Floats, cou
         for way in ("greedy", "vote@1", top)
         if way in accuracies[a]
     ]
-    last = accuracies[names[-1]]
     pairs += [
-        (f"{a} - {b}, {LABELS[names[-1]]}", last[a], last[b])
-        for a, b in ((top, "vote@1"), (f"meta {top}", top))
-        if a in last and b in last and a != b
+        (f"{a} - {b}, {LABELS[name]}", ways[a], ways[b])
+        for a, b in ((top, "vote@1"), (f"meta {top}", top), (f"weighted {top}", top))
+        for name, ways in accuracies.items()
+        if a in ways and b in ways and a != b
     ]
     differences = ((name, metrics.paired_difference(a, b, counting.seed, counting.resamples)) for name, a, b in pairs)
     return {name: dataclasses.asdict(difference) for name, difference in differences}
@@ -137,12 +141,14 @@ def meta_logits(table: ScoreTable) -> tuple[Floats, Floats]:
 
 def meta_block(table: ScoreTable) -> dict[str, Any]:
     """The meta RM by itself on one judge's parsed samples, against Eq. 10: AUC, accuracy at logit 0, calibration; None
-    where they are not defined.
+    where they are not defined. `auc_without_ties` leaves out what Eq. 10 calls wrong at a glance.
 
     `auc_within_item` compares only samples of one item, which is all that a meta vote asks of the meta RM.
     """
     logits, labels = meta_logits(table)
-    block: dict[str, Any] = dict.fromkeys(("auc", "ece", "auc_within_item", "accuracy", "share_right"))
+    block: dict[str, Any] = dict.fromkeys(
+        ("auc", "auc_without_ties", "ece", "auc_within_item", "accuracy", "share_right")
+    )
     block |= {"num_samples": len(logits), "reliability": []}
     if table.logits_IK is None or not len(logits):
         return block
@@ -156,6 +162,9 @@ def meta_block(table: ScoreTable) -> dict[str, Any]:
     if 0 < labels.sum() < len(labels):
         block["auc"] = metrics.auc(logits, labels)
     right_IK = curves.correct_samples(table)
+    strict_IK = table.used_IK & ~curves.tied_samples(table)
+    if 0 < right_IK[strict_IK].sum() < strict_IK.sum():
+        block["auc_without_ties"] = metrics.auc(table.logits_IK[strict_IK], right_IK[strict_IK].astype(np.float64))
     within = [
         metrics.auc(logits_K[used_K], right_K[used_K])
         for logits_K, right_K, used_K in zip(table.logits_IK, right_IK, table.used_IK, strict=True)

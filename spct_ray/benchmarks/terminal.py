@@ -25,13 +25,14 @@ def table(block: Mapping[str, Any], title: str) -> str:
     """The headline table of the held-out items or of a benchmark: a row a judge."""
     models = block["models"]
     k_max = max((int(k) for model in models.values() for k in model["vote"]), default=1)
-    rows = [["judge", "greedy", "one sample", f"vote@{k_max}", f"meta vote@{k_max}", "parsed"]]
+    rows = [["judge", "greedy", "one sample", f"vote@{k_max}", f"meta@{k_max}", f"weighted@{k_max}", "parsed"]]
     for name, model in models.items():
         votes = (
             model["greedy"],
             model["vote"].get("1"),
             model["vote"].get(str(k_max)),
             model["meta_vote"].get(str(k_max)),
+            model["weighted_vote"].get(str(k_max)),
         )
         rows.append([LABELS[name], *map(cell, votes), f"{model['parse_rate']:.1%}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -92,9 +93,14 @@ def example(model: str, item: Item, judgement: Trajectory, verdict: Verdict, dec
 def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
     """The examples, then a table for the held-out items and for each benchmark, and what the run did not have."""
     tables = [table(block, f"Benchmark {name}") for name, block in summary["benchmarks"].items()]
-    notes = ["An item without a parsed judgement counts as wrong; ties are broken at random with the seed."]
-    if (auc := summary["meta_rm"]["auc"]) is not None:
-        notes.append(f"Meta RM on the last judge's samples: AUC {auc:.3f}, ECE {summary['meta_rm']['ece']:.3f}.")
+    notes = [
+        "An item without a parsed judgement counts as wrong, a tie of m as 1/m. By the meta RM, meta@k",
+        "sums the best of the k judgements, weighted@k all of them by their chance to be right.",
+    ]
+    areas = {LABELS[name]: area for name, area in summary["meta_rm"]["auc_by_judge"].items() if area is not None}
+    if areas:
+        found = ", ".join(f"{area:.3f} ({name})" for name, area in areas.items())
+        notes.append(f"AUC of the meta RM on judgements without a tie: {found}.")
     told = [habits(summary["habits"])] if summary["habits"] else []
     notes += [f"Missing: {what}." for what in summary["missing"]]
     return "\n\n".join([*examples, *tables, table(summary, "Held-out"), effects(summary), *told, "\n".join(notes)])

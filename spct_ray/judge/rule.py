@@ -17,6 +17,11 @@ def is_correct(scores: Sequence[int], rewards: Sequence[float]) -> bool:
     return all(scores[best] > score for i, score in enumerate(scores) if i != best)
 
 
+def is_tied(scores: Sequence[int]) -> bool:
+    """Whether several responses share the highest of `scores` [N]."""
+    return scores.count(max(scores)) > 1
+
+
 def is_ordered(scores: Sequence[int], rewards: Sequence[float]) -> bool:
     """Whether `scores` [N] put the responses in the order of `rewards`: r_i > r_k requires S_i > S_k for every i, k.
 

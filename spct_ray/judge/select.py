@@ -1,4 +1,4 @@
-"""Rejective selection of the cold start: which judgements become SFT targets and which train the meta RM."""
+"""Rejective selection of the cold start: which judgements become SFT targets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from spct_ray.records import Item, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Of one item: accepted trajectories, unhinted parsed ones with their label (meta RM), and counts by reason."""
+    """Of one item: accepted trajectories, and counts by reason."""
 
     accepted: tuple[Trajectory, ...]
-    labelled: tuple[tuple[Trajectory, bool], ...]
     counts: dict[str, int]
 
 
@@ -24,7 +23,7 @@ def select(item: Item, trajectories: Sequence[Trajectory], reject_easy: bool = T
     correct.
 
     A hinted sample is rejected only when incorrect (or with its too-easy item). Unparsable samples are rejected under
-    their failure's name and are in neither set.
+    their failure's name.
     """
     counts: Counter[str] = Counter()
     correct = {t.key: not t.failure and is_correct(t.scores, item.rewards) for t in trajectories}
@@ -42,5 +41,4 @@ def select(item: Item, trajectories: Sequence[Trajectory], reject_easy: bool = T
         else:
             counts[f"{kind}_accepted"] += 1
             accepted.append(t)
-    labelled = tuple((t, correct[t.key]) for t in unhinted if not t.failure)
-    return Selection(tuple(accepted), labelled, dict(counts))
+    return Selection(tuple(accepted), dict(counts))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
-from spct_ray.judge.rule import is_correct
+from spct_ray.judge.rule import is_correct, is_tied
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.records import Message
@@ -26,7 +26,7 @@ from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
 
-VERSION = 2
+VERSION = 3
 Data = Literal["both", "off_policy", "on_policy"]
 
 
@@ -35,7 +35,9 @@ class MetaConfig(SupervisedConfig):
     """The paper's values: lr 1e-5, batch 512, a copy of the base model (`init` "student").
 
     `heldout_share` of the items is never trained on. `data` is what is: cold-start judgements (off-policy), judgements
-    of the judge that it will guide (on-policy), or both, as in the paper.
+    of the judge that it will guide (on-policy), or both, as in the paper. Without `ties`, judgements that give their best
+    score to several responses are left out: Eq. 10 calls them wrong, which takes no model to see, and a meta RM that can
+    learn this instead learns little about the others (docs/results.md).
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=30))
@@ -43,6 +45,7 @@ class MetaConfig(SupervisedConfig):
     init: Literal["student", "rft", "grpo"] = "student"
     heldout_share: float = 0.1
     data: Data = "both"
+    ties: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class _Labelled:
 
 
 def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> dict[str, Any]:
-    """Train input "init" on inputs "select" and "onpolicy" (of "items"); writes model/, metrics.jsonl, heldout.json.
+    """Train input "init" on inputs "sample" and "onpolicy" (of "items"); writes model/, metrics.jsonl, heldout.json.
 
     Raises DataError when nothing is left to train on or to hold out, SpctError when training diverges.
     """
@@ -97,7 +100,7 @@ def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, 
     model_dir = str(Path(context.inputs["init"]) / "model")
     counts: Counter[str] = Counter()
     parts: dict[str, list[Example]] = {"train": [], "heldout": []}
-    judgements = list(labelled_judgements(context, counts, config.data))
+    judgements = list(labelled_judgements(context, counts, config.data, config.ties))
     for judgement, example in zip(judgements, encode_all(model_dir, _encode, judgements), strict=True):
         if len(example.ids) > config.max_tokens:
             counts["too_long"] += 1
@@ -122,25 +125,31 @@ def _encode(tokenizer: Any, judgement: _Labelled) -> Example:
     return make_example(tokenizer, prompt, text.content, float(judgement.label))
 
 
-def labelled_judgements(context: StepContext, counts: Counter[str], data: Data = "both") -> Iterator[_Labelled]:
-    """Selection's labelled cold-start judgements, then the on-policy ones with labels made here."""
-    import pyarrow.parquet as pq
-
+def labelled_judgements(
+    context: StepContext, counts: Counter[str], data: Data = "both", ties: bool = True
+) -> Iterator[_Labelled]:
+    """The cold start's judgements that saw no hint, then the on-policy ones, with what Eq. 10 says of them."""
     from spct_ray.cluster.sampling import read_trajectories
     from spct_ray.data.store import read_items
 
-    cold_start = pq.read_table(Path(context.inputs["select"]) / "meta.parquet").to_pylist()
-    for row in cold_start if data != "on_policy" else ():
-        counts["cold_start"] += 1
-        yield _Labelled(row["item_id"], tuple(Message(**m) for m in row["messages"]), row["label"])
     items = {item.id: item for item in read_items(str(Path(context.inputs["items"]) / "train.parquet"))}
-    for t in read_trajectories(context.inputs["onpolicy"]) if data != "off_policy" else ():
-        if t.hinted or t.failure:
-            counts["hinted" if t.hinted else "unparsable"] += 1
-            continue
-        counts["on_policy"] += 1
-        item = items[t.item_id]
-        yield _Labelled(t.item_id, meta_messages(item, t.order, t.text), int(is_correct(t.scores, item.rewards)))
+    sources = {"off_policy": ("sample", "cold_start"), "on_policy": ("onpolicy", "on_policy")}
+    for role, kind in [source for name, source in sources.items() if data in ("both", name)]:
+        for t in read_trajectories(context.inputs[role]):
+            if (
+                why := "hinted"
+                if t.hinted
+                else "unparsable"
+                if t.failure
+                else "tied"
+                if not ties and is_tied(t.scores)
+                else ""
+            ):
+                counts[why] += 1
+                continue
+            counts[kind] += 1
+            item = items[t.item_id]
+            yield _Labelled(t.item_id, meta_messages(item, t.order, t.text), int(is_correct(t.scores, item.rewards)))
 
 
 def is_heldout(item_id: str, share: float, seed: int) -> bool:

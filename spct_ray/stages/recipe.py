@@ -136,7 +136,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         Demand.of_replicas(where.onpolicy),
         {"items": "items", "judge": "grpo"},
     )
-    meta_inputs = {"items": "items", "select": selected, "onpolicy": "onpolicy", "init": _init(recipe.meta.init, judge)}
+    meta_inputs = {"items": "items", "sample": sampled, "onpolicy": "onpolicy", "init": _init(recipe.meta.init, judge)}
     add("meta", meta, recipe.meta, where.meta, _training(where.meta), meta_inputs)
     if recipe.bradley_terry:
         inputs = {"items": "items", "init": _init(recipe.bradley_terry.init, judge)}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spct_ray.benchmarks.summary import Judged
     from spct_ray.graph.step import StepContext
 
-VERSION = 4
+VERSION = 5
 JUDGES = ("base", "rft", "grpo")
 GRPO_PANELS = {
     "Reward": ("reward",),
@@ -95,7 +95,7 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
     result = {
         **blocks.pop("heldout"),
         "meta_rm": summary.meta_block(heldout[final].samples)
-        | {"auc_by_judge": {name: summary.meta_block(j.samples)["auc"] for name, j in heldout.items()}},
+        | {"auc_by_judge": {name: summary.meta_block(j.samples)["auc_without_ties"] for name, j in heldout.items()}},
         "habits": {name: found for name, j in heldout.items() if (found := _habits(j))},
         "benchmarks": blocks,
         "seconds": _seconds(context.inputs),
@@ -214,7 +214,7 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
     if meta["num_samples"]:
         logits, labels = meta_logits(final.samples)
         svg = plots.meta_reliability(meta["reliability"], logits[labels == 1].tolist(), logits[labels == 0].tolist())
-        areas = {f"samples of {LABELS[name]}": area for name, area in meta["auc_by_judge"].items()}
+        areas = {f"{LABELS[name]}'s samples without ties": area for name, area in meta["auc_by_judge"].items()}
         areas["the final judge's samples of one item, item by item,"] = meta["auc_within_item"]
         caption = f"{meta['num_samples']:,} parsed samples of the final judge, {meta['share_right']:.0%} of them right."
         caption += "".join(f" AUC on {what} {area:.3f}." for what, area in areas.items() if area is not None)

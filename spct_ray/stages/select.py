@@ -1,4 +1,4 @@
-"""Rejective selection (Eq. 10, Section 4.1): from trajectories to the SFT set and the meta RM's set."""
+"""Rejective selection (Eq. 10, Section 4.1): from trajectories to the SFT set."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from spct_ray.data.store import read_items
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
-from spct_ray.judge.prompt import JudgeConfig, judge_messages, meta_messages
+from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.select import select
 
-VERSION = 2
+VERSION = 3
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SFT_SCHEMA = pa.schema(
@@ -30,9 +30,6 @@ SFT_SCHEMA = pa.schema(
         ("prompt", _MESSAGES),
         ("completion", pa.string()),
     ]
-)
-META_SCHEMA = pa.schema(
-    [("item_id", pa.string()), ("key", pa.string()), ("messages", _MESSAGES), ("label", pa.int32())]
 )
 
 
@@ -51,12 +48,11 @@ class SelectResources:
 
 
 def run(context: StepContext, config: SelectConfig, _: SelectResources) -> dict[str, Any]:
-    """Write sft.parquet, meta.parquet and select_report.json (counts by reason). Raises DataError when none is left."""
+    """Write sft.parquet and select_report.json (counts by reason). Raises DataError when none is left."""
     from spct_ray.cluster.sampling import read_trajectories
 
     items = {item.id: item for item in read_items(str(Path(context.inputs["items"]) / "train.parquet"))}
     sft: list[dict[str, Any]] = []
-    meta: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     for item_id, group in groupby(read_trajectories(context.inputs["sample"]), key=lambda t: t.item_id):
         item = items[item_id]
@@ -73,23 +69,15 @@ def run(context: StepContext, config: SelectConfig, _: SelectResources) -> dict[
                     "completion": t.text,
                 }
             )
-        for t, label in selection.labelled:
-            messages = [m.to_row() for m in meta_messages(item, t.order, t.text)]
-            meta.append({"item_id": item_id, "key": t.key, "messages": messages, "label": int(label)})
     if not sft:
         raise DataError(
             f"no judgement was accepted, counts by reason: {dict(counts)}. A sampler that cannot write the format "
             "needs sample.sampler.guided=true; one that is always right needs harder items"
         )
-    _write(context.out, "sft.parquet", sft, SFT_SCHEMA)
-    _write(context.out, "meta.parquet", meta, META_SCHEMA)
-    report = {"accepted": len(sft), "labelled": len(meta), "counts": dict(sorted(counts.items()))}
+    temporary = Path(context.out, "sft.parquet.tmp")
+    pq.write_table(pa.Table.from_pylist(sft, schema=SFT_SCHEMA), temporary)
+    os.replace(temporary, Path(context.out, "sft.parquet"))
+    report = {"accepted": len(sft), "counts": dict(sorted(counts.items()))}
     (Path(context.out) / "select_report.json").write_text(json.dumps(report, indent=1))
     context.log(f"accepted {len(sft)} judgements; " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
     return report
-
-
-def _write(out: str, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    temporary = Path(out) / f"{name}.tmp"
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    os.replace(temporary, Path(out) / name)
