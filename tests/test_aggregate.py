@@ -44,7 +44,7 @@ def by_hand(name: str, ts: list[Trajectory], logits: dict[str, float], k_meta: i
     if name == "majority":
         rows = [[(s == max(row)) / row.count(max(row)) for s in row] for row in rows]
     if name == "meta_weighted":
-        rows = [[s / (1 + np.exp(-logits[t.key])) for s in row] for row, t in zip(rows, kept, strict=True)]
+        rows = [[s * np.log1p(np.exp(logits[t.key])) for s in row] for row, t in zip(rows, kept, strict=True)]
     columns = list(zip(*rows, strict=True))
     if name == "median":
         return [statistics.median(c) for c in columns]

@@ -217,12 +217,10 @@ def test_selection_rejects_wrong_and_too_easy():
         ],
     )
     assert [t.key for t in mixed.accepted] == ["i/s0", "i/h0"]
-    assert [(t.key, label) for t, label in mixed.labelled] == [("i/s0", True), ("i/s1", False)]
     assert mixed.counts == {"unhinted_accepted": 1, "unhinted_incorrect": 1, "unhinted_no_box": 1, "hinted_accepted": 1}
     easy = select(item(), [trajectory(good, sample=k) for k in range(3)] + [trajectory(good, hinted=True)])
     assert easy.accepted == ()
     assert easy.counts == {"unhinted_too_easy": 3, "hinted_too_easy": 1}
-    assert len(easy.labelled) == 3
     kept = select(item(), [trajectory(good, sample=k) for k in range(3)], reject_easy=False)
     assert (len(kept.accepted), kept.counts) == (3, {"unhinted_accepted": 3})
     hinted_wrong = select(item(), [trajectory(bad), trajectory((5, 5), hinted=True)])

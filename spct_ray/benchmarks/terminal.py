@@ -43,8 +43,7 @@ def table(block: Mapping[str, Any], title: str) -> str:
 
 def effects(block: Mapping[str, Any]) -> str:
     """What each stage added on the held-out items, in points, and whether its interval leaves out 0."""
-    base = f" - {LABELS['base']},"
-    shown = {name: d for name, d in block["paired"].items() if base not in name}
+    shown = {name: d for name, d in block["paired"].items() if LABELS["base"] not in name}
     width = max(map(len, shown), default=0)
     lines = []
     for name, d in shown.items():

@@ -35,9 +35,9 @@ class MetaConfig(SupervisedConfig):
     """The paper's values: lr 1e-5, batch 512, a copy of the base model (`init` "student").
 
     `heldout_share` of the items is never trained on. `data` is what is: cold-start judgements (off-policy), judgements
-    of the judge that it will guide (on-policy), or both, as in the paper. Without `ties`, judgements that give their best
-    score to several responses are left out: Eq. 10 calls them wrong, which takes no model to see, and a meta RM that can
-    learn this instead learns little about the others (docs/results.md).
+    of the judge that it will guide (on-policy), or both, as in the paper. Without `ties`, judgements that give their
+    best score to several responses are left out: Eq. 10 calls them wrong, which takes no model to see, and a meta RM
+    that can learn this learns little about the others.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, warmup_steps=30))
@@ -136,18 +136,10 @@ def labelled_judgements(
     sources = {"off_policy": ("sample", "cold_start"), "on_policy": ("onpolicy", "on_policy")}
     for role, kind in [source for name, source in sources.items() if data in ("both", name)]:
         for t in read_trajectories(context.inputs[role]):
-            if (
-                why := "hinted"
-                if t.hinted
-                else "unparsable"
-                if t.failure
-                else "tied"
-                if not ties and is_tied(t.scores)
-                else ""
-            ):
-                counts[why] += 1
+            unfit = {"hinted": t.hinted, "unparsable": t.failure, "tied": not ties and t.scores and is_tied(t.scores)}
+            counts[next((why for why, is_so in unfit.items() if is_so), kind)] += 1
+            if any(unfit.values()):
                 continue
-            counts[kind] += 1
             item = items[t.item_id]
             yield _Labelled(t.item_id, meta_messages(item, t.order, t.text), int(is_correct(t.scores, item.rewards)))
 
