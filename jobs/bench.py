@@ -127,7 +127,7 @@ def train(options: argparse.Namespace) -> None:
     """
     if options.repeats < 2:
         raise SpctError(f"--repeats {options.repeats}: the first is dropped, so at least 2 are needed")
-    from spct_ray.benchmarks import training_speed as sides
+    from spct_ray.evaluation import training_speed as sides
 
     threads = options.threads or len(os.sched_getaffinity(0))
     names = ("prompts", "group_size", "prompt_tokens", "completion_tokens", "micro_tokens", "head_tokens")
@@ -201,7 +201,7 @@ def plan(options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _model(options: argparse.Namespace) -> Iterator[str]:
     """The given model directory, or a random one of SmolLM2-135M's shape."""
-    from spct_ray.benchmarks import training_speed as sides
+    from spct_ray.evaluation import training_speed as sides
 
     if options.model:
         yield options.model

@@ -142,7 +142,7 @@ def write_model(directory: str, kind: str, layers: int, spread: float, tiny: boo
     import torch
     from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
-    from spct_ray.benchmarks.training_speed import write_tokenizer
+    from spct_ray.evaluation.training_speed import write_tokenizer
 
     vocab = 1024 if tiny else {"qwen": 151936, "gemma": 256000}[kind]
     common: dict[str, Any] = {
@@ -560,7 +560,7 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> tu
 @phase(80)
 def grpo(case: Case, result: Figures) -> None:
     """A GRPO update with prompts shared, repeated, and padded as usual: equal losses, and the seconds of each."""
-    from spct_ray.benchmarks.training_speed import Sizes, grpo_ours, grpo_padded
+    from spct_ray.evaluation.training_speed import Sizes, grpo_ours, grpo_padded
     from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.config import PolicyLoss
     from spct_ray.learn.grpo_update import update_policy

@@ -419,7 +419,7 @@ def _write_model(directory: str, sizes: Sizes, device: str, dtype: str, seed: in
     from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from spct_ray.benchmarks.training_speed import write_tokenizer
+    from spct_ray.evaluation.training_speed import write_tokenizer
 
     write_tokenizer(directory, sizes.vocab)
     config = Qwen2Config(

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spct_ray.benchmarks import aggregate
-from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
-from spct_ray.benchmarks.curves import ScoreTable, tabulate
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation import aggregate
+from spct_ray.evaluation.aggregate import FILTERS, GUIDED, PLAIN
+from spct_ray.evaluation.curves import ScoreTable, tabulate
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.vote import vote
 from spct_ray.records import Item, Message, Trajectory

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from jobs.bench import compare
-from spct_ray.benchmarks.training_speed import Repeat, Side, Sizes, head_naive, head_ours
 from spct_ray.errors import ConfigError, SpctError
+from spct_ray.evaluation.training_speed import Repeat, Side, Sizes, head_naive, head_ours
 from spct_ray.learn import model
 from spct_ray.stages.trl_speed import Driven, require_trl
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spct_ray.benchmarks import official
-from spct_ray.benchmarks.readers import facts_of
-from spct_ray.benchmarks.registry import BENCHMARKS, BenchmarkSpec, find, parse_spec, read_benchmark
-from spct_ray.benchmarks.sheet import Decision, Sheet
 from spct_ray.data.validate import Limits
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation import official
+from spct_ray.evaluation.readers import facts_of
+from spct_ray.evaluation.registry import BENCHMARKS, BenchmarkSpec, find, parse_spec, read_benchmark
+from spct_ray.evaluation.sheet import Decision, Sheet
 from spct_ray.records import Item
 
 

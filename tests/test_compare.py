@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from test_evaluation import PROMPT, is_right, judgement, judgements, make_model
 
-from spct_ray.benchmarks.curves import tabulate
-from spct_ray.benchmarks.orders import compare_orders, draw_independent
-from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.config import to_plain
 from spct_ray.data.builtin import BuiltinConfig
 from spct_ray.data.store import judged_files, read_items, write_items
+from spct_ray.evaluation.curves import tabulate
+from spct_ray.evaluation.orders import compare_orders, draw_independent
+from spct_ray.evaluation.sheet import Sheet
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item, Message, Trajectory

@@ -16,11 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spct_ray.benchmarks.compute import Rates, cost, count_weights, pareto
-from spct_ray.benchmarks.curves import tabulate
-from spct_ray.benchmarks.evaluation import Counting, Judged, Task, judge_block, weights
-from spct_ray.benchmarks.registry import BenchmarkSpec, find
-from spct_ray.benchmarks.sheet import Sheet
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
 from spct_ray.cluster.sampling_resources import SamplingResources
@@ -28,6 +23,11 @@ from spct_ray.config import to_plain
 from spct_ray.data.store import judged_files, read_items, write_items
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
+from spct_ray.evaluation.compute import Rates, cost, count_weights, pareto
+from spct_ray.evaluation.curves import tabulate
+from spct_ray.evaluation.evaluation import Counting, Judged, Task, judge_block, weights
+from spct_ray.evaluation.registry import BenchmarkSpec, find
+from spct_ray.evaluation.sheet import Sheet
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.room import placed
@@ -526,8 +526,8 @@ def test_greedy_judgements_come_in_both_orders(tmp_path: Path) -> None:
 
 
 def evaluation_items(spec: BenchmarkSpec) -> Any:
-    from spct_ray.benchmarks.registry import read_benchmark
     from spct_ray.data.validate import Limits
+    from spct_ray.evaluation.registry import read_benchmark
 
     return read_benchmark(spec, Limits(), None, 0)[0]
 

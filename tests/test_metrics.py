@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spct_ray.benchmarks import curves, metrics
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation import curves, metrics
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.parse import Scale
 from spct_ray.judge.rule import is_correct

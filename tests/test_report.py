@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spct_ray.benchmarks.terminal import WIDTH
 from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation.terminal import WIDTH
 from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.orders import balanced_orders

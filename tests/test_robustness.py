@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_evaluation import PROMPT, context, judgements, make_benchmarks
 
-from spct_ray.benchmarks import robustness
-from spct_ray.benchmarks.readers import facts_of
-from spct_ray.benchmarks.robustness import MASTER_KEYS, PROBES, probe_items, rates
 from spct_ray.errors import DataError
+from spct_ray.evaluation import robustness
+from spct_ray.evaluation.readers import facts_of
+from spct_ray.evaluation.robustness import MASTER_KEYS, PROBES, probe_items, rates
 from spct_ray.records import Item, Message
 from spct_ray.stages import benchmarks, evaluation, probes
 from spct_ray.stages.evaluation import Evaluation, EvaluationConfig

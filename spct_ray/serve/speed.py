@@ -78,7 +78,7 @@ def serve(arguments: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         if not arguments.model:
-            from spct_ray.benchmarks.training_speed import write_model
+            from spct_ray.evaluation.training_speed import write_model
 
             write_model(directory, layers=2 if arguments.load else 30)
         model = os.path.abspath(arguments.model or directory)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spct_ray.benchmarks.registry import BenchmarkSpec
 from spct_ray.data.validate import Limits
+from spct_ray.evaluation.registry import BenchmarkSpec
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 
@@ -38,11 +38,11 @@ class BenchmarksResources:
 
 
 def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
-    """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.benchmarks.registry`."""
-    from spct_ray.benchmarks.readers import facts_of, layout
-    from spct_ray.benchmarks.registry import find, read_benchmark
+    """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.evaluation.registry`."""
     from spct_ray.data.decontaminate import decontaminate
     from spct_ray.data.store import read_items, write_items
+    from spct_ray.evaluation.readers import facts_of, layout
+    from spct_ray.evaluation.registry import find, read_benchmark
 
     train = [item for directory in resources.train for item in read_items(str(Path(directory, "train.parquet")))]
     report: dict[str, Any] = {}

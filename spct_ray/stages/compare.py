@@ -19,9 +19,9 @@ from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Trajectory
 
 if TYPE_CHECKING:
-    from spct_ray.benchmarks.compute import Rates
-    from spct_ray.benchmarks.curves import ScoreTable
-    from spct_ray.benchmarks.evaluation import Counting, Judged, Task
+    from spct_ray.evaluation.compute import Rates
+    from spct_ray.evaluation.curves import ScoreTable
+    from spct_ray.evaluation.evaluation import Counting, Judged, Task
     from spct_ray.graph.step import StepContext
 
 VERSION = 4
@@ -30,7 +30,7 @@ VERSION = 4
 @dataclass(frozen=True)
 class CompareConfig:
     """`judges` and their prompts (None: a scalar reward model); `names` in the registry and `labels` of the benchmarks;
-    the rest as in `spct_ray.benchmarks.evaluation.Counting`."""
+    the rest as in `spct_ray.evaluation.evaluation.Counting`."""
 
     judges: tuple[str, ...]
     prompts: tuple[JudgeConfig | None, ...]
@@ -50,10 +50,10 @@ class CompareResources:
 
 def run(context: StepContext, config: CompareConfig, resources: CompareResources) -> dict[str, Any]:
     """Write the report. Raises DataError when the inputs do not fit together."""
-    from spct_ray.benchmarks import evaluation, evaluation_page, evaluation_text
-    from spct_ray.benchmarks.compute import pareto
-    from spct_ray.benchmarks.registry import BENCHMARKS
     from spct_ray.data.store import write_rows
+    from spct_ray.evaluation import evaluation, evaluation_page, evaluation_text
+    from spct_ray.evaluation.compute import pareto
+    from spct_ray.evaluation.registry import BENCHMARKS
 
     seed = derive_seed(context.seed, "compare")
     counting = evaluation.Counting(config.ks, config.k_meta_share, seed, config.resamples, config.num_draws)
@@ -116,7 +116,7 @@ def _transfer(blocks: Mapping[str, Any]) -> dict[str, Any]:
 
 def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Every way to decide of one judge's block, with its entry."""
-    from spct_ray.benchmarks.evaluation_text import NAMES
+    from spct_ray.evaluation.evaluation_text import NAMES
 
     found = [("greedy", model["greedy"])]
     found += [(f"vote@{k}", made) for k, made in model["vote"].items()]
@@ -127,7 +127,7 @@ def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _block(task: Task, judged: Mapping[str, Judged], counting: Counting, context: StepContext) -> dict[str, Any]:
-    from spct_ray.benchmarks import evaluation
+    from spct_ray.evaluation import evaluation
 
     weights = evaluation.weights(task, counting)
     models: dict[str, Any] = {}
@@ -144,10 +144,10 @@ def _block(task: Task, judged: Mapping[str, Judged], counting: Counting, context
 
 
 def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
-    from spct_ray.benchmarks.evaluation import Task
-    from spct_ray.benchmarks.registry import find
-    from spct_ray.benchmarks.sheet import Sheet
     from spct_ray.data.store import judged_files, read_items
+    from spct_ray.evaluation.evaluation import Task
+    from spct_ray.evaluation.registry import find
+    from spct_ray.evaluation.sheet import Sheet
 
     files = judged_files(directory)
     found = {}
@@ -159,7 +159,7 @@ def _tasks(directory: str, config: CompareConfig) -> dict[str, Task]:
 
 def _read_in_run(task: Task) -> dict[str, Any]:
     """What `stages.benchmarks` notes of a benchmark, for items that a run's own data step read."""
-    from spct_ray.benchmarks.readers import layout
+    from spct_ray.evaluation.readers import layout
 
     return {
         "name": "heldout",
@@ -175,7 +175,7 @@ def _read_in_run(task: Task) -> dict[str, Any]:
 def _rates(inputs: Mapping[str, str], name: str) -> Rates:
     """Mean cost of one judgement (of an item, by a scalar reward model): tokens as drawn, seconds as the last attempt
     of the step measured them."""
-    from spct_ray.benchmarks.compute import Rates, count_weights
+    from spct_ray.evaluation.compute import Rates, count_weights
 
     directory = inputs[f"evaluate_{name}"]
     timing = json.loads(Path(directory, "timing.json").read_text())
@@ -211,7 +211,7 @@ def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]
 def _judged(
     inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], prompt: JudgeConfig, rates: Rates
 ) -> dict[str, Judged]:
-    from spct_ray.benchmarks.evaluation import Judged
+    from spct_ray.evaluation.evaluation import Judged
 
     items = {label: task.items for label, task in tasks.items()}
     found = judged_tables(inputs, name, items, prompt)
@@ -225,8 +225,8 @@ def _judged(
 
 def _scored(inputs: Mapping[str, str], name: str, tasks: Mapping[str, Task], rates: Rates) -> dict[str, Judged]:
     """The scores of a scalar reward model as one judgement an item that no order changes."""
-    from spct_ray.benchmarks.curves import tabulate_scores
-    from spct_ray.benchmarks.evaluation import Judged
+    from spct_ray.evaluation.curves import tabulate_scores
+    from spct_ray.evaluation.evaluation import Judged
 
     scores = {row["item_id"]: row["scores"] for row in _scalar_rows(inputs[f"evaluate_{name}"]) or ()}
     tables = {label: tabulate_scores(task.items, scores) for label, task in tasks.items()}
@@ -253,7 +253,7 @@ def judged_tables(
 ) -> dict[str, tuple[ScoreTable, ScoreTable]]:
     """One judge's samples and greedy judgements (two orders) of each set of items. Raises DataError for items that it
     did not judge."""
-    from spct_ray.benchmarks.curves import in_all_orders, tabulate
+    from spct_ray.evaluation.curves import in_all_orders, tabulate
 
     scale = scale_of(1, prompt)
     middle, logits = (scale.low + scale.high) / 2, _logits(inputs, name)
@@ -288,7 +288,7 @@ def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
 
 def _samples(tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:
     """One row a sampled judgement: what was asked, written, scored, and its outcome by Eq. 10."""
-    from spct_ray.benchmarks.curves import correct_samples, tied_samples
+    from spct_ray.evaluation.curves import correct_samples, tied_samples
 
     rows = []
     for name, by_label in judged.items():

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from spct_ray.benchmarks.registry import BenchmarkSpec, parse_spec, with_digest
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import override
@@ -23,6 +22,7 @@ from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
+from spct_ray.evaluation.registry import BenchmarkSpec, parse_spec, with_digest
 from spct_ray.graph.record import finished_records, local_root, step_directory
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES

@@ -60,7 +60,7 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
 
     Raises DataError when nothing is left to train on or to hold out, SpctError when training diverges.
     """
-    from spct_ray.benchmarks.metrics import auc, ece
+    from spct_ray.evaluation.metrics import auc, ece
 
     trained = run_on_ranks(context, config, resources, train_loop, write_training_files)
     heldout = json.loads(Path(context.out, "heldout.json").read_text())

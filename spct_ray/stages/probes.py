@@ -1,6 +1,6 @@
 """`spct evaluate --suite robustness`: benchmark items changed by probes, and the report of who was fooled.
 
-`run` writes bench_<number>.parquet (0 is "clean", then `spct_ray.benchmarks.robustness.PROBES`), which the ordinary
+`run` writes bench_<number>.parquet (0 is "clean", then `spct_ray.evaluation.robustness.PROBES`), which the ordinary
 evaluate stage judges; `report` writes summary.json, pairs.parquet (every changed item beside the judges' choices) and
 index.html.
 """
@@ -42,8 +42,8 @@ class ProbesResources:
 
 def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[str, Any]:
     """Write the clean and the changed items. Raises DataError when no item can be probed."""
-    from spct_ray.benchmarks.robustness import probe_items
     from spct_ray.data.store import judged_files, read_items, write_items
+    from spct_ray.evaluation.robustness import probe_items
 
     items = [item for file in judged_files(context.inputs["items"]).values() for item in read_items(str(file))]
     found = probe_items(items, context.seed)
@@ -56,9 +56,9 @@ def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[
 
 def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -> dict[str, Any]:
     """Write the report; the metrics hold the table for the terminal."""
-    from spct_ray.benchmarks import aggregate, robustness, robustness_page
-    from spct_ray.benchmarks.sheet import Sheet, best_credit, decided
     from spct_ray.data.store import judged_files, read_items, write_rows
+    from spct_ray.evaluation import aggregate, robustness, robustness_page
+    from spct_ray.evaluation.sheet import Sheet, best_credit, decided
     from spct_ray.stages.compare import judged_tables
 
     names = ("clean", *(probe.name for probe in robustness.PROBES))
@@ -98,7 +98,7 @@ def _flips(greedy: Any, seed: int) -> dict[str, Any]:
     """Share of items whose greedy winner differs between two orders, both parsed."""
     import numpy as np
 
-    from spct_ray.benchmarks.metrics import bootstrap_ci
+    from spct_ray.evaluation.metrics import bootstrap_ci
 
     held = np.where(greedy.option_IO[:, None], greedy.scores_IKO, -np.inf)
     winner = held == held.max(axis=-1, keepdims=True)

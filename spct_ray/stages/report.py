@@ -22,8 +22,8 @@ from spct_ray.judge.vote import decide, decide_single, vote
 from spct_ray.records import Item, Trajectory
 
 if TYPE_CHECKING:
-    from spct_ray.benchmarks.page import Chart, Sample
-    from spct_ray.benchmarks.summary import Judged
+    from spct_ray.evaluation.page import Chart, Sample
+    from spct_ray.evaluation.summary import Judged
     from spct_ray.graph.step import StepContext
 
 VERSION = 5
@@ -62,7 +62,7 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
 
     Raises DataError when the inputs do not fit together, ConfigError when `ks` asks for more samples than were drawn.
     """
-    from spct_ray.benchmarks import curves, page, summary, terminal
+    from spct_ray.evaluation import curves, page, summary, terminal
 
     if not 0 < config.k_meta_share <= 1 or min(config.ks, default=0) < 1:
         raise ConfigError(f"report: ks {config.ks} must be >= 1 and k_meta_share {config.k_meta_share} in (0, 1]")
@@ -124,11 +124,11 @@ def _judged(
     inputs: Mapping[str, str], name: str, sets: Mapping[str, Sequence[Item]], scale: Scale
 ) -> dict[str, Judged]:
     """One judge's judgements, told apart by the set of their item, and sampled from greedy by their temperature."""
-    from spct_ray.benchmarks.curves import in_all_orders, tabulate
-    from spct_ray.benchmarks.summary import Judged
     from spct_ray.cluster.sampling import read_trajectories
+    from spct_ray.evaluation.curves import in_all_orders, tabulate
+    from spct_ray.evaluation.summary import Judged
 
-    directory, middle, logits = inputs[f"evaluate_{name}"], (scale.low + scale.high) / 2, _logits(inputs, name)
+    directory, middle, logits = inputs[f"evaluate_{name}"], (scale.low + scale.high) / 2, judge_logits(inputs, name)
     set_of = {item.id: set_name for set_name, items in sets.items() for item in items}
     sampled: dict[str, list[Trajectory]] = {set_name: [] for set_name in sets}
     greedy: dict[str, list[Trajectory]] = {set_name: [] for set_name in sets}
@@ -154,7 +154,7 @@ def _habits(judged: Judged) -> dict[str, float | None]:
     return habits(told) if told else {}
 
 
-def _logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
+def judge_logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
     """Meta-RM logits of one judge's samples by key; None where the meta RM did not score this judge."""
     import pyarrow.parquet as pq
 
@@ -184,10 +184,10 @@ def _missing(inputs: Mapping[str, str]) -> list[str]:
 
 
 def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str]) -> list[Chart]:
-    from spct_ray.benchmarks import plots
-    from spct_ray.benchmarks.page import Chart
-    from spct_ray.benchmarks.summary import meta_logits
-    from spct_ray.benchmarks.terminal import LABELS
+    from spct_ray.evaluation import plots
+    from spct_ray.evaluation.page import Chart
+    from spct_ray.evaluation.summary import meta_logits
+    from spct_ray.evaluation.terminal import LABELS
 
     models, chance, meta = result["models"], result["chance"], result["meta_rm"]
     bands = "Bands are 95 % bootstrap intervals over items."
@@ -228,7 +228,7 @@ def _lines(directory: str) -> list[dict[str, Any]]:
 
 def _samples(judges: Mapping[str, Judged], num: int, seed: int) -> list[Sample]:
     """The first sample of each judge on `num` items: right, wrong, tied and failed ones of the last judge in turn."""
-    from spct_ray.benchmarks.page import Sample
+    from spct_ray.evaluation.page import Sample
 
     outcomes = {name: _outcomes(judged) for name, judged in judges.items()}
     last = outcomes[list(judges)[-1]]
@@ -248,7 +248,7 @@ def _samples(judges: Mapping[str, Judged], num: int, seed: int) -> list[Sample]:
 
 def _outcomes(judged: Judged) -> dict[str, tuple[Trajectory, str]]:
     """Each item's first sample and what became of it."""
-    from spct_ray.benchmarks.curves import correct_samples, tied_samples
+    from spct_ray.evaluation.curves import correct_samples, tied_samples
 
     right_IK, tied_IK = correct_samples(judged.samples), tied_samples(judged.samples)
     first: dict[str, Trajectory] = {}
@@ -264,8 +264,8 @@ def _outcomes(judged: Judged) -> dict[str, tuple[Trajectory, str]]:
 def _text_examples(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> list[str]:
     """The first held-out item that the vote got right, and the first that it got wrong, of those with several responses
     where there are any; each with the first judgement that decides as the vote did, if there is one."""
-    from spct_ray.benchmarks.curves import right_option
-    from spct_ray.benchmarks.terminal import example
+    from spct_ray.evaluation.curves import right_option
+    from spct_ray.evaluation.terminal import example
 
     by_item: dict[str, list[Trajectory]] = {item.id: [] for item in judged.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):

@@ -23,7 +23,7 @@ from spct_ray.judge.rule import is_correct, is_ordered
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Completion, Item, Record, StopReason, Trajectory
 
-RewardRule = Literal["best", "order", "both_orders"]
+RewardRule = Literal["best", "expected", "order", "both_orders"]
 PARSED_OUTCOMES = ("correct", "tied", "wrong", "misordered", "inconsistent")
 
 
@@ -91,7 +91,9 @@ def to_groups(
 ) -> list[list[Rollout]]:
     """The answers to `tasks` as groups of rollouts, each rewarded +1 where it is right by `rule`, else -1 (Eq. 11).
 
-    best: Eq. 10. order: the scores follow the order of the given rewards, see `judge.rule.is_ordered`. both_orders:
+    best: Eq. 10. expected: Eq. 10, but a judgement that gives the best score to m responses, the best one among them,
+    gets 2 / m - 1, which is what breaking its tie at random would get on average: by Eq. 10 alone a guess pays more than
+    a tie, and judges learn to guess by place. order: the scores follow the order of the given rewards, see `judge.rule.is_ordered`. both_orders:
     rollout g of a prompt and rollout g of the same item's other prompt are right where both are by Eq. 10, which takes
     tasks of two orders an item. Unparsable ones are never right; `format_weight` is added where a judgement has scores
     and the three parts.
@@ -125,6 +127,7 @@ def to_rollout(
     trajectory = to_trajectory(task, judge, text=completion.text, stop_reason=completion.stop_reason, model="policy")
     outcome = outcome_of(trajectory, task.item, rule)
     well_formed = not trajectory.failure and has_three_parts(after_thinking(trajectory.text) or "")
+    share = 1 / trajectory.scores.count(max(trajectory.scores)) if rule == "expected" and outcome == "tied" else 0.0
     return Rollout(
         item_id=task.item.id,
         token_ids=completion.prompt_token_ids + completion.token_ids,
@@ -132,14 +135,14 @@ def to_rollout(
         engine_logprobs=completion.logprobs,
         outcome=outcome,
         well_formed=well_formed,
-        reward=_reward(outcome, well_formed, format_weight),
+        reward=_reward(outcome, well_formed, format_weight, share),
         stop_reason=completion.stop_reason,
         weight_version=completion.weight_version,
     )
 
 
-def _reward(outcome: str, well_formed: bool, format_weight: float) -> float:
-    return (1.0 if outcome == "correct" else -1.0) + format_weight * well_formed
+def _reward(outcome: str, well_formed: bool, format_weight: float, share: float = 0.0) -> float:
+    return 2 * (1.0 if outcome == "correct" else share) - 1 + format_weight * well_formed
 
 
 def outcome_of(trajectory: Trajectory, item: Item, rule: RewardRule) -> str:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from spct_ray.benchmarks.training_speed import OPTIM, Repeat, Side, make_trainer, sft_packed
 from spct_ray.chat import encode_example, encode_prompt
 from spct_ray.cluster.sync import Parity, SentWeights, check_parity, push_weights
 from spct_ray.data.builtin import BuiltinConfig, generate
@@ -30,6 +29,7 @@ from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
 from spct_ray.engines.checksums import compare
 from spct_ray.errors import ConfigError, SpctError
+from spct_ray.evaluation.training_speed import OPTIM, Repeat, Side, make_trainer, sft_packed
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.learn.batch import make_batch

@@ -1,7 +1,7 @@
 """Statistics of a judge's results: bootstrap intervals, AUC, calibration, paired differences.
 
 Everything is resampled over items, never over samples of one item, because samples of one item are not independent.
-Leaves out how results are made from judgements; see `spct_ray.benchmarks.curves`. Axes: I items, B bins.
+Leaves out how results are made from judgements; see `spct_ray.evaluation.curves`. Axes: I items, B bins.
 """
 
 from __future__ import annotations

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spct_ray.benchmarks import official, readers
-from spct_ray.benchmarks.curves import Floats
-from spct_ray.benchmarks.official import Scorer
-from spct_ray.benchmarks.readers import Reader, facts_of, is_own
-from spct_ray.benchmarks.sheet import Sheet, best_credit, strict_credit
 from spct_ray.data.shapes import Cells, Row, UnusableRow
 from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
 from spct_ray.data.validate import Limits, Problem, find_problem
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation import official, readers
+from spct_ray.evaluation.curves import Floats
+from spct_ray.evaluation.official import Scorer
+from spct_ray.evaluation.readers import Reader, facts_of, is_own
+from spct_ray.evaluation.sheet import Sheet, best_credit, strict_credit
 from spct_ray.records import Item
 
 _SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from spct_ray.benchmarks.style import SCRIPT, STYLE
+from spct_ray.evaluation.style import SCRIPT, STYLE
 
 _SHOWN = 6  # fooled items of each judge and probe on the page; all are in pairs.parquet
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks.curves import Floats
-from spct_ray.benchmarks.metrics import bootstrap_ci
-from spct_ray.benchmarks.readers import facts_of
+from spct_ray.evaluation.curves import Floats
+from spct_ray.evaluation.metrics import bootstrap_ci
+from spct_ray.evaluation.readers import facts_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks import curves, metrics
-from spct_ray.benchmarks.curves import Floats, ScoreTable, Votes
-from spct_ray.benchmarks.terminal import LABELS
+from spct_ray.evaluation import curves, metrics
+from spct_ray.evaluation.curves import Floats, ScoreTable, Votes
+from spct_ray.evaluation.terminal import LABELS
 from spct_ray.records import Item, Trajectory
 
 

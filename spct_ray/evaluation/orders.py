@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks import aggregate, metrics
-from spct_ray.benchmarks.curves import Bools, ScoreTable
-from spct_ray.benchmarks.sheet import Sheet, best_credit
+from spct_ray.evaluation import aggregate, metrics
+from spct_ray.evaluation.curves import Bools, ScoreTable
+from spct_ray.evaluation.sheet import Sheet, best_credit
 
 NUM_DRAWS = 200
 

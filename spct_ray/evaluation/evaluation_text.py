@@ -35,7 +35,7 @@ ORDER_HEAD = ("judge, k", "pairs", "accuracy", "independent", "points", "95 % in
 
 
 def order_rows(block: Mapping[str, Any]) -> list[list[str]]:
-    """A row a judge and k under ORDER_HEAD; see `spct_ray.benchmarks.orders`."""
+    """A row a judge and k under ORDER_HEAD; see `spct_ray.evaluation.orders`."""
     rows = []
     for name, model in block["models"].items():
         for k, found in model["orders"].items():

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks import aggregate, curves, metrics, orders, summary
-from spct_ray.benchmarks.aggregate import FILTERS, GUIDED, PLAIN
-from spct_ray.benchmarks.compute import Rates, cost
-from spct_ray.benchmarks.curves import Floats, Ints, ScoreTable
-from spct_ray.benchmarks.registry import Benchmark
-from spct_ray.benchmarks.sheet import Decision, Sheet, decided
+from spct_ray.evaluation import aggregate, curves, metrics, orders, summary
+from spct_ray.evaluation.aggregate import FILTERS, GUIDED, PLAIN
+from spct_ray.evaluation.compute import Rates, cost
+from spct_ray.evaluation.curves import Floats, Ints, ScoreTable
+from spct_ray.evaluation.registry import Benchmark
+from spct_ray.evaluation.sheet import Decision, Sheet, decided
 from spct_ray.judge.adaptive import num_needed
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, scale_of

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spct_ray.benchmarks.metrics import bootstrap_ci
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation.metrics import bootstrap_ci
 from spct_ray.records import Item, Trajectory
 
 Floats = NDArray[np.float64]

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from spct_ray.benchmarks import evaluation_plots as plots
-from spct_ray.benchmarks.evaluation_text import NAMES, ORDER_HEAD, adaptive_head, adaptive_rows, order_rows
-from spct_ray.benchmarks.style import SCRIPT, STYLE
+from spct_ray.evaluation import evaluation_plots as plots
+from spct_ray.evaluation.evaluation_text import NAMES, ORDER_HEAD, adaptive_head, adaptive_rows, order_rows
+from spct_ray.evaluation.style import SCRIPT, STYLE
 
 Cells = Sequence[Sequence[str]]
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spct_ray.benchmarks.curves import right_option
+from spct_ray.evaluation.curves import right_option
 from spct_ray.records import Item, Trajectory, Verdict
 
 WIDTH = 100

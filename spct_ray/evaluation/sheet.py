@@ -1,6 +1,6 @@
 """What a benchmark's scoring gets to see: what is known of its items, one way to decide, and the credit of an item.
 
-Axes: I items, O options (responses; for n = 1 "wrong" and "right", see `spct_ray.benchmarks.curves`).
+Axes: I items, O options (responses; for n = 1 "wrong" and "right", see `spct_ray.evaluation.curves`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.benchmarks.curves import Bools, Floats, Ints
-from spct_ray.benchmarks.readers import facts_of
+from spct_ray.evaluation.curves import Bools, Floats, Ints
+from spct_ray.evaluation.readers import facts_of
 from spct_ray.records import Item
 
 

@@ -1,6 +1,6 @@
 """The report as one HTML file without external resources. Everything that came from data or models is escaped.
 
-Leaves out the numbers (`spct_ray.benchmarks.curves`) and the plots (`spct_ray.benchmarks.plots`).
+Leaves out the numbers (`spct_ray.evaluation.curves`) and the plots (`spct_ray.evaluation.plots`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from spct_ray.benchmarks.style import SCRIPT, STYLE
-from spct_ray.benchmarks.terminal import LABELS
+from spct_ray.evaluation.style import SCRIPT, STYLE
+from spct_ray.evaluation.terminal import LABELS
 from spct_ray.records import Item, Trajectory
 
 

@@ -4,7 +4,7 @@ Pure functions of arrays: `(sheet, decision, weight_I) -> {name: value in 0..1}`
 counts each item (ones, or the multiplicities of a bootstrap over questions). What is common to all: an item without
 any usable judgement is wrong, except where the score is an area under a curve; such items are then left out, and
 "rated" says how many were not. Parts whose items are missing are left out of the means, never counted as 0.
-Axes: I items, O options (responses; for n = 1 "wrong" and "right", see `spct_ray.benchmarks.curves`).
+Axes: I items, O options (responses; for n = 1 "wrong" and "right", see `spct_ray.evaluation.curves`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spct_ray.benchmarks.curves import Bools, Floats
-from spct_ray.benchmarks.sheet import Decision, Sheet, best_credit, decided, strict_credit
+from spct_ray.evaluation.curves import Bools, Floats
+from spct_ray.evaluation.sheet import Decision, Sheet, best_credit, decided, strict_credit
 
 Scores = dict[str, float]
 Scorer = Callable[[Sheet, Decision, Floats], Scores]

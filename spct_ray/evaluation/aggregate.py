@@ -1,16 +1,16 @@
 """Ways to make one decision of k judgements, and draws of k out of the K judgements that an evaluation made.
 
 Nothing is generated twice: every smaller k, and every aggregator, is computed from the same samples. Axes: I items,
-R draws, K samples, O options (see `spct_ray.benchmarks.curves`).
+R draws, K samples, O options (see `spct_ray.evaluation.curves`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from spct_ray.benchmarks.curves import Bools, Floats, Ints, ScoreTable, meta_weight
-from spct_ray.benchmarks.sheet import Decision
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.evaluation.curves import Bools, Floats, Ints, ScoreTable, meta_weight
+from spct_ray.evaluation.sheet import Decision
 
 PLAIN = ("sum", "mean", "median", "majority")
 GUIDED = ("best_by_meta", "meta_top", "meta_weighted")  # need meta-RM logits

@@ -1,7 +1,7 @@
 """The report's plots, drawn by matplotlib without a display and returned as SVG text.
 
-Leaves out where the numbers come from (`spct_ray.benchmarks.curves`, the steps' metrics) and the page around the plots
-(`spct_ray.benchmarks.page`).
+Leaves out where the numbers come from (`spct_ray.evaluation.curves`, the steps' metrics) and the page around the plots
+(`spct_ray.evaluation.page`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spct_ray.benchmarks.terminal import LABELS
+from spct_ray.evaluation.terminal import LABELS
 
 COLOURS = {"base": "#8a94a6", "rft": "#2f6fde", "grpo": "#e0662b"}
 RIGHT, WRONG, INK, _GRID = "#2a9d6f", "#d1495b", "#3b4454", "#e6e9ef"

@@ -2,7 +2,7 @@
 
 One row may give several items: single ratings (RewardBench 2 Ties), pairs (PPE correctness), or pairs in place of a
 list that is too long for one prompt. `Item.facts` (JSON) then says what belongs together: "question" is the row, and
-other keys are read by the official scoring (`spct_ray.benchmarks.official`) alone. Rewards are 1 for right
+other keys are read by the official scoring (`spct_ray.evaluation.official`) alone. Rewards are 1 for right
 and 0 for wrong responses, the right ones first; balanced orders are the judge's matter.
 """
 

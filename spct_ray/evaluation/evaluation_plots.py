@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from spct_ray.benchmarks.plots import INK, RC, new_figure, to_svg
+from spct_ray.evaluation.plots import INK, RC, new_figure, to_svg
 
 PALETTE = ("#2f6fde", "#e0662b", "#2a9d6f", "#8a94a6", "#9b5de5", "#d1495b", "#b7791f", "#0f8b8d")
 
