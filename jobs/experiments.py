@@ -36,6 +36,7 @@ ONE_THREAD = (
     "resources.grpo.engine.threads=1",
 )
 Cell = tuple[str, str, str, str]  # run, judge, set of items, measure
+Effects = dict[str, tuple[Cell, Cell]]
 
 
 @dataclass(frozen=True)
