@@ -92,8 +92,8 @@ def to_groups(
     """The answers to `tasks` as groups of rollouts, each rewarded +1 where it is right by `rule`, else -1 (Eq. 11).
 
     best: Eq. 10. expected: Eq. 10, but a judgement that gives the best score to m responses, the best one among them,
-    gets 2 / m - 1, which is what breaking its tie at random would get on average: by Eq. 10 alone a guess pays more than
-    a tie, and judges learn to guess by place. order: the scores follow the order of the given rewards, see
+    gets 2 / m - 1, which is what breaking its tie at random would get on average: by Eq. 10 alone a guess pays more
+    than a tie, and judges learn to guess by place. order: the scores follow the order of the given rewards, see
     `judge.rule.is_ordered`. both_orders: rollout g of a prompt and rollout g of the same item's other prompt are right
     where both are by Eq. 10, which takes tasks of two orders an item. Unparsable ones are never right; `format_weight`
     is added where a judgement has scores and the three parts.
