@@ -22,6 +22,7 @@ MAX_DETAILS = 20  # faults of a request that are told
 MAX_PATH = 200  # characters of a fault's path, which may be a key of the request's own
 
 PrinciplesSource = Literal["none", "given", "generated", "cached", "failed"]
+Stopped = Literal["k", "settled", "budget"]
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
@@ -123,7 +124,7 @@ class Tally(BaseModel):
 
     sample: SampleOut
     num_samples: int
-    scores: list[int] | None
+    scores: list[int | float] | None
 
 
 class JudgeAnswer(BaseModel):
@@ -139,7 +140,7 @@ class JudgeAnswer(BaseModel):
     newest of the samples'. `milliseconds` counts from the gateway's having read the request.
     """
 
-    scores: list[int] | None
+    scores: list[int | float] | None
     mean_scores: list[float] | None
     scale: tuple[int, int]
     winner: int | None
@@ -147,10 +148,10 @@ class JudgeAnswer(BaseModel):
     tie: bool
     confidence: float | None
     num_samples: int
-    stopped: Literal["k", "settled", "budget"]
+    stopped: Stopped
     used: list[int]
     failures: dict[str, int]
-    voting: Literal["meta", "plain"]
+    voting: Literal["meta", "weighted", "plain"]
     voting_reason: str
     principles: str
     principles_source: PrinciplesSource
