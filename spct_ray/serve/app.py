@@ -31,12 +31,13 @@ from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
 from spct_ray.serve.config import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.ledger import Event, LocalLedger
 from spct_ray.serve.routes import build_app
 from spct_ray.serve.routing import ItemRouter
 from spct_ray.serve.weights import OWN, Weights, check_fit
 
 APP_NAME = "spct"
-JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
+JUDGE, META, GATEWAY, LEDGER = "JudgeReplica", "MetaReplica", "GatewayReplica", "LedgerReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 SHUTDOWN_TIMEOUT_S = 60.0  # of Ray Serve; what is left then ends with Ray
 HEALTH_CHECK_PERIOD_S = 2.0  # after which Serve sees that a replica has died
@@ -63,14 +64,26 @@ class MetaReplica(LocalMeta):
 class GatewayReplica:
     """The HTTP ingress: validation, seeds, fan-out, vote."""
 
-    def __init__(self, config: ServeConfig, judge: DeploymentHandle, meta: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        judge: DeploymentHandle,
+        meta: DeploymentHandle | None,
+        ledger: DeploymentHandle | None,
+    ) -> None:
         self._gateway = Gateway(config, _RemoteJudge(judge), _RemoteMeta(meta) if meta else None)
+        local = LocalLedger(config.name, config.judgements_per_minute)
+        self._ledger = _RemoteLedger(ledger) if ledger else local
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._gateway, self._is_ready)
+        return build_app(self._gateway, self._ledger, self._is_ready)
 
     async def _is_ready(self) -> bool:
         return self._gateway.config.resources.judge.min_replicas == 0 or await judge_is_ready()
+
+
+class LedgerReplica(LocalLedger):
+    """What several gateways count together; always one replica."""
 
 
 class _RemoteJudge:
@@ -124,6 +137,22 @@ class _RemoteMeta:
             raise EngineError(f"{type(error.cause).__name__}: {error.cause}") from error
 
 
+class _RemoteLedger:
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    def record(self, events: Sequence[Event]) -> None:
+        self._handle.record.remote(events)  # nobody waits for it
+
+    async def take(self, client: str, judgements: int) -> int:
+        with _translated("ledger of rate limits"):
+            return await self._handle.take.remote(client, judgements)  # type: ignore[no-any-return]
+
+    async def exposition(self) -> bytes:
+        with _translated("ledger of metrics"):
+            return await self._handle.exposition.remote()  # type: ignore[no-any-return]
+
+
 class _ReplicaDied(EngineError):
     """The replica died with the request in it; the work can be done again elsewhere."""
 
@@ -171,8 +200,12 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
     meta = None
     if config.meta_model:
         meta = _deployment(META, MetaReplica, resources.meta, version).bind(config.meta_model)
+    ledger = None
+    if resources.gateway.max_replicas > 1:
+        one = ReplicaConfig(max_ongoing_requests=256, max_queued_requests=-1, num_cpus=0, num_gpus=0)
+        ledger = _deployment(LEDGER, LedgerReplica, one, version).bind(config.name, config.judgements_per_minute)
     gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway, version)
-    return gateway.bind(config, judge.bind(config), meta)
+    return gateway.bind(config, judge.bind(config), meta, ledger)
 
 
 def _placed(config: ServeConfig) -> ServeConfig:

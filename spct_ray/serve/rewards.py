@@ -15,7 +15,7 @@ from typing import Any, Unpack, get_args
 import httpx
 
 from spct_ray.errors import TooLongError
-from spct_ray.judge.cohort import score_cohort
+from spct_ray.judge.cohort import gather_or_cancel, score_cohort
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Message, Role
 from spct_ray.serve.client import AsyncJudgeClient, Options, ServerError
@@ -75,7 +75,7 @@ async def cohort_rewards(
         for i, value in zip(indices, scores, strict=True):
             rewards[i] = value
 
-    await asyncio.gather(*(score(cohort, indices) for cohort, indices in members.items()))
+    await gather_or_cancel(score(cohort, indices) for cohort, indices in members.items())
     return rewards
 
 
