@@ -332,6 +332,6 @@ def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> 
             "metrics_interval_s": window_s / 3,
         },
     )
-    # Without a version each `serve.run` counts as new code and restarts replicas that only need new weights. The private
-    # argument avoids a warning that versions are deprecated, about which a user can do nothing.
+    # Without a version each `serve.run` counts as new code and restarts replicas that only need new weights; without
+    # the private argument Serve warns that versions are deprecated, about which a user can do nothing.
     return deployment.options(version=version, _internal=True)
