@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from spct_ray.errors import TooLongError
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 NUM_ANCHORS = 2
@@ -97,6 +98,21 @@ async def score_cohort(
     if len(too_long) == len(parts):
         raise too_long[0]
     return merge(parts, [None if isinstance(mean, TooLongError) else mean for mean in results])
+
+
+async def score_groups(keys: Sequence[K], score: Callable[[K, list[int]], Awaitable[Sequence[float]]]) -> list[float]:
+    """Scores [N], where `score` returns those of all indices that share a key."""
+    members: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(key, []).append(i)
+    scores = [math.nan] * len(keys)
+
+    async def one(key: K, indices: list[int]) -> None:
+        for i, value in zip(indices, await score(key, indices), strict=True):
+            scores[i] = value
+
+    await gather_or_cancel(one(key, indices) for key, indices in members.items())
+    return scores
 
 
 async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -52,7 +52,7 @@ class JudgeClient:
 
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
         transport = RetryTransport(httpx.HTTPTransport(), _retry(max_attempts))
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=_headers(api_key), transport=transport)
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=_key(api_key), transport=transport)
 
     def judge(self, messages: Sequence[Message], responses: Sequence[str], **options: Unpack[Options]) -> JudgeAnswer:
         """The verdict on one query's responses."""
@@ -88,9 +88,7 @@ class AsyncJudgeClient:
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
         unlimited = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None))
         transport = RetryTransport(unlimited, _retry(max_attempts))
-        self._http = httpx.AsyncClient(
-            base_url=base_url, timeout=timeout_s, headers=_headers(api_key), transport=transport
-        )
+        self._http = httpx.AsyncClient(base_url=base_url, timeout=timeout_s, headers=_key(api_key), transport=transport)
 
     async def judge(
         self, messages: Sequence[Message], responses: Sequence[str], **options: Unpack[Options]
@@ -147,7 +145,7 @@ def _retry(max_attempts: int) -> Retry:
     )
 
 
-def _headers(api_key: str) -> dict[str, str]:
+def _key(api_key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 

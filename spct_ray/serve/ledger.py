@@ -20,6 +20,15 @@ from spct_ray.serve.schema import JudgeAnswer
 MAX_CLIENTS = 10_000  # remembered; the client that asked least recently is forgotten, and may ask at once
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_METRICS = {  # by the name in events: what Prometheus is told, with its labels
+    "requests": ("spct_requests", "Requests by route and HTTP status.", ("route", "status")),
+    "samples": ("spct_samples", "Judgements by outcome: ok, or the name of the failure.", ("outcome",)),
+    "tokens": ("spct_tokens", "Tokens read and written.", ("kind",)),
+    "votes": ("spct_votes", "Verdicts by voting and why sampling stopped.", ("voting", "stopped")),
+    "principles": ("spct_principles", "Verdicts by where their principles came from.", ("source",)),
+    "seconds": ("spct_request_seconds", "Time to the answer; of a stream, to its beginning.", ("route",)),
+    "in_flight": ("spct_requests_in_flight", "Requests being answered; of streams, those not begun.", ()),
+}
 
 Event = tuple[str, tuple[str, ...], float]  # name of a metric, values of its labels, by how much
 
@@ -59,32 +68,13 @@ class LocalLedger:
     def __init__(self, model: str, judgements_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute, self._clock = judgements_per_minute, clock
         self._empty_at: OrderedDict[str, float] = OrderedDict()  # when each bucket was or will be empty; last used last
-        self._registry = registry = CollectorRegistry()
-        Info("spct_service", "What is served.", registry=registry).info({"model": model})
+        self._registry = CollectorRegistry()
+        Info("spct_service", "What is served.", registry=self._registry).info({"model": model})
         self._metrics: dict[str, Counter | Gauge | Histogram] = {
-            "requests": Counter(
-                "spct_requests", "Requests by route and HTTP status.", ["route", "status"], registry=registry
-            ),
-            "seconds": Histogram(
-                "spct_request_seconds",
-                "Time to the answer; of a stream, to its beginning.",
-                ["route"],
-                buckets=_SECONDS,
-                registry=registry,
-            ),
-            "in_flight": Gauge(
-                "spct_requests_in_flight", "Requests being answered; of streams, those not begun.", registry=registry
-            ),
-            "samples": Counter(
-                "spct_samples", "Judgements by outcome: ok, or the failure's name.", ["outcome"], registry=registry
-            ),
-            "tokens": Counter("spct_tokens", "Tokens read and written.", ["kind"], registry=registry),
-            "votes": Counter(
-                "spct_votes", "Verdicts by voting and why sampling stopped.", ["voting", "stopped"], registry=registry
-            ),
-            "principles": Counter(
-                "spct_principles", "Verdicts by where their principles came from.", ["source"], registry=registry
-            ),
+            name: Histogram(*words, buckets=_SECONDS, registry=self._registry)
+            if name == "seconds"
+            else (Gauge if name == "in_flight" else Counter)(*words, registry=self._registry)
+            for name, words in _METRICS.items()
         }
 
     def record(self, events: Sequence[Event]) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
-from spct_ray.judge.cohort import chunks, gather_or_cancel
+from spct_ray.judge.cohort import chunks, gather_or_cancel, score_groups
 from spct_ray.records import Item, Message
 from spct_ray.serve.gateway import Gateway, Plan
 from spct_ray.serve.ledger import CONTENT_TYPE, Ledger, RateLimited, verdict_events
@@ -208,23 +209,23 @@ class _Service:
 
     async def reward(self, asked: RewardRequest, request: Request) -> Response:
         """Rewards of completions, as OpenRLHF asks for them."""
-        groups: dict[tuple[str, str], list[int]] = {}
-        for i, prompt in enumerate(asked.prompts):
-            label = asked.labels[i] if asked.labels else None
-            groups.setdefault((prompt, label if isinstance(label, str) else ""), []).append(i)
-        await self._charge(request, *((asked.k, len(members)) for members in groups.values()))
-        rewards, scores = [math.nan] * len(asked.query), [math.nan] * len(asked.query)
+        labels = [label if isinstance(label, str) else "" for label in asked.labels or [""] * len(asked.prompts)]
+        keys = list(zip(asked.prompts, labels, strict=True))
+        await self._charge(request, *((asked.k, num) for num in Counter(keys).values()))
+        shares = [math.nan] * len(keys)
 
-        async def one(prompt: str, label: str, members: list[int]) -> None:
+        async def score(key: tuple[str, str], members: list[int]) -> list[float]:
+            prompt, label = key
             responses = tuple(_response(asked.query[i], prompt) for i in members)
             item = Item("reward", (Message("user", prompt),), responses, reference=label)
             cohort = await self._gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
-            for i, value, share in zip(members, cohort.scores, cohort.shares, strict=True):
-                rewards[i], scores[i] = value, share
+            for i, share in zip(members, cohort.shares, strict=True):
+                shares[i] = share
+            return cohort.scores
 
-        await gather_or_cancel(one(prompt, label, members) for (prompt, label), members in groups.items())
+        rewards = await score_groups(keys, score)
         failed = [float(math.isnan(r)) for r in rewards]
-        return _json(RewardAnswer(rewards=rewards, scores=scores, extra_logs={"judge_failed": failed}))
+        return _json(RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed}))
 
     def refusal(self, error: Exception) -> Response:
         """The answer to a request that failed; what we did not expect is raised again."""
