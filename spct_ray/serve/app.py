@@ -308,29 +308,18 @@ def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -
 
 
 def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> Any:
+    options = asdict(replicas)  # under Serve's own names
+    actor = {key: options.pop(key) for key in ("num_cpus", "num_gpus")}
+    queue = {key: options.pop(key) for key in ("max_ongoing_requests", "max_queued_requests")}
     window_s = min(max(replicas.upscale_delay_s, 1.0), 30.0)
-    # Who deploys must not matter to Serve: it restarts replicas whose runtime environment changes.
-    environment = {"env_vars": dict(session.ENVIRONMENT)}
     deployment = serve.deployment(
         cls,
         name=name,
-        ray_actor_options={
-            "num_cpus": replicas.num_cpus,
-            "num_gpus": replicas.num_gpus,
-            "runtime_env": environment,
-        },
-        max_ongoing_requests=replicas.max_ongoing_requests,
-        max_queued_requests=replicas.max_queued_requests,
+        # Who deploys must not matter to Serve: it restarts replicas whose runtime environment changes.
+        ray_actor_options=actor | {"runtime_env": {"env_vars": dict(session.ENVIRONMENT)}},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        autoscaling_config={
-            "min_replicas": replicas.min_replicas,
-            "max_replicas": replicas.max_replicas,
-            "target_ongoing_requests": replicas.target_ongoing_requests,
-            "upscale_delay_s": replicas.upscale_delay_s,
-            "downscale_delay_s": replicas.downscale_delay_s,
-            "look_back_period_s": window_s,
-            "metrics_interval_s": window_s / 3,
-        },
+        autoscaling_config=options | {"look_back_period_s": window_s, "metrics_interval_s": window_s / 3},
+        **queue,
     )
     # Without a version each `serve.run` counts as new code and restarts replicas that only need new weights; without
     # the private argument Serve warns that versions are deprecated, about which a user can do nothing.

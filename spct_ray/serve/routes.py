@@ -182,7 +182,7 @@ class _Service:
 
     async def rerank(self, asked: RerankRequest, request: Request) -> Response:
         """Documents, the best first, as Jina and Cohere answer."""
-        texts = asked.texts
+        texts = asked.documents
         await self._charge(request, (asked.k, len(texts)))
         item = Item("rerank", (Message("user", asked.query),), tuple(texts))
         cohort = await self._gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))

@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from spct_ray.errors import SpctError
 from spct_ray.records import Role, StopReason
@@ -44,7 +53,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class InvalidRequest(SpctError):
-    """A request that breaks the schema. `details` has one {path, message} a fault."""
+    """A request that breaks the schema. `details` has one {path, message} per fault."""
 
     def __init__(self, details: list[dict[str, str]]) -> None:
         super().__init__("; ".join(f"{d['path']}: {d['message']}" for d in details))
@@ -208,35 +217,32 @@ class BatchResult(BaseModel):
 
 
 class BatchAnswer(BaseModel):
-    """One result a request, in order."""
+    """One result per request, in order."""
 
     results: list[BatchResult]
+
+
+def _text_of(document: Any) -> Any:
+    """Jina and Cohere's first version send documents as `{"text": ...}`, too."""
+    return document["text"] if isinstance(document, dict) and "text" in document else document
+
+
+DocumentText = Annotated[Text, BeforeValidator(_text_of, json_schema_input_type=str | dict[str, Any])]
 
 
 class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Document(_Lenient):
-    """A document with a text, as Jina and Cohere's first version send it."""
-
-    text: Text
-
-
 class RerankRequest(_Lenient):
     """`POST /v1/rerank`: documents to be ordered by how well they answer the query."""
 
     query: Text
-    documents: Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    documents: Annotated[list[DocumentText], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
     k: NumSamples = 8
     seed: Seed | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The documents' texts, in the request's order."""
-        return [d.text if isinstance(d, Document) else d for d in self.documents]
 
 
 class RerankResult(BaseModel):
@@ -248,7 +254,7 @@ class RerankResult(BaseModel):
 
 
 class RerankAnswer(BaseModel):
-    """Best first. `results` leaves out documents without a score; `meta.failed` lists their indices."""
+    """Best first, without the documents that have no score; `meta.failed` lists their indices."""
 
     id: str
     model: str
