@@ -13,7 +13,7 @@ from spct_ray.cli import main
 def build(arguments: dict[str, str]) -> Any:
     """The Serve application of `config=`, a YAML file, a run's root or a model directory, and of overrides."""
     from spct_ray.serve.app import application
-    from spct_ray.serve.config import resolve
+    from spct_ray.serve.deployment import resolve
 
     overrides = [f"{key}={value}" for key, value in arguments.items() if key != "config"]
     return application(resolve(arguments["config"], overrides))

@@ -13,7 +13,7 @@ from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 
 TASKS = [JudgeTask(Item(f"i{i}", (Message("user", "Which?"),), ("a", "b")), (0, 1), 0, 0.0, 1) for i in range(4)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spct_ray.chat import encode_example, encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask, part_of

@@ -13,7 +13,7 @@ from tiny import make_tiny_model
 
 from spct_ray.cluster.kept_judges import JudgeHost, JudgeSpec, family
 from spct_ray.engines.base import EngineConfig
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.graph.runner import run_steps

@@ -14,7 +14,7 @@ import pytest
 
 from spct_ray.config import load
 from spct_ray.engines.base import Request, SamplingParams
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, DataError, EngineError, RequestError, TooLongError
 from spct_ray.judge.judge import JudgeTask
@@ -22,7 +22,7 @@ from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.parse import Failure, Scale, after_thinking, parse_scores, read_best, read_verdict
 from spct_ray.judge.prompt import JudgeConfig, judge_messages, meta_messages, scale_of
 from spct_ray.records import Completion, Item, Message, Trajectory
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.stages.recipe import Recipe, build_steps
 
 ASKED = (Message("user", "Name a prime."),)

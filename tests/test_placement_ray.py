@@ -18,7 +18,7 @@ from spct_ray.graph.record import read_record
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
 from tests.placement_toys import SeeingJudge, see
 from tests.test_serve_ray import free_port
 from tests.tiny import make_tiny_model, make_tiny_tokenizer

@@ -137,7 +137,7 @@ def test_the_order_experiment_can_be_made_at_four_responses() -> None:
 
 
 def test_the_serving_example_loads() -> None:
-    from spct_ray.serve.config import ServeConfig
+    from spct_ray.serve.deployment import ServeConfig
 
     load(ServeConfig, str(ROOT / "conf" / "serve.yaml"))
 

@@ -16,7 +16,7 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import write_items
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.remote import RemoteConfig
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, DataError, EngineError

@@ -18,7 +18,7 @@ from spct_ray.errors import ConfigError, EngineError, TooLongError
 from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources, resolve
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources, resolve
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.ledger import LocalLedger
 from spct_ray.serve.routes import build_app

@@ -17,7 +17,7 @@ from ray.serve.request_router import RequestRouter
 from spct_ray.cluster.session import ENVIRONMENT, ClusterResources
 from spct_ray.errors import ConfigError, SpctError
 from spct_ray.serve import app
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
 
 
 @pytest.mark.parametrize("failure", [ActorDiedError(), TimeoutError("HTTP proxies not available after 60s.")])

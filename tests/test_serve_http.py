@@ -14,7 +14,7 @@ from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.ledger import LocalLedger
 from spct_ray.serve.routes import build_app

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spct_ray.errors import ConfigError
 from spct_ray.serve import ledger
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.ledger import LocalLedger
 from tests.test_serve import OK, Script, client
 

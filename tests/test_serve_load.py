@@ -10,7 +10,7 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.client import request
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.load import Memory, fault, growth
 from spct_ray.serve.schema import JudgeRequest, parse

@@ -13,7 +13,7 @@ from spct_ray.judge.parse import Failure
 from spct_ray.judge.principles import PrinciplesCache
 from spct_ray.judge.prompt import PRINCIPLES_GUIDE, JudgeConfig, guide, principles_messages, read_principles
 from spct_ray.records import Completion, Item, Message
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.principles_effect import credit, measure, report, rubric
 from spct_ray.serve.schema import JudgeAnswer
 from tests.test_serve import OK, client

@@ -19,7 +19,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
 from spct_ray.serve.client import JudgeClient, ServerError
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.routing import MAX_LEAD, ItemRouter
 from spct_ray.serve.weights import check_fit
 

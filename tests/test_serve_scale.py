@@ -17,7 +17,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
 from spct_ray.serve.client import JudgeClient, request
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
 from spct_ray.serve.weights import Weights
 from tests.test_serve_ray import free_port
 

@@ -10,7 +10,7 @@ import pytest
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.records import Item, Message, Trajectory
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import _Scorer
 from tests.test_serve import OK, TABLE_17, Meta, Script, SilentEngine, ask, client, refuse
 

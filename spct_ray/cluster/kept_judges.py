@@ -22,7 +22,7 @@ from spct_ray.cluster.pool import MakeEngine, vllm_engine
 from spct_ray.cluster.sampling import MAX_RESTARTS
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.engines.base import Engine, EngineConfig
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.errors import EngineError
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.prompt import JudgeConfig

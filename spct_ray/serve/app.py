@@ -29,7 +29,7 @@ from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
-from spct_ray.serve.config import ReplicaConfig, ServeConfig
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.ledger import Event, LocalLedger
 from spct_ray.serve.routes import build_app

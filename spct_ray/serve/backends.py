@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from spct_ray.engines.base import Engine
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.errors import EngineError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.records import Completion, Message, Trajectory
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.weights import OWN, Weights
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spct_ray.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from spct_ray.serve.config import ServeConfig
+    from spct_ray.serve.deployment import ServeConfig
     from spct_ray.serve.schema import JudgeAnswer, JudgeRequest
 
 _TARGET = "a run's root (its newest judge and meta RM), a model directory, or a YAML file such as conf/serve.yaml"
@@ -93,7 +93,7 @@ def update_command(arguments: argparse.Namespace) -> None:
     """Connect to the service's Ray cluster (RAY_ADDRESS, else the one on this machine) and roll out new weights."""
     from spct_ray.cluster import session
     from spct_ray.serve import app
-    from spct_ray.serve.config import resolve
+    from spct_ray.serve.deployment import resolve
 
     target = Path(arguments.target)
     directory = str(target.resolve()) if any(target.glob("*.safetensors")) else resolve(arguments.target).judge_model
@@ -157,7 +157,7 @@ def _brief(text: str) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> ServeConfig:
-    from spct_ray.serve.config import resolve
+    from spct_ray.serve.deployment import resolve
 
     config = resolve(arguments.target, arguments.overrides)
     return replace(config, meta_model=str(Path(arguments.meta).resolve())) if arguments.meta else config

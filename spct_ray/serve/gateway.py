@@ -27,7 +27,7 @@ from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import confidence, decide, vote
 from spct_ray.records import Completion, Item, Message, Trajectory
 from spct_ray.serve.backends import JudgeBackend, MetaBackend
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.schema import (
     MAX_SEED,
     Budget,

@@ -29,7 +29,7 @@ from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.serve.client import request
-from spct_ray.serve.config import ServeConfig, resolve
+from spct_ray.serve.deployment import ServeConfig, resolve
 from spct_ray.serve.schema import JudgeAnswer
 
 OVERLOAD = 2.0  # requests asked for, as a multiple of those answered at saturation

@@ -34,7 +34,7 @@ from spct_ray.graph.record import finished_records, local_root, step_directory
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item
 from spct_ray.serve.backends import LocalJudge
-from spct_ray.serve.config import ServeConfig
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import Gateway, Plan
 from spct_ray.serve.schema import MAX_SEED, JudgeAnswer
 

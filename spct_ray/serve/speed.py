@@ -31,7 +31,7 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
 from spct_ray.serve import load, principles_effect
-from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
 
 RESPONSES = 2  # of each item
 SEED = 1
@@ -188,7 +188,7 @@ class _Direct:
 
 
 def _drive(config: ServeConfig, connection: Connection) -> None:
-    from spct_ray.engines.judge import EngineJudge
+    from spct_ray.engines.engine_judge import EngineJudge
     from spct_ray.engines.vllm import VllmEngine
 
     judge = EngineJudge(VllmEngine(config.judge_model, config.resources.engine), config.judge, "direct")

@@ -16,7 +16,7 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import read_items
 from spct_ray.engines.base import EngineConfig
-from spct_ray.engines.judge import EngineJudge
+from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
