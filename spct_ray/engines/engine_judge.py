@@ -97,15 +97,15 @@ class EngineJudge:
             return await self._ask(part_of(task, tuple(order[place] for place in places)))
 
         chunks, results = await judge_in_chunks(len(order), len(order), chunk)
-        made = []
+        judged = []
         for result in results:
             if isinstance(result, TooLongError):
                 raise result
-            made.append(result)
-        whole = joined(task, [tuple(order[place] for place in places) for places in chunks], made)
+            judged.append(result)
+        whole = joined(task, [tuple(order[place] for place in places) for places in chunks], judged)
         if whole.failure or len(chunks) == 1:
             return whole
-        scores = dict(zip(order, on_one_scale(chunks, made, scale_of(len(order), self.config)), strict=True))
+        scores = dict(zip(order, on_one_scale(chunks, judged, scale_of(len(order), self.config)), strict=True))
         return replace(whole, scores=tuple(scores[i] for i in range(len(order))))
 
     async def _ask(self, task: JudgeTask) -> Trajectory:

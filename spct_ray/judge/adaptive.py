@@ -25,7 +25,7 @@ PSEUDO_DEVIATION = 1.0  # in points of the scale
 def looks(num_responses: int, k_max: int) -> list[int]:
     """Numbers of samples after which to look, the last of them `k_max`: doubling, so that rounds stay few.
 
-    Each is a multiple of `num_responses` where that is possible, for then the orders are balanced.
+    Each is a multiple of `num_responses` where that is possible, because the orders are then balanced.
     """
     ends = []
     k = num_responses * math.ceil(FIRST_LOOK / num_responses)
@@ -38,7 +38,7 @@ def looks(num_responses: int, k_max: int) -> list[int]:
 def num_needed(samples: Sequence[Trajectory], logits: Sequence[float], scale: Scale, error: float) -> int:
     """After how many of the K `samples` of one item, drawn in this order, the rule stops.
 
-    `logits` has one value a sample, for votes that the meta RM guides, or is empty.
+    `logits` has one value per sample, for votes that the meta RM guides, or is empty.
     """
     k_max = len(samples)
     ends = looks(len(samples[0].order), k_max)[:-1]

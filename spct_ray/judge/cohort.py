@@ -1,6 +1,6 @@
 """Scores for many responses to one query: judged together in chunks that share anchors, and put on one scale.
 
-A judge compares what stands in one prompt, so scores of different prompts differ by their company. Every chunk holds
+Scores depend on the other responses in the prompt, so those of different prompts are not comparable. Every chunk holds
 the same few anchors; each chunk's scores are shifted so that its anchors have the mean they have over all chunks.
 """
 
@@ -41,7 +41,7 @@ def smaller(size: int) -> int:
 
 
 def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | None]) -> list[float]:
-    """One score a response from each chunk's mean scores (in the chunk's order); None is a chunk without a verdict.
+    """One score per response from each chunk's mean scores (in the chunk's order); None is a chunk without a verdict.
 
     NaN where a response was in no chunk with a verdict.
     """

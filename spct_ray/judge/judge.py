@@ -17,7 +17,7 @@ from spct_ray.records import Item, Record, StopReason, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class JudgeTask(Record):
-    """One judgement to be made: this item, its responses in this order, at this temperature, with this seed."""
+    """One judgement to make: this item, its responses in this order, at this temperature, with this seed."""
 
     item: Item
     order: tuple[int, ...]
@@ -88,35 +88,35 @@ def part_of(task: JudgeTask, part: tuple[int, ...]) -> JudgeTask:
     )
 
 
-def joined(task: JudgeTask, parts: Sequence[tuple[int, ...]], made: Sequence[Trajectory]) -> Trajectory:
+def joined(task: JudgeTask, parts: Sequence[tuple[int, ...]], judged: Sequence[Trajectory]) -> Trajectory:
     """One trajectory from those of all `parts`: a response's score is the sum of its scores, tokens are summed.
 
     It fails as the first part that failed.
     """
     if len(parts) == 1:
-        return made[0]
-    failed = next((one for one in made if one.failure), None)
+        return judged[0]
+    failed = next((one for one in judged if one.failure), None)
     scores = [0] * len(task.order)
     if not failed:
-        for part, one in zip(parts, made, strict=True):
+        for part, one in zip(parts, judged, strict=True):
             for i, score in zip(part, one.scores, strict=True):
                 scores[i] += score
     shown = ("; ".join(f"response {i + 1}" for i in part) for part in parts)
     return replace(
-        made[0],
+        judged[0],
         order=task.order,
         seed=task.seed,
-        text="\n\n".join(f"({words})\n{one.text}" for words, one in zip(shown, made, strict=True)),
+        text="\n\n".join(f"({words})\n{one.text}" for words, one in zip(shown, judged, strict=True)),
         scores=() if failed else tuple(scores),
         failure=failed.failure if failed else "",
-        stop_reason=(failed or made[0]).stop_reason,
-        prompt_tokens=sum(one.prompt_tokens for one in made),
-        completion_tokens=sum(one.completion_tokens for one in made),
+        stop_reason=(failed or judged[0]).stop_reason,
+        prompt_tokens=sum(one.prompt_tokens for one in judged),
+        completion_tokens=sum(one.completion_tokens for one in judged),
         num_prompts=len(parts),
     )
 
 
-def on_one_scale(chunks: Sequence[tuple[int, ...]], made: Sequence[Trajectory], scale: Scale) -> tuple[int, ...]:
+def on_one_scale(chunks: Sequence[tuple[int, ...]], judged: Sequence[Trajectory], scale: Scale) -> tuple[int, ...]:
     """Whole scores of all responses from those of chunks that share anchors, see `judge.cohort.merge`."""
-    merged = merge(chunks, [one.scores for one in made])
+    merged = merge(chunks, [one.scores for one in judged])
     return tuple(min(max(math.floor(score + 0.5), scale.low), scale.high) for score in merged)

@@ -52,8 +52,8 @@ class JudgeReplica(LocalJudge):
         super().__init__(VllmEngine(config.judge_model, config.resources.engine), config)
 
     def engine_died(self) -> None:
-        """End the process: what it was asked goes to another replica then, and Serve starts one in its place. While it
-        lived on, calls would come here again and fail at once, until a health check found out."""
+        """End the process, so that its calls go to another replica and Serve starts a new one. If it lived on, calls
+        would keep coming here and fail at once until a health check noticed."""
         os._exit(1)
 
 
@@ -192,8 +192,8 @@ async def judge_is_ready() -> bool:
 def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica, weights: Weights = OWN) -> Any:
     """The Serve application, ready for `serve.run`.
 
-    All that says what code runs is in the deployments' version. To run the same with other `weights` over a running one
-    lets Serve call `reconfigure` on the judge's replicas, one after the other (or a fifth of them at once, where they
+    The deployments' version covers everything that determines their code. Running the same with other `weights` lets
+    Serve call `reconfigure` on the judge's replicas, one after the other (or a fifth of them at once, where they
     are many), and on each that it starts later. Raises ConfigError where a `num_gpus` is null and Ray not connected, so
     that nobody knows whether the cluster has GPUs.
     """
@@ -254,8 +254,8 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
     """
     config = _placed(config)
     resources = config.resources
-    found = serve.status()
-    if APP_NAME in found.applications:
+    before = serve.status()
+    if APP_NAME in before.applications:
         raise ConfigError(f"this Ray cluster already serves {APP_NAME!r}; stop that `spct serve` first")
     with session.waiting_for_room(resources.cluster, partial(print, flush=True)):
         resources.check_room(session.nodes(), meta=config.meta_model is not None)
@@ -266,7 +266,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
         _run(config, judge_class, OWN)
         yield f"http://{resources.host}:{resources.port}"
     finally:
-        if found.proxies:
+        if before.proxies:
             serve.delete(APP_NAME)
         else:
             _shut_down()

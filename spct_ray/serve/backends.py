@@ -1,4 +1,4 @@
-"""The two models behind a verdict, as plain classes: the judge around an engine, and the meta RM. Leaves out Ray.
+"""The two models behind a verdict, as plain classes without Ray: the judge around an engine, and the meta RM.
 
 Both are asynchronous at the edge and never block the event loop that calls them: the engine batches continuously on
 its own thread, the meta RM scores on a worker thread, one batch at a time.

@@ -1,4 +1,4 @@
-"""What is served and with which resources, and how to find both in a finished run. Leaves out starting anything."""
+"""The configuration of the service: what is served, on which resources, and how a finished run determines both."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ReplicaConfig:
     min_replicas: int = 1  # 0: none while nobody asks; the first request then waits for one to start
     max_replicas: int = 1
     target_ongoing_requests: float = 8.0  # the autoscaler adds replicas above this mean
-    upscale_delay_s: float = 30.0  # for so long it must be above; the mean is over as long, but 1 to 30 s
-    downscale_delay_s: float = 600.0  # for so long it must be below
-    max_ongoing_requests: int = 32  # a replica
+    upscale_delay_s: float = 30.0  # how long it must stay above; also the averaging window, within 1 to 30 s
+    downscale_delay_s: float = 600.0  # how long it must stay below
+    max_ongoing_requests: int = 32  # per replica
     max_queued_requests: int = 64  # beyond this a request is answered 503
     num_cpus: float = 1.0
-    num_gpus: float | None = None  # null: what its model takes, on a cluster that has GPUs
+    num_gpus: float | None = None  # null: what its model needs, on a cluster with GPUs
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ServeConfig:
     max_cohort: int = 8  # responses in one prompt where many are scored (rerank, reward); more are judged in chunks
     principles_cache: int = 1024  # queries whose generated principles are kept (`principles: auto`)
     max_body_bytes: int = 4 * 2**20
-    api_key_env: str = ""  # the environment variable with the API keys, parted by spaces; empty: none is asked for
+    api_key_env: str = ""  # environment variable with the API keys, space-separated; empty: no key is required
     judgements_per_minute: int = 0  # of each API key (without keys: each client address), beyond: 429; 0: no limit
     resources: ServeResources = field(default_factory=ServeResources)
 

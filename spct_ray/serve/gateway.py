@@ -1,4 +1,4 @@
-"""From a request to a verdict: seeds, fan-out, meta scores, vote. Leaves out HTTP (routes.py) and Ray (app.py).
+"""From a request to a verdict: seeds, fan-out, meta scores, vote. Knows neither HTTP (routes.py) nor Ray (app.py).
 
 A sample that cannot be parsed is a named failure in the answer and never a score.
 """

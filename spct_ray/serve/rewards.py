@@ -1,8 +1,8 @@
 """The served judge as the reward of other trainers: TRL's GRPOTrainer and verl's batch reward manager.
 
-All completions of one prompt are judged together, for a judge tells responses apart that it compares. A completion's
+All completions of one prompt are judged together, because scores are only comparable within one prompt. A completion's
 reward is its mean score on the judge's scale. Where there is no verdict it is None (TRL) or NaN (verl), never a number
-that a trainer would take for a low score. Leaves out OpenRLHF, which calls `POST /v1/reward` by itself.
+that a trainer would take for a low score. OpenRLHF needs no function: it calls `POST /v1/reward` by itself.
 """
 
 from __future__ import annotations

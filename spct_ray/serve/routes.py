@@ -1,4 +1,4 @@
-"""The HTTP routes around a Gateway, for any ASGI server. Leaves out judging (gateway.py) and Ray (app.py).
+"""The HTTP routes around a Gateway, for any ASGI server. Judging is gateway.py's, Ray app.py's.
 
 Every error is JSON of one shape: {"error": {"type": ..., "message": ..., "details": [{"path": ..., "message": ...}]}}.
 A client that goes away ends the work on its request. Texts of requests are never logged.
@@ -161,14 +161,14 @@ class _Service:
         if not self._is_allowed(request):
             raise Unauthorized("send the API key as `Authorization: Bearer KEY`")
 
-    async def judge(self, asked: JudgeRequest, request: Request) -> Response:
+    async def judge(self, body: JudgeRequest, request: Request) -> Response:
         """The verdict on one query's responses, or with `stream` server-sent events that end with it."""
-        await self._charge(request, (asked.k, 1))
-        if asked.stream:
-            return StreamingResponse(self._events(asked), media_type="text/event-stream")
-        return _json(await self._gateway.answer(asked))
+        await self._charge(request, (body.k, 1))
+        if body.stream:
+            return StreamingResponse(self._events(body), media_type="text/event-stream")
+        return _json(await self._gateway.answer(body))
 
-    async def judge_batch(self, asked: BatchRequest, request: Request) -> Response:
+    async def judge_batch(self, body: BatchRequest, request: Request) -> Response:
         """Verdicts on many queries, each with an outcome of its own."""
 
         async def one(single: JudgeRequest) -> BatchResult:
@@ -177,15 +177,15 @@ class _Service:
             except Exception as error:
                 return BatchResult(error=self._fault(error)[1])
 
-        await self._charge(request, *((single.k, 1) for single in asked.requests))
-        return _json(BatchAnswer(results=await gather_or_cancel(map(one, asked.requests))))
+        await self._charge(request, *((single.k, 1) for single in body.requests))
+        return _json(BatchAnswer(results=await gather_or_cancel(map(one, body.requests))))
 
-    async def rerank(self, asked: RerankRequest, request: Request) -> Response:
+    async def rerank(self, body: RerankRequest, request: Request) -> Response:
         """Documents, the best first, as Jina and Cohere answer."""
-        texts = asked.documents
-        await self._charge(request, (asked.k, len(texts)))
-        item = Item("rerank", (Message("user", asked.query),), tuple(texts))
-        cohort = await self._gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
+        texts = body.documents
+        await self._charge(request, (body.k, len(texts)))
+        item = Item("rerank", (Message("user", body.query),), tuple(texts))
+        cohort = await self._gateway.cohort(item, Plan(k=body.k, seed=body.seed))
         failed = [i for i, score in enumerate(cohort.scores) if math.isnan(score)]
         ranked = sorted(set(range(len(texts))) - set(failed), key=lambda i: (-cohort.scores[i], i))
         if not ranked:
@@ -194,9 +194,9 @@ class _Service:
             RerankResult(
                 index=i,
                 relevance_score=cohort.shares[i],
-                document={"text": texts[i]} if asked.return_documents else None,
+                document={"text": texts[i]} if body.return_documents else None,
             )
-            for i in ranked[: asked.top_n]
+            for i in ranked[: body.top_n]
         ]
         answer = RerankAnswer(
             id=str(uuid.uuid4()),
@@ -207,18 +207,18 @@ class _Service:
         )
         return _json(answer, exclude_none=True)
 
-    async def reward(self, asked: RewardRequest, request: Request) -> Response:
+    async def reward(self, body: RewardRequest, request: Request) -> Response:
         """Rewards of completions, as OpenRLHF asks for them."""
-        labels = [label if isinstance(label, str) else "" for label in asked.labels or [""] * len(asked.prompts)]
-        keys = list(zip(asked.prompts, labels, strict=True))
-        await self._charge(request, *((asked.k, num) for num in Counter(keys).values()))
+        labels = [label if isinstance(label, str) else "" for label in body.labels or [""] * len(body.prompts)]
+        keys = list(zip(body.prompts, labels, strict=True))
+        await self._charge(request, *((body.k, num) for num in Counter(keys).values()))
         shares = [math.nan] * len(keys)
 
         async def score(key: tuple[str, str], members: list[int]) -> list[float]:
             prompt, label = key
-            responses = tuple(_response(asked.query[i], prompt) for i in members)
+            responses = tuple(_response(body.query[i], prompt) for i in members)
             item = Item("reward", (Message("user", prompt),), responses, reference=label)
-            cohort = await self._gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
+            cohort = await self._gateway.cohort(item, Plan(k=body.k, seed=body.seed))
             for i, share in zip(members, cohort.shares, strict=True):
                 shares[i] = share
             return cohort.scores
@@ -250,20 +250,20 @@ class _Service:
             details = [{"path": "body", "message": message}]
         return status, Fault(type=kind, message=message, details=details)
 
-    async def _charge(self, request: Request, *asked: tuple[int | Literal["auto"], int]) -> None:
-        """Raises RateLimited. `asked`: the k of each prompt or cohort, with its number of responses."""
+    async def _charge(self, request: Request, *costs: tuple[int | Literal["auto"], int]) -> None:
+        """Raises RateLimited. `costs`: the k of each prompt or cohort, with its number of responses."""
         config = self._config
         key = request.headers["authorization"] if config.api_key_env else request.client.host if request.client else ""
         judgements = sum(
-            (config.k_auto_max if k == "auto" else k) * len(chunks(n, config.max_cohort)) for k, n in asked
+            (config.k_auto_max if k == "auto" else k) * len(chunks(n, config.max_cohort)) for k, n in costs
         )
         if wait_s := await self._ledger.take(hashlib.sha256(key.encode()).hexdigest(), judgements):
             raise RateLimited(config.judgements_per_minute, wait_s)
 
-    async def _events(self, asked: JudgeRequest) -> AsyncIterator[bytes]:
+    async def _events(self, body: JudgeRequest) -> AsyncIterator[bytes]:
         """Server-sent events: `sample` for each judgement with the tally so far, then `verdict` or `error`."""
         queue: asyncio.Queue[Tally | None] = asyncio.Queue()
-        work = asyncio.create_task(self._gateway.answer(asked, queue.put_nowait))
+        work = asyncio.create_task(self._gateway.answer(body, queue.put_nowait))
         work.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (tally := await queue.get()) is not None:
@@ -287,14 +287,16 @@ async def _with_body(request: Request, limit: int) -> Request:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise TooLongError(f"a body of {declared[:20]} bytes exceeds the limit of {limit}; send shorter texts")
-    body = bytearray()
+    content = bytearray()
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise TooLongError(f"a body of {len(body)} bytes or more exceeds the limit of {limit}; send shorter texts")
+        content += chunk
+        if len(content) > limit:
+            raise TooLongError(
+                f"a body of {len(content)} bytes or more exceeds the limit of {limit}; send shorter texts"
+            )
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": bytes(body)}
+        return {"type": "http.request", "body": bytes(content)}
 
     headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
     return Request({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive)
@@ -317,8 +319,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _response(query: str, prompt: str) -> str:
-    _, found, response = query.partition(prompt)
-    return response if found else query
+    return query.partition(prompt)[2] if prompt in query else query
 
 
 def _key_check(variable: str) -> Callable[[Request], bool]:

@@ -1,4 +1,4 @@
-"""New weights for a running judge: what they are, and whether they fit. Leaves out giving them to replicas (app.py)."""
+"""New weights for a running judge: what they are, and whether they fit. app.py gives them to the replicas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWN = Weights()
 def check_fit(directory: str, served: str) -> None:
     """Raises ConfigError unless `directory` has tensors of the names and shapes of the model directory `served`.
 
-    A replica that cannot load its weights is lost, so this is asked before any replica is told.
+    Checked before any replica is told, because a replica that cannot load its weights is lost.
     """
     new, old = _shapes(directory), _shapes(served)
     if wrong := sorted(name for name in (new.keys() | old.keys()) - {_MAYBE_TIED} if new.get(name) != old.get(name)):
