@@ -26,19 +26,10 @@ from spct_ray.judge.prompt import meta_messages, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import confidence, decide, vote
 from spct_ray.records import Completion, Item, Message, Trajectory
+from spct_ray.serve import schema
 from spct_ray.serve.backends import JudgeBackend, MetaBackend
 from spct_ray.serve.deployment import ServeConfig
-from spct_ray.serve.schema import (
-    MAX_SEED,
-    Budget,
-    InvalidRequest,
-    JudgeAnswer,
-    JudgeRequest,
-    PrinciplesSource,
-    SampleOut,
-    Stopped,
-    Tally,
-)
+from spct_ray.serve.schema import MAX_SEED, JudgeAnswer, JudgeRequest, Tally
 
 MAX_CHARACTERS_PER_TOKEN = 32  # longer texts are refused unread: to encode them k times would keep the engine busy
 
@@ -54,7 +45,7 @@ class Plan:
     temperature: float | None = None
     seed: int | None = None
     auto_principles: bool = False
-    budget: Budget = field(default_factory=Budget)
+    budget: schema.Budget = field(default_factory=schema.Budget)
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class _Progress:
     started: float = field(default_factory=time.perf_counter)
     principles: Principles | None = None
     samples: list[Trajectory] = field(default_factory=list)
-    stopped: Stopped = "k"
+    stopped: schema.Stopped = "k"
 
 
 class Gateway:
@@ -101,7 +92,7 @@ class Gateway:
     async def answer(self, request: JudgeRequest, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
         """Sample k judgements, vote, answer; `on_sample` is told of each as it comes.
 
-        Raises RequestError (TooLongError for the prompt), InvalidRequest, EngineError (judge not available) and
+        Raises RequestError (TooLongError for the prompt), schema.InvalidRequest, EngineError (judge not available) and
         TimeoutError.
         """
         is_auto = request.principles == "auto"
@@ -161,7 +152,7 @@ class Gateway:
     def _check(self, item: Item, plan: Plan) -> None:
         if plan.k_meta is not None and self.config.meta_vote == "weighted":
             message = "must be left out: this server weights all samples by the meta RM (meta_vote: weighted)"
-            raise InvalidRequest([{"path": "k_meta", "message": message}])
+            raise schema.InvalidRequest([{"path": "k_meta", "message": message}])
         texts = (*(m.content for m in item.messages), *item.responses, item.reference, item.principles)
         max_tokens = self.config.resources.engine.max_model_len
         if (length := sum(map(len, texts))) > MAX_CHARACTERS_PER_TOKEN * max_tokens:
@@ -294,9 +285,9 @@ class _Scorer:
             return await meta.score([meta_messages(self._item, t.order, t.text) for t in usable])
 
 
-def _sample_out(t: Trajectory, logit: float | None, kept: bool) -> SampleOut:
+def _sample_out(t: Trajectory, logit: float | None, kept: bool) -> schema.SampleOut:
     """A judgement as the answer shows it."""
-    return SampleOut(
+    return schema.SampleOut(
         sample=t.sample,
         order=list(t.order),
         text=t.text,
@@ -317,7 +308,7 @@ def _tally(samples: Sequence[Trajectory]) -> Tally:
     return Tally(sample=_sample_out(last, None, not last.failure), num_samples=len(samples), scores=list(sums) or None)
 
 
-def _shown(progress: _Progress) -> tuple[str, PrinciplesSource]:
+def _shown(progress: _Progress) -> tuple[str, schema.PrinciplesSource]:
     """The principles that the judge was shown, and where they came from."""
     if progress.principles is None:
         return progress.item.principles, "given" if progress.item.principles else "none"

@@ -29,24 +29,10 @@ from starlette.exceptions import HTTPException
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
 from spct_ray.judge.cohort import chunks, gather_or_cancel, score_groups
 from spct_ray.records import Item, Message
+from spct_ray.serve import schema
 from spct_ray.serve.gateway import Gateway, Plan
 from spct_ray.serve.ledger import CONTENT_TYPE, Ledger, RateLimited, verdict_events
-from spct_ray.serve.schema import (
-    BatchAnswer,
-    BatchRequest,
-    BatchResult,
-    ErrorAnswer,
-    Fault,
-    InvalidRequest,
-    JudgeAnswer,
-    JudgeRequest,
-    RerankAnswer,
-    RerankRequest,
-    RerankResult,
-    RewardAnswer,
-    RewardRequest,
-    Tally,
-)
+from spct_ray.serve.schema import Fault, InvalidRequest
 
 RETRY_AFTER_S = 5
 CLIENT_GONE = 499  # nobody reads it; the metrics count it
@@ -73,7 +59,7 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
     """The routes. Raises ConfigError when the API key's environment variable is not set."""
     config, service = gateway.config, _Service(gateway, ledger)
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer, "description": meaning} for status, _, meaning in _FAULTS.values()
+        status: {"model": schema.ErrorAnswer, "description": meaning} for status, _, meaning in _FAULTS.values()
     }
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
 
@@ -85,10 +71,10 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
 
     app.router.route_class = Guarded
     for path, handler, answer in (
-        ("/v1/judge", service.judge, JudgeAnswer),
-        ("/v1/judge/batch", service.judge_batch, BatchAnswer),
-        ("/v1/rerank", service.rerank, RerankAnswer),
-        ("/v1/reward", service.reward, RewardAnswer),
+        ("/v1/judge", service.judge, schema.JudgeAnswer),
+        ("/v1/judge/batch", service.judge_batch, schema.BatchAnswer),
+        ("/v1/rerank", service.rerank, schema.RerankAnswer),
+        ("/v1/reward", service.reward, schema.RewardAnswer),
     ):
         app.add_api_route(path, handler, methods=["POST"], response_model=answer, responses=errors)
     app.router.route_class = APIRoute
@@ -96,13 +82,8 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
     @app.get("/v1/models", dependencies=[Depends(service.check_key)])
     async def models() -> Any:
         served = [(config.name, "judge"), *([("meta", "meta")] if gateway.meta else [])]
-        return {
-            "object": "list",
-            "data": [
-                {"id": name, "object": "model", "created": 0, "owned_by": "spct-ray", "role": role}
-                for name, role in served
-            ],
-        }
+        model = {"object": "model", "created": 0, "owned_by": "spct-ray"}
+        return {"object": "list", "data": [{"id": name, **model, "role": role} for name, role in served]}
 
     @app.get("/healthz")
     async def healthz() -> Any:
@@ -161,26 +142,26 @@ class _Service:
         if not self._is_allowed(request):
             raise Unauthorized("send the API key as `Authorization: Bearer KEY`")
 
-    async def judge(self, body: JudgeRequest, request: Request) -> Response:
+    async def judge(self, body: schema.JudgeRequest, request: Request) -> Response:
         """The verdict on one query's responses, or with `stream` server-sent events that end with it."""
         await self._charge(request, (body.k, 1))
         if body.stream:
             return StreamingResponse(self._events(body), media_type="text/event-stream")
         return _json(await self._gateway.answer(body))
 
-    async def judge_batch(self, body: BatchRequest, request: Request) -> Response:
+    async def judge_batch(self, body: schema.BatchRequest, request: Request) -> Response:
         """Verdicts on many queries, each with an outcome of its own."""
 
-        async def one(single: JudgeRequest) -> BatchResult:
+        async def one(single: schema.JudgeRequest) -> schema.BatchResult:
             try:
-                return BatchResult(answer=await self._gateway.part(lambda: self._gateway.answer(single)))
+                return schema.BatchResult(answer=await self._gateway.part(lambda: self._gateway.answer(single)))
             except Exception as error:
-                return BatchResult(error=self._fault(error)[1])
+                return schema.BatchResult(error=self._fault(error)[1])
 
         await self._charge(request, *((single.k, 1) for single in body.requests))
-        return _json(BatchAnswer(results=await gather_or_cancel(map(one, body.requests))))
+        return _json(schema.BatchAnswer(results=await gather_or_cancel(map(one, body.requests))))
 
-    async def rerank(self, body: RerankRequest, request: Request) -> Response:
+    async def rerank(self, body: schema.RerankRequest, request: Request) -> Response:
         """Documents, the best first, as Jina and Cohere answer."""
         texts = body.documents
         await self._charge(request, (body.k, len(texts)))
@@ -191,14 +172,14 @@ class _Service:
         if not ranked:
             raise EngineError("the judge gave no usable judgement; try again")
         results = [
-            RerankResult(
+            schema.RerankResult(
                 index=i,
                 relevance_score=cohort.shares[i],
                 document={"text": texts[i]} if body.return_documents else None,
             )
             for i in ranked[: body.top_n]
         ]
-        answer = RerankAnswer(
+        answer = schema.RerankAnswer(
             id=str(uuid.uuid4()),
             model=self._config.name,
             results=results,
@@ -207,7 +188,7 @@ class _Service:
         )
         return _json(answer, exclude_none=True)
 
-    async def reward(self, body: RewardRequest, request: Request) -> Response:
+    async def reward(self, body: schema.RewardRequest, request: Request) -> Response:
         """Rewards of completions, as OpenRLHF asks for them."""
         labels = [label if isinstance(label, str) else "" for label in body.labels or [""] * len(body.prompts)]
         keys = list(zip(body.prompts, labels, strict=True))
@@ -225,7 +206,7 @@ class _Service:
 
         rewards = await score_groups(keys, score)
         failed = [float(math.isnan(r)) for r in rewards]
-        return _json(RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed}))
+        return _json(schema.RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed}))
 
     def refusal(self, error: Exception) -> Response:
         """The answer to a request that failed; what we did not expect is raised again."""
@@ -260,9 +241,9 @@ class _Service:
         if wait_s := await self._ledger.take(hashlib.sha256(key.encode()).hexdigest(), judgements):
             raise RateLimited(config.judgements_per_minute, wait_s)
 
-    async def _events(self, body: JudgeRequest) -> AsyncIterator[bytes]:
+    async def _events(self, body: schema.JudgeRequest) -> AsyncIterator[bytes]:
         """Server-sent events: `sample` for each judgement with the tally so far, then `verdict` or `error`."""
-        queue: asyncio.Queue[Tally | None] = asyncio.Queue()
+        queue: asyncio.Queue[schema.Tally | None] = asyncio.Queue()
         work = asyncio.create_task(self._gateway.answer(body, queue.put_nowait))
         work.add_done_callback(lambda _: queue.put_nowait(None))
         try:
@@ -345,4 +326,4 @@ def _json(model: BaseModel, exclude_none: bool = False) -> Response:
 def _error(status: int, fault: Fault, retry_after_s: int | None = None) -> Response:
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    return JSONResponse(ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)
+    return JSONResponse(schema.ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)
