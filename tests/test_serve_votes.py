@@ -10,8 +10,10 @@ import pytest
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.records import Item, Message, Trajectory
+from spct_ray.serve.commands import format_answer
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import _Scorer
+from spct_ray.serve.schema import JudgeAnswer, JudgeRequest
 from tests.test_serve import OK, TABLE_17, Meta, Script, SilentEngine, ask, client, refuse
 
 
@@ -158,6 +160,9 @@ def test_a_weighted_vote_counts_every_sample_and_takes_no_k_meta():
     assert answer["mean_scores"] == pytest.approx(means)
     assert answer["scores"] == pytest.approx([3 * mean for mean in means])
     assert answer["confidence"] > 0.95  # a resample of (8, 8) alone ties
+    told = format_answer(JudgeAnswer.model_validate(answer), JudgeRequest.model_validate(OK))
+    assert "3 of 3 samples counted; failures: none; voting: weighted by the meta RM" in told
+    assert f"response 1: sum {3 * means[0]:5.4g}, mean {means[0]:5.2f}  alpha" in told
     reply = http.post("/v1/judge", json={**OK, "k": 3, "k_meta": 2})
     (detail,) = reply.json()["error"]["details"]
     assert (reply.status_code, detail["path"]) == (422, "k_meta")

@@ -138,13 +138,14 @@ def format_answer(answer: JudgeAnswer, request: JudgeRequest) -> str:
     failed = ", ".join(f"{count} {name}" for name, count in answer.failures.items()) or "none"
     if answer.principles_source != "none":
         lines.append(f"principles ({answer.principles_source}): {_brief(answer.principles)}")
-    voting = "meta RM" if answer.voting == "meta" else f"plain ({answer.voting_reason})"
-    lines.append(f"{len(answer.used)} of {answer.num_samples} samples counted; failures: {failed}; voting: {voting}")
+    votings = {"meta": "meta RM", "weighted": "weighted by the meta RM", "plain": f"plain ({answer.voting_reason})"}
+    counted = f"{len(answer.used)} of {answer.num_samples} samples counted"
+    lines.append(f"{counted}; failures: {failed}; voting: {votings[answer.voting]}")
     if answer.scores is None or answer.mean_scores is None:
         return "\n".join([*lines, "no verdict: no sample could be used"])
     for i, (total, mean) in enumerate(zip(answer.scores, answer.mean_scores, strict=True)):
         response = " ".join(request.responses[i].split())
-        lines.append(f"  response {i + 1}: sum {total:4d}, mean {mean:5.2f}  {response[:60]}")
+        lines.append(f"  response {i + 1}: sum {total:5.4g}, mean {mean:5.2f}  {response[:60]}")
     if answer.winner is not None:
         tie = f" (a tie of {', '.join(str(i + 1) for i in answer.winners)}, broken at random)" if answer.tie else ""
         sure = "" if answer.confidence is None else f", in {answer.confidence:.0%} of resamples"

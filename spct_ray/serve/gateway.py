@@ -151,7 +151,7 @@ class Gateway:
 
     def _check(self, item: Item, plan: Plan) -> None:
         if plan.k_meta is not None and self.config.meta_vote == "weighted":
-            message = "must be left out: this server weights all samples by the meta RM (meta_vote: weighted)"
+            message = "must be left out, because all samples count with meta_vote: weighted"
             raise schema.InvalidRequest([{"path": "k_meta", "message": message}])
         texts = (*(m.content for m in item.messages), *item.responses, item.reference, item.principles)
         max_tokens = self.config.resources.engine.max_model_len
