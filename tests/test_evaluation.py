@@ -87,9 +87,8 @@ def judgement(task: JudgeTask, right: bool, fails: bool, name: str, rng: random.
     else:
         shown = [high if (i == best) == right else low for i in task.order]
     text = "nothing" if fails else f"Scores: \\boxed{{{', '.join(map(str, shown))}}}"
-    return to_trajectory(
-        task, PROMPT, text=text, stop_reason="stop", model=name, prompt_tokens=100, completion_tokens=20
-    )
+    made = to_trajectory(task, PROMPT, text=text, stop_reason="stop", model=name)
+    return replace(made, prompt_tokens=100, completion_tokens=20)
 
 
 def context(out: Path, name: str, inputs: dict[str, str]) -> StepContext:

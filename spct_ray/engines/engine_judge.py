@@ -81,10 +81,9 @@ class EngineJudge:
         try:
             return await self.judge_one(task)
         except RequestError as error:
-            refused = to_trajectory(
-                task, self.config, text=str(error), stop_reason="abort", model=self.model, guided=self.guided
-            )
-            return replace(refused, failure=str(Failure.TOO_LONG)) if isinstance(error, TooLongError) else refused
+            refused = to_trajectory(task, self.config, text=str(error), stop_reason="abort", model=self.model)
+            failure = str(Failure.TOO_LONG) if isinstance(error, TooLongError) else refused.failure
+            return replace(refused, failure=failure, guided=self.guided)
 
     async def _judge(self, task: JudgeTask) -> Trajectory:
         """One judgement, in as many prompts as the mode or, `in_chunks`, the length of the responses asks for."""
@@ -123,12 +122,9 @@ class EngineJudge:
         return self._trajectory(task, completion)
 
     def _trajectory(self, task: JudgeTask, completion: Completion) -> Trajectory:
-        return to_trajectory(
-            task,
-            self.config,
-            text=completion.text,
-            stop_reason=completion.stop_reason,
-            model=self.model,
+        text, stop_reason = completion.text, completion.stop_reason
+        return replace(
+            to_trajectory(task, self.config, text=text, stop_reason=stop_reason, model=self.model),
             guided=self.guided,
             weight_version=completion.weight_version,
             prompt_tokens=completion.prompt_tokens,

@@ -34,18 +34,10 @@ class Judge(Protocol):
 
 
 def to_trajectory(
-    task: JudgeTask,
-    config: JudgeConfig,
-    *,
-    text: str,
-    stop_reason: StopReason,
-    model: str,
-    guided: bool = False,
-    weight_version: int = 0,
-    prompt_tokens: int = 0,
-    completion_tokens: int = 0,
+    task: JudgeTask, config: JudgeConfig, *, text: str, stop_reason: StopReason, model: str
 ) -> Trajectory:
-    """Parse a judgement's text and put its scores back into the item's order."""
+    """Parse a judgement's text and put its scores back into the item's order. What only an engine knows (tokens, the
+    version of its weights) is 0."""
     num = len(task.order)
     read, thinks = mode_of(num, config).read, config.thinking_tokens > 0
     if thinks and "</think>" in text and not text.lstrip().startswith("<think>"):
@@ -60,13 +52,13 @@ def to_trajectory(
         scores=scores,
         failure=failure,
         hinted=task.hinted,
-        guided=guided,
+        guided=False,
         temperature=task.temperature,
         seed=task.seed,
         model=model,
-        weight_version=weight_version,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
+        weight_version=0,
+        prompt_tokens=0,
+        completion_tokens=0,
         stop_reason=stop_reason,
     )
 
