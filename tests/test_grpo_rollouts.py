@@ -218,6 +218,16 @@ def test_a_ranking_against_brute_force(pairs: list[tuple[int, int]]) -> None:
         assert is_ordered(scores, rewards) == is_correct(scores, rewards)
 
 
+@pytest.mark.parametrize(
+    ("scores", "reward"),
+    [((9, 2, 5), 1), ((9, 9, 5), 0), ((9, 9, 9), -1 / 3), ((2, 9, 9), -1), ((2, 5, 9), -1)],
+)
+def test_expected_pays_a_tie_what_breaking_it_at_random_would(scores: tuple[int, ...], reward: float) -> None:
+    item = replace(make_item(0, 3), rewards=(1.0, 0.0, 0.0))
+    assert judged(item, (0, 1, 2), boxed(*scores), "expected").reward == pytest.approx(reward)
+    assert judged(item, (0, 1, 2), boxed(*scores), "best").reward == (1 if reward == 1 else -1)
+
+
 def test_a_judgement_counts_in_both_orders_only_where_its_twin_is_right_too() -> None:
     right, wrong, tied, none = boxed(2, 4), boxed(4, 2), boxed(3, 3), "no scores"  # as shown in order (0, 1)
     turned = {right: boxed(4, 2), wrong: boxed(2, 4), tied: tied, none: none}
