@@ -30,11 +30,6 @@ from spct_ray.records import Item
 from spct_ray.stages.report import judge_logits
 
 DEMO = "demo"
-ONE_THREAD = (
-    *(f"resources.{step}.{key}=1" for step in ("rft", "grpo.train", "meta") for key in ("cpus_per_worker", "threads")),
-    *(f"resources.{step}.num_replicas=1" for step in ("onpolicy", "evaluate", "meta_scores")),
-    "resources.grpo.engine.threads=1",
-)
 Cell = tuple[str, str, str, str]  # run, judge, set of items, measure
 Effects = dict[str, tuple[Cell, Cell]]
 
@@ -113,10 +108,15 @@ EXPERIMENTS = {
         _versus("format_reward", ("grpo",), (*_ACCURACY, "parsed")),
         question="A format reward in GRPO",
     ),
-    "one_order": Experiment(
+    "reward_best": Experiment(
         ("evaluate_grpo",),
-        _versus("one_order", ("grpo",), (*_ACCURACY, "position consistency")),
-        question="One order of the responses in a group of GRPO, in place of both",
+        _versus("reward_best", ("grpo",), (*_ACCURACY, "position consistency", "tied")),
+        question="Eq. 10 as GRPO's reward, in place of what breaking ties at random would get",
+    ),
+    "both_orders": Experiment(
+        ("evaluate_grpo",),
+        _versus("both_orders", ("grpo",), (*_ACCURACY, "position consistency", "tied")),
+        question="A rollout is right only where it is in both orders of the responses",
     ),
     "graded": Experiment(("evaluate_rft", "evaluate_grpo"), {}, reuse="", question=""),
     "reward_order": Experiment(
@@ -201,7 +201,6 @@ def _run_one(root: Path, seed: int, name: str) -> int:
     reuse = "" if name == DEMO or not experiment.reuse else str(home / experiment.reuse)
     command = [
         *(sys.executable, "-m", "spct_ray.cli", "run", conf, f"seed={seed}", f"root={home / name}", f"reuse={reuse}"),
-        *ONE_THREAD,
         *(f"--until={step}" for step in experiment.until),
     ]
     started = time.monotonic()
@@ -230,6 +229,7 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
         "one sample": curves.vote_curve_point(table, 1).accuracy_I.mean(),
         "parsed": table.used_IK.mean(),
         "position consistency": curves.position_consistency(greedy) or math.nan,
+        "tied": curves.tie_rate(table) or 0.0,
         "pairs in order": _pairs_in_order(by_id, sampled),
     }
     for k in [k for k in (8, 16, 32) if k <= table.num_samples]:
