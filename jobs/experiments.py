@@ -304,7 +304,7 @@ def table(root: Path) -> str:
 
     def cell(seed: int, c: Cell) -> float:
         name, judge, set_name, measure = c
-        return measures(root / str(seed) / name, judge, set_name)[measure]
+        return measures(root / str(seed) / name, judge, set_name).get(measure, math.nan)
 
     def line(label: str, found: Sequence[float], signed: bool) -> str:
         mean, low, high = interval(found)
