@@ -1,6 +1,6 @@
 """Asks the open questions of SPCT of the built-in world: every file of conf/experiments, over several seeds.
 
-    python jobs/experiments.py run --root runs/experiments [--seeds 1 2 3 4 5] [--jobs 2] [NAME ...]
+    python jobs/experiments.py run --root runs/experiments [--seeds 1 2 3 4 5] [--jobs 2] [--only NAME ...]
     python jobs/experiments.py table --root runs/experiments
 
 `run` is a queue of `spct run`, `--jobs` at a time on one thread each; for each seed the demo comes first, because the
@@ -335,15 +335,15 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"experiments (default all): {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     asked = parser.parse_args()
-    if unknown := set(asked.names) - set(EXPERIMENTS):
+    if unknown := set(asked.only) - set(EXPERIMENTS):
         parser.error(f"no such experiment: {', '.join(sorted(unknown))}")
     if asked.action == "run":
-        sys.exit(min(1, run(asked.root.resolve(), asked.seeds, asked.names, asked.jobs)))
+        sys.exit(min(1, run(asked.root.resolve(), asked.seeds, asked.only, asked.jobs)))
     print(table(asked.root))
 
 
