@@ -198,11 +198,9 @@ def _run_one(root: Path, seed: int, name: str) -> int:
     experiment, home = EXPERIMENTS[name], root / str(seed)
     home.mkdir(parents=True, exist_ok=True)
     conf = "conf/demo.yaml" if name == DEMO else f"conf/experiments/{name}.yaml"
-    reuse = "" if name == DEMO or not experiment.reuse else str(home / experiment.reuse)
-    command = [
-        *(sys.executable, "-m", "spct_ray.cli", "run", conf, f"seed={seed}", f"root={home / name}", f"reuse={reuse}"),
-        *(f"--until={step}" for step in experiment.until),
-    ]
+    reuse = experiment.reuse if name != DEMO else ""
+    command = [sys.executable, "-m", "spct_ray.cli", "run", conf, f"seed={seed}", f"root={home / name}"]
+    command += [f"reuse={home / reuse}"] * bool(reuse) + [f"--until={step}" for step in experiment.until]
     started = time.monotonic()
     with open(home / f"{name}.log", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
