@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_tokenizer
 
 from jobs.replay import main as replay_job
+from jobs.replay import replay
 from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
@@ -39,7 +40,6 @@ from spct_ray.stages.grpo import (
     trained_groups,
     with_advantages,
 )
-from spct_ray.stages.replay import replay
 from spct_ray.stages.rollout_dump import RolloutDump
 from spct_ray.stages.rollout_engines import fitting_items, parity_prompts
 from spct_ray.stages.rollouts import (
