@@ -136,11 +136,12 @@ class Verdict(Record):
     """
 
     item_id: str
-    scores: tuple[int, ...]
+    scores: tuple[float, ...]  # whole numbers unless the samples have weights
     used: tuple[int, ...]
     num_samples: int
     failures: dict[str, int] = field(default_factory=dict)
     logits: tuple[float, ...] = ()  # meta-RM logit a sample (NaN for an unparsable one); empty without meta RM
+    weights: tuple[float, ...] = ()  # of the used samples, 1 on average; empty where all count the same
 
     @property
     def winners(self) -> tuple[int, ...]:

@@ -44,3 +44,21 @@ class ScriptedReplica(JudgeReplica):
 
     def __init__(self, config):
         LocalJudge.__init__(self, _ThinkingEngine(lambda request: [f"{os.getpid()} Scores: \\boxed{{5, 6}}"]), config)
+
+
+class WatchedReplica(JudgeReplica):
+    """A real judge that tells how many requests its engine has not finished."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._futures = []
+        submit = self._judge.engine.submit
+
+        def watched(request):
+            self._futures.append(submit(request))
+            return self._futures[-1]
+
+        self._judge.engine.submit = watched
+
+    async def num_under_way(self):
+        return sum(not future.done() for future in self._futures)

@@ -1,5 +1,6 @@
 """Chat encoding, the scripted engine, and vLLM itself on a tiny random model."""
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,8 @@ from spct_ray.engines.base import EngineConfig, Request, SamplingParams
 from spct_ray.engines.judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError
-from spct_ray.judge.judge import JudgeTask, parts_of
+from spct_ray.judge.judge import JudgeTask, part_of
+from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.records import Item, Message
 from tests.tiny import CONTROL, make_tiny_model, make_tiny_tokenizer
@@ -211,24 +213,33 @@ class TestVllm:
         monkeypatch.setattr(LLMEngine, "abort_request", record)
         judge = EngineJudge(engine, JudgeConfig(template="compact", max_tokens=90), "m", guided=False)
         item = Item("i", (Message("user", "q"),), ("a", "b"))
-        unwanted = [judge.submit(JudgeTask(item, (0, 1), k, 1.0, k)) for k in range(3)]
-        wanted = engine.submit(ask("go on", max_tokens=40, guide="[a-z ]{90}"))
-        assert all(future.cancel() for future in unwanted)
-        assert wanted.result()[0].completion_tokens
-        assert engine.generate([ask("and on")])[0][0].completion_tokens
-        assert len(aborted) in range(4)  # those that were not even begun need no abort
-        started = judge.submit(JudgeTask(item, (0, 1), 4, 1.0, 4))
-        engine.generate([ask("a step", max_tokens=1)])  # so that it has begun
-        begun = started.cancel()
-        engine.generate([ask("another", max_tokens=1)])
-        assert not begun or aborted
+
+        async def scenario():
+            unwanted = [asyncio.create_task(judge.judge_one(JudgeTask(item, (0, 1), k, 1.0, k))) for k in range(3)]
+            await asyncio.sleep(0)  # in which the engine is asked
+            wanted = engine.submit(ask("go on", max_tokens=40, guide="[a-z ]{90}"))
+            assert all(one.cancel() for one in unwanted)
+            await asyncio.wait(unwanted)
+            assert (await asyncio.wrap_future(wanted))[0].completion_tokens
+            assert engine.generate([ask("and on")])[0][0].completion_tokens
+            assert len(aborted) in range(4)  # those that were not even begun need no abort
+            started = asyncio.create_task(judge.judge_one(JudgeTask(item, (0, 1), 4, 1.0, 4)))
+            await asyncio.sleep(0)
+            engine.generate([ask("a step", max_tokens=1)])  # so that it has begun
+            begun = started.cancel()
+            await asyncio.wait([started])
+            engine.generate([ask("another", max_tokens=1)])
+            assert not begun or aborted
+
+        asyncio.run(scenario())
 
     @pytest.mark.parametrize("mode", ["single", "pairwise"])
     def test_a_judgement_of_several_prompts_reads_what_each_of_them_does(self, engine, mode):
         config = JudgeConfig(template="compact", max_tokens=12, mode=mode)
         task = JudgeTask(Item("i", (Message("user", "q"),), ("a", "bb", "ccc")), (2, 0, 1), 0, 0.0, 1)
         (made,) = EngineJudge(engine, config, "m").judge([task])
-        messages = [judge_messages(part.item, part.order, config) for part in parts_of(task, config)]
+        parts = [part_of(task, part) for part in MODES[mode].parts(task.order)]
+        messages = [judge_messages(part.item, part.order, config) for part in parts]
         alone = engine.generate([Request(one, SamplingParams(12, temperature=0.0)) for one in messages])
         assert made.num_prompts == len(alone) == 3
         assert made.prompt_tokens == sum(one.prompt_tokens for (one,) in alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,7 +21,7 @@ from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.parse import Failure, Scale, after_thinking, parse_scores, read_best, read_verdict
 from spct_ray.judge.prompt import JudgeConfig, judge_messages, meta_messages, scale_of
-from spct_ray.records import Item, Message, Trajectory
+from spct_ray.records import Completion, Item, Message, Trajectory
 from spct_ray.serve.config import ServeConfig
 from spct_ray.stages.recipe import Recipe, build_steps
 
@@ -314,24 +315,59 @@ class PendingEngine(ScriptedEngine):
         return self.asked[-1]
 
 
+def written(text: str) -> tuple[Completion, ...]:
+    return ScriptedEngine(lambda request: [text]).submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
+
+
+async def asked_of(engine: PendingEngine, num: int) -> None:
+    """Until the engine was asked so many times."""
+    while len(engine.asked) < num:
+        await asyncio.sleep(0)
+
+
 def test_cancelling_a_judgement_cancels_all_its_prompts() -> None:
-    engine = PendingEngine()
-    EngineJudge(engine, JudgeConfig(mode="single"), "m").submit(task()).cancel()
-    assert [f.cancelled() for f in engine.asked] == [True] * 3
-    engine = PendingEngine()
-    made = EngineJudge(engine, JudgeConfig(mode="query_principles"), "m").submit(task())
-    scripted = ScriptedEngine(lambda request: ["Specific Criteria: Primality"])
-    (written,) = scripted.submit(Request(ASKED, SamplingParams(max_tokens=99))).result()
-    engine.asked[0].set_result((written,))
-    assert len(engine.asked) == 2  # the judgement is asked for once the principles are there
-    made.cancel()
-    assert engine.asked[1].cancelled()
+    async def scenario(mode: ModeName) -> list[bool]:
+        engine = PendingEngine()
+        one = asyncio.create_task(EngineJudge(engine, JudgeConfig(mode=mode), "m").judge_one(task()))
+        await asked_of(engine, 1)
+        if mode == "query_principles":
+            engine.asked[0].set_result(written("Specific Criteria: Primality"))
+            await asked_of(engine, 2)  # the judgement is asked for once the principles are there
+        one.cancel()
+        await asyncio.wait([one])
+        await asyncio.sleep(0)  # in which the engine is told
+        return [future.cancelled() for future in engine.asked]
+
+    assert asyncio.run(scenario("single")) == [True] * 3
+    assert asyncio.run(scenario("query_principles")) == [False, True]
+
+
+def test_cancelling_a_judgement_leaves_the_others_of_its_query_their_principles() -> None:
+    async def scenario() -> list[str]:
+        engine = PendingEngine()
+        judge = EngineJudge(engine, JudgeConfig(mode="query_principles"), "m")
+        first, second = (asyncio.create_task(judge.judge_one(task(sample=k))) for k in range(2))
+        await asked_of(engine, 1)
+        first.cancel()
+        await asyncio.wait([first])
+        engine.asked[0].set_result(written("Specific Criteria: Primality"))
+        later = asyncio.create_task(judge.judge_one(task(sample=2)))
+        await asked_of(engine, 3)
+        for future in engine.asked[1:]:
+            future.set_result(written("\\boxed{9, 1, 1}"))
+        return [made.text.split("\n")[0] for made in (await second, await later)]
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == ["Specific Criteria: Primality"] * 2
 
 
 def test_a_dead_engine_ends_a_judgement_of_several_prompts_once() -> None:
-    engine = PendingEngine()
-    made = EngineJudge(engine, JudgeConfig(mode="pairwise"), "m").submit(task())
-    for future in engine.asked:
-        future.set_exception(EngineError("died"))
-    with pytest.raises(EngineError, match="died"):
-        made.result(timeout=0)
+    async def scenario() -> None:
+        engine = PendingEngine()
+        one = asyncio.create_task(EngineJudge(engine, JudgeConfig(mode="pairwise"), "m").judge_one(task()))
+        await asked_of(engine, 3)
+        for future in engine.asked:
+            future.set_exception(EngineError("died"))
+        with pytest.raises(EngineError, match="died"):
+            await one
+
+    asyncio.run(scenario())

@@ -20,6 +20,7 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.config import ReplicaConfig, ServeConfig, ServeResources, resolve
 from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.ledger import LocalLedger
 from spct_ray.serve.routes import build_app
 
 RESPONSES = ["alpha", "beta"]
@@ -72,14 +73,15 @@ class Meta:
         return list(self.logits)
 
 
-def client(script, meta=None, ready=True, engine=None, **config):
+def client(script, meta=None, ready=True, engine=None, ledger=None, **config):
     engine = engine or ScriptedEngine(script)
     settings = ServeConfig("unused", name="grpo", judge=JudgeConfig(template="compact"), **config)
 
     async def judge_is_ready():
         return ready
 
-    return TestClient(build_app(Gateway(settings, LocalJudge(engine, settings), meta), judge_is_ready))
+    ledger = ledger or LocalLedger(settings.name, settings.judgements_per_minute)
+    return TestClient(build_app(Gateway(settings, LocalJudge(engine, settings), meta), ledger, judge_is_ready))
 
 
 def ask(script, meta=None, /, **request):
@@ -205,7 +207,8 @@ USER = {"role": "user", "content": "a"}
         ({"seed": -1}, "seed"),
         ({"seed": 2**53 + 1}, "seed"),
         ({"reference": None}, "reference"),
-        ({"responses": ["a", "\ud800"]}, "body"),
+        ({"responses": ["a", "\ud800"]}, "responses.1"),
+        ({"\ud800": 1}, "body"),
     ],
 )
 def test_bad_requests_are_refused_with_the_path(change, path):
@@ -236,13 +239,7 @@ def test_too_long_requests_are_413():
 
 
 def test_a_dead_engine_is_503():
-    settings = ServeConfig("unused")
-    judge = LocalJudge(ScriptedEngine(Script((1, 2)), calls_to_live=3), settings)
-
-    async def ready():
-        return True
-
-    reply = TestClient(build_app(Gateway(settings, judge, None), ready)).post("/v1/judge", json=OK)
+    reply = client(None, engine=ScriptedEngine(Script((1, 2)), calls_to_live=3)).post("/v1/judge", json=OK)
     assert (reply.status_code, reply.json()["error"]["type"]) == (503, "unavailable")
     assert int(reply.headers["retry-after"]) > 0
     assert "end of its life" in reply.json()["error"]["message"]

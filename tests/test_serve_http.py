@@ -16,6 +16,7 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.config import ServeConfig
 from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.ledger import LocalLedger
 from spct_ray.serve.routes import build_app
 from spct_ray.serve.schema import JudgeAnswer, JudgeRequest, SampleOut
 from tests.test_serve import OK, Script, SilentEngine, client, refuse
@@ -184,7 +185,8 @@ def app_of(engine, meta=None, **config):
     async def ready():
         return True
 
-    return build_app(Gateway(settings, LocalJudge(engine, settings), meta), ready)
+    ledger = LocalLedger(settings.name, settings.judgements_per_minute)
+    return build_app(Gateway(settings, LocalJudge(engine, settings), meta), ledger, ready)
 
 
 class CountingEngine(SilentEngine):

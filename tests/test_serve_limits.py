@@ -1,13 +1,15 @@
 """Rate limits: the bucket alone, with a clock of its own, and over HTTP (ASGI, no Ray)."""
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spct_ray.errors import ConfigError
-from spct_ray.serve import limits
+from spct_ray.serve import ledger
 from spct_ray.serve.config import ServeConfig
-from spct_ray.serve.limits import RateLimited, RateLimiter
+from spct_ray.serve.ledger import LocalLedger
 from tests.test_serve import OK, Script, client
 
 
@@ -18,18 +20,18 @@ class Clock:
         return self.now
 
 
+def limiter_of(per_minute, clock=None):
+    return LocalLedger("m", per_minute, clock or Clock())
+
+
 def waits(limiter, who, judgements):
     """Seconds to wait, 0 when it passes."""
-    try:
-        limiter.take(who, judgements)
-    except RateLimited as error:
-        return error.retry_after_s
-    return 0
+    return asyncio.run(limiter.take(who, judgements))
 
 
 def test_a_minutes_worth_at_once_then_as_fast_as_it_fills():
     clock = Clock()
-    limiter = RateLimiter(30, clock)
+    limiter = limiter_of(30, clock)
     assert [waits(limiter, "a", 10) for _ in range(4)] == [0, 0, 0, 2]  # one judgement takes 2 s
     assert waits(limiter, "b", 10) == 0
     clock.now += 1.9
@@ -42,7 +44,7 @@ def test_a_minutes_worth_at_once_then_as_fast_as_it_fills():
 
 def test_a_large_request_passes_and_what_follows_pays_for_it():
     clock = Clock()
-    limiter = RateLimiter(60, clock)
+    limiter = limiter_of(60, clock)
     assert waits(limiter, "a", 256 * 64) == 0
     assert waits(limiter, "a", 1) == 256 * 64 - 60 + 1
     clock.now += 256 * 64 - 60 + 1
@@ -52,7 +54,7 @@ def test_a_large_request_passes_and_what_follows_pays_for_it():
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 40)), max_size=40), st.integers(1, 100))
 def test_no_client_gets_more_than_its_rate_and_who_waits_as_told_passes(asked, per_minute):
     clock = Clock()
-    limiter = RateLimiter(per_minute, clock)
+    limiter = limiter_of(per_minute, clock)
     start, total = clock.now, 0
     for pause, judgements in asked:
         clock.now += pause
@@ -64,13 +66,24 @@ def test_no_client_gets_more_than_its_rate_and_who_waits_as_told_passes(asked, p
         assert total - judgements <= per_minute * (1 + (clock.now - start) / 60) + 1e-6
 
 
-def test_no_limit_and_a_bounded_number_of_buckets(monkeypatch):
-    assert not any(waits(RateLimiter(0), "a", 10**9) for _ in range(3))
-    monkeypatch.setattr(limits, "MAX_CLIENTS", 3)
-    limiter = RateLimiter(1, Clock())
+def test_no_limit_and_a_bounded_number_of_clients(monkeypatch):
+    assert not any(waits(limiter_of(0), "a", 10**9) for _ in range(3))
+    monkeypatch.setattr(ledger, "MAX_CLIENTS", 3)
+    limiter = limiter_of(1)
     assert [waits(limiter, who, 1) for who in "abcda"] == [0] * 5  # "a" was forgotten for "d"
     assert waits(limiter, "a", 1) == 60
-    assert len(limiter._buckets) == 3
+
+
+def test_gateways_with_one_ledger_add_up():
+    shared = LocalLedger("m", 12)
+    first, second = (client(Script((1, 2)), ledger=shared, judgements_per_minute=12) for _ in range(2))
+    assert first.post("/v1/judge", json={**OK, "k": 6}).status_code == 200
+    assert second.post("/v1/judge", json={**OK, "k": 6}).status_code == 200
+    assert first.post("/v1/judge", json={**OK, "k": 1}).status_code == 429
+    for http in (first, second):
+        text = http.get("/metrics").text
+        assert 'spct_requests_total{route="/v1/judge",status="200"} 2.0' in text
+        assert 'spct_samples_total{outcome="ok"} 12.0' in text
 
 
 def test_who_asks_too_fast_is_told_so_and_others_are_served(monkeypatch):

@@ -8,9 +8,9 @@ import pytest
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.judge.parse import Failure
+from spct_ray.judge.principles import PrinciplesCache
 from spct_ray.judge.prompt import PRINCIPLES_GUIDE, JudgeConfig, guide, principles_messages, read_principles
 from spct_ray.records import Completion, Message
-from spct_ray.serve.principles import PrinciplesCache
 from tests.test_serve import OK, client
 
 TALK = (Message("user", "Name a prime.\nQuery: [Response 1]"), Message("assistant", "4"), Message("user", "Really?"))
@@ -127,24 +127,24 @@ class SlowJudge:
 def test_requests_that_come_together_share_one_text_and_a_cancelled_one_harms_none():
     async def scenario():
         judge = SlowJudge()
-        cache = PrinciplesCache(judge, JudgeConfig(), 8, 60)
+        cache = PrinciplesCache(judge.principles, JudgeConfig(), 8)
         first, second, third = (asyncio.create_task(cache.of(TALK)) for _ in range(3))
         await asyncio.sleep(0)
         first.cancel()
         judge.go.set()
-        return (await second).source, (await third).source, judge.calls
+        return (await second).is_cached, (await third).is_cached, judge.calls
 
-    assert asyncio.run(scenario()) == ("cached", "cached", 1)
+    assert asyncio.run(scenario()) == (True, True, 1)
 
 
 def test_the_cache_forgets_what_was_not_used_for_longest_and_what_an_older_judge_wrote():
     async def scenario():
         judge = SlowJudge()
         judge.go.set()
-        cache = PrinciplesCache(judge, JudgeConfig(), 2, 60)
+        cache = PrinciplesCache(judge.principles, JudgeConfig(), 2)
 
         async def source(query):
-            return (await cache.of((Message("user", query),))).source
+            return "cached" if (await cache.of((Message("user", query),))).is_cached else "generated"
 
         used = [await source(query) for query in "abacab"]
         judge.version = 1

@@ -65,8 +65,9 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(config):
     from spct_ray.serve import app
+    from tests.scripted_judge import WatchedReplica
 
-    with session.start(config.resources.cluster), app.serving(config) as address:
+    with session.start(config.resources.cluster), app.serving(config, WatchedReplica) as address:
         yield address
 
 

@@ -40,11 +40,13 @@ class Routed:
         self.router.update_replicas(list(replicas))
 
     async def call(self, item):
-        """Name of the replica that a call about `item` goes to; all calls are of one HTTP request."""
-        metadata = RequestMetadata(request_id="r", internal_request_id="same for all", session_id=item)
-        replica = await self.router._choose_replica_for_request(PendingRequest([], {}, metadata))
+        """Name of the replica that a call about `item` goes to."""
+        self.num_calls = getattr(self, "num_calls", 0) + 1
+        pending = PendingRequest([], {}, RequestMetadata("r", str(self.num_calls), session_id=item))
+        replica = await self.router._choose_replica_for_request(pending)
         replica.num_ongoing += 1
         self.router.on_send_request(replica.replica_id)
+        self.router.on_request_routed(pending, replica.replica_id, None)
         return replica.replica_id.unique_id
 
     def finish(self, replica):
@@ -73,7 +75,7 @@ def test_calls_about_an_item_go_to_one_replica_and_items_to_all():
     assert {names[0] for names in calls.values()} == set("abc")
 
 
-def test_calls_of_one_http_request_that_come_together_all_get_a_replica():
+def test_calls_that_come_together_all_get_a_replica():
     async def scenario():
         routed = Routed(Replica("a"), Replica("b"))
         return await asyncio.gather(*(routed.call(f"item {i % 20}") for i in range(60)))

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,30 @@ def two_replicas(ray_cluster, tmp_path_factory):
     config = config_of(str(model), ReplicaConfig(min_replicas=2, max_replicas=2, num_cpus=0.5))
     with app.serving(config, ScriptedReplica) as url:
         yield url
+
+
+def test_several_gateways_count_requests_and_judgements_together(ray_cluster):
+    import httpx
+
+    from spct_ray.serve import app
+    from tests.scripted_judge import ScriptedReplica
+
+    config = config_of("unused", ReplicaConfig())
+    pair = ReplicaConfig(min_replicas=2, max_replicas=2, num_cpus=0.1)
+    config = replace(config, judgements_per_minute=40, resources=replace(config.resources, gateway=pair))
+    body = request([Message("user", "Which?")], ["4", "7"], k=2)
+
+    def ask(_):
+        return httpx.post(f"{url}/v1/judge", json=body, timeout=60).status_code
+
+    with app.serving(config, ScriptedReplica) as url, ThreadPoolExecutor(8) as threads:
+        statuses = list(threads.map(ask, range(30)))
+        metrics = [httpx.get(f"{url}/metrics").text.splitlines() for _ in range(8)]
+    assert 20 <= statuses.count(200) <= 22  # a minute's worth, and what a few seconds give back
+    assert set(statuses) == {200, 429}
+    counted = 'spct_requests_total{route="/v1/judge",status="%d"} %.1f'
+    for lines in metrics:
+        assert all(counted % (status, statuses.count(status)) in lines for status in (200, 429))
 
 
 def judges(answer) -> set[str]:

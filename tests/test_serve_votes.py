@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import re
 
 import pytest
@@ -85,6 +86,13 @@ def test_a_budget_of_time_votes_over_what_is_there():
     assert (reply.status_code, reply.json()["error"]["type"]) == (504, "timeout")
 
 
+def test_the_servers_own_time_out_is_no_budget():
+    engine = HalfSilentEngine(lambda r: ["\\boxed{3, 3}"])
+    http = client(None, engine=engine, judge_timeout_s=0.05)
+    reply = http.post("/v1/judge", json={**OK, "k": 4, "budget": {"milliseconds": 60_000}})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (504, "timeout")
+
+
 class SlowMeta:
     """Scores after `seconds`, or once `go` is set."""
 
@@ -139,3 +147,20 @@ def test_meta_scores_of_samples_that_came_apart_go_to_their_own_samples():
     answer = ask(Script((1, 9)), broken, k="auto", seed=1)
     assert (answer["voting"], answer["voting_reason"]) == ("plain", "the meta RM failed: gone")
     assert (answer["stopped"], answer["winner"]) == ("settled", 1)
+
+
+def test_a_weighted_vote_counts_every_sample_and_takes_no_k_meta():
+    http = client(Script(*TABLE_17), Meta(-15.7781, 1.3126, 1.6739), meta_vote="weighted")
+    answer = http.post("/v1/judge", json={**OK, "k": 3}).json()
+    assert (answer["voting"], answer["used"], answer["winner"]) == ("weighted", [0, 1, 2], 1)
+    weights = [math.log1p(math.exp(logit)) for logit in (-15.7781, 1.3126, 1.6739)]
+    means = [sum(w * s[i] for w, s in zip(weights, TABLE_17, strict=True)) / sum(weights) for i in (0, 1)]
+    assert answer["mean_scores"] == pytest.approx(means)
+    assert answer["scores"] == pytest.approx([3 * mean for mean in means])
+    assert answer["confidence"] > 0.95  # a resample of (8, 8) alone ties
+    reply = http.post("/v1/judge", json={**OK, "k": 3, "k_meta": 2})
+    (detail,) = reply.json()["error"]["details"]
+    assert (reply.status_code, detail["path"]) == (422, "k_meta")
+    assert "meta_vote: weighted" in detail["message"]
+    plain = client(Script(*TABLE_17), meta_vote="weighted").post("/v1/judge", json={**OK, "k": 3}).json()
+    assert (plain["voting"], plain["scores"]) == ("plain", [20, 27])

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spct_ray.errors import TooLongError
-from spct_ray.judge.adaptive import is_settled, looks
+from spct_ray.errors import EngineError, TooLongError
+from spct_ray.evaluation.curves import tabulate, vote_curve_point
+from spct_ray.judge.adaptive import is_settled, looks, may_stop
 from spct_ray.judge.cohort import NUM_ANCHORS, chunks, merge, score_cohort
 from spct_ray.judge.parse import Scale
-from spct_ray.judge.vote import confidence
+from spct_ray.judge.vote import confidence, decide_single, vote
+from spct_ray.records import Item, Message, Trajectory
 
 TEN = Scale(1, 10)
 ERROR = 0.01
@@ -118,6 +120,25 @@ def test_chunks_that_are_too_long_are_made_smaller_and_what_never_fits_is_nan():
         asyncio.run(score_cohort(1, 8, judge))
 
 
+def test_a_chunk_that_fails_ends_the_work_on_all_others():
+    ended = []
+
+    async def judge(part):
+        if 2 in part:
+            raise EngineError("gone")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(part)
+
+    async def scenario():
+        with pytest.raises(EngineError, match="gone"):
+            await score_cohort(200, 8, judge)
+        return len(ended)
+
+    assert asyncio.run(scenario()) == 32
+
+
 def test_a_chunk_without_a_verdict_is_nan_and_no_other():
     parts = chunks(7, 4)
     assert parts == [(0, 1, 2, 5), (0, 1, 3, 6), (0, 1, 4)]
@@ -148,3 +169,56 @@ def test_confidence_is_the_share_of_resamples_won(samples):
     assert confidence(samples, 1, seed=3) == pytest.approx(exact_confidence(samples, 1), abs=0.07)
     assert confidence(samples, 1, seed=3) == confidence(samples, 1, seed=3)
     assert sum(confidence(samples, i, seed=3) for i in range(3)) == pytest.approx(1)
+
+
+# --- weighted by the meta RM
+
+
+def sample(number, scores, failure=""):
+    order = tuple(range(len(scores)))
+    return Trajectory("i", number, order, "", scores, failure, False, False, 0.5, 1, "m", 0, 1, 1, "stop")
+
+
+SCORES = st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10), st.floats(-20, 20)), min_size=1, max_size=8)
+
+
+@given(SCORES)
+def test_a_weighted_vote_sums_minus_log_of_the_chance_to_be_wrong_as_the_evaluation_does(drawn):
+    samples = [sample(k, scores) for k, (*scores, _) in enumerate(drawn)]
+    logits = [logit for *_, logit in drawn]
+    verdict = vote("i", 2, samples, logits, meta_vote="weighted")
+    weights = [-math.log(1 / (1 + math.exp(logit))) for logit in logits]
+    expected = [sum(w * t.scores[i] for w, t in zip(weights, samples, strict=True)) for i in (0, 1)]
+    assert verdict.scores == pytest.approx([len(drawn) * s / sum(weights) for s in expected], abs=1e-6)
+    assert sum(verdict.weights) == pytest.approx(len(drawn))
+    item = Item("i", (Message("user", "q"),), ("a", "b"), (1.0, 0.0))
+    table = tabulate([item], samples, 5.5, {t.key: logit for t, logit in zip(samples, logits, strict=True)})
+    point = vote_curve_point(table, len(samples), weighted=True)
+    if abs(expected[0] - expected[1]) > 1e-6:  # else the two round differently
+        assert point.accuracy_I[0] == (verdict.winners == (0,))
+
+
+def test_a_weighted_vote_leaves_out_what_failed_and_takes_every_other_sample():
+    samples = [sample(0, (9, 1)), sample(1, (), "no_box"), sample(2, (1, 9)), sample(3, (1, 9))]
+    verdict = vote("i", 2, samples, [3.0, math.nan, -3.0, -3.0], meta_vote="weighted")
+    assert (verdict.used, verdict.winners, verdict.failures) == ((0, 2, 3), (0,), {"no_box": 1})
+    assert vote("i", 2, samples, [3.0, math.nan, -3.0, -3.0], k_meta=3).winners == (1,)
+    certain = vote("i", 1, [sample(0, (9,)), sample(1, (2,))], [-9e9, -9e9], meta_vote="weighted")  # no weight is 0
+    assert (certain.scores, decide_single(certain, TEN, 1)) == ((11.0,), certain.scores[0] > 11 or 0)
+    assert vote("i", 2, samples[1:2], [math.nan], meta_vote="weighted").scores == ()
+
+
+def test_adaptive_voting_looks_at_weighted_leads():
+    """Eight samples: the two that the meta RM trusts say 9 : 1, or it trusts none in particular."""
+    samples = [sample(k, (9, 1) if k < 2 else (1, 9)) for k in range(8)]
+    trusting, plain = [9.0, 9.0, *[-9.0] * 6], [0.0] * 8
+    assert (
+        confidence([t.scores for t in samples], 0, 1, vote("i", 2, samples, trusting, meta_vote="weighted").weights)
+        > 0.8
+    )
+    assert not may_stop(samples, plain, 32, TEN, ERROR, "weighted")
+    agreed = [sample(k, (9, 1)) for k in range(8)]
+    assert may_stop(agreed, plain, 32, TEN, ERROR, "weighted")
+    assert not may_stop(agreed, [9.0, *[-9.0] * 7], 32, TEN, ERROR, "weighted")  # on the word of one sample
+    assert is_settled([(1,)] * 16, 16, Scale(0, 1), ERROR, [1.0] * 16)
+    assert not is_settled([(1,)] * 8 + [(0,)] * 8, 16, Scale(0, 1), ERROR, [1.0] * 16)

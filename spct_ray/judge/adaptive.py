@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 from spct_ray.judge.parse import Scale
-from spct_ray.judge.vote import vote
+from spct_ray.judge.vote import MetaVote, vote
 from spct_ray.records import Trajectory
 
 FIRST_LOOK = 4  # samples before the first look, at least
@@ -45,46 +45,63 @@ def num_needed(samples: Sequence[Trajectory], logits: Sequence[float], scale: Sc
     return next((k for k in ends if may_stop(samples[:k], logits[:k], k_max, scale, error)), k_max)
 
 
-def may_stop(samples: Sequence[Trajectory], logits: Sequence[float], k_max: int, scale: Scale, error: float) -> bool:
+def may_stop(
+    samples: Sequence[Trajectory],
+    logits: Sequence[float],
+    k_max: int,
+    scale: Scale,
+    error: float,
+    meta_vote: MetaVote = "best",
+) -> bool:
     """The rule at one look, over those of `samples` (of one item, of at most `k_max`) that the vote would count now.
 
     With a meta RM it waits until `FIRST_LOOK` samples are kept: two that agree, of four, said too little (3.5 % of a
     nano judge's decisions over eight samples came out otherwise).
     """
     num_responses = len(samples[0].order)
-    verdict = vote(samples[0].item_id, num_responses, samples, logits)
+    verdict = vote(samples[0].item_id, num_responses, samples, logits, meta_vote=meta_vote)
     if logits and len(verdict.used) < FIRST_LOOK:
         return False
-    num_more = k_max // 2 - len(verdict.used) if logits else k_max - len(samples)
+    keeps_half = logits and meta_vote == "best"
+    num_more = k_max // 2 - len(verdict.used) if keeps_half else k_max - len(samples)
     num_looks = len(looks(num_responses, k_max)) - 1
-    return is_settled([samples[k].scores for k in verdict.used], max(num_more, 1), scale, error / num_looks)
+    scores_KN = [samples[k].scores for k in verdict.used]
+    return is_settled(scores_KN, max(num_more, 1), scale, error / num_looks, verdict.weights)
 
 
-def is_settled(scores_KN: Sequence[Sequence[int]], num_more: int, scale: Scale, error: float) -> bool:
+def is_settled(
+    scores_KN: Sequence[Sequence[int]], num_more: int, scale: Scale, error: float, weights_K: Sequence[float] = ()
+) -> bool:
     """Whether the decision over `scores_KN` and `num_more` further samples is today's, but for a chance of `error`.
 
     The decision is the response with the highest sum; for N = 1, on which side of the scale's middle the mean lies. A
     tie is never settled. `error` is that of this look alone (`error` of the rule / number of looks before the last).
+    Where samples have weights, a lead is the weighted difference.
     """
     if not scores_KN:
         return False
-    sums = [sum(column) for column in zip(*scores_KN, strict=True)]
+    weights = weights_K or [1] * len(scores_KN)
+    sums = [sum(w * s for w, s in zip(weights, column, strict=True)) for column in zip(*scores_KN, strict=True)]
     best = sums.index(max(sums))
     if len(sums) == 1:
         middle = (scale.low + scale.high) / 2
-        leads = [[s - middle for (s,) in scores_KN]]
-        leads = [leads[0] if sum(leads[0]) > 0 else [-d for d in leads[0]]]
+        above = sums[0] > middle * sum(weights)
+        leads = [[w * (s - middle if above else middle - s) for w, (s,) in zip(weights, scores_KN, strict=True)]]
     else:
-        leads = [[s[best] - s[i] for s in scores_KN] for i in range(len(sums)) if i != best]
-    return sum(_chance_to_draw_level(lead, num_more, scale) for lead in leads) <= error
+        leads = [
+            [w * (s[best] - s[i]) for w, s in zip(weights, scores_KN, strict=True)]
+            for i in range(len(sums))
+            if i != best
+        ]
+    most = math.inf if weights_K else scale.high - scale.low  # that one sample can change a lead; a weight has no bound
+    return sum(_chance_to_draw_level(lead, num_more, most) for lead in leads) <= error
 
 
-def _chance_to_draw_level(lead: Sequence[float], num_more: int, scale: Scale) -> float:
+def _chance_to_draw_level(lead: Sequence[float], num_more: int, most: float) -> float:
     total, m = sum(lead), len(lead)
     if total <= 0:
         return 1.0
-    width = scale.high - scale.low
-    if total > num_more * width:
+    if total > num_more * most:
         return 0.0
     mean = total / m
     variance = (sum((d - mean) ** 2 for d in lead) + PSEUDO_DEVIATION**2) / m

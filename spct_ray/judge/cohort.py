@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from spct_ray.errors import TooLongError
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 NUM_ANCHORS = 2
 
@@ -57,17 +61,16 @@ def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | No
     return scores
 
 
-async def score_cohort(
-    num_responses: int, max_chunk: int, judge: Callable[[tuple[int, ...]], Awaitable[Sequence[float] | None]]
-) -> list[float]:
-    """Scores [N] of all responses: `judge` gives the mean scores of the responses of one chunk, or None.
+async def judge_in_chunks(
+    num_responses: int, max_chunk: int, judge: Callable[[tuple[int, ...]], Awaitable[T]]
+) -> tuple[list[tuple[int, ...]], list[T | TooLongError]]:
+    """The chunks of `num_responses` responses, and what `judge` returns for each.
 
-    Where it raises TooLongError for a chunk, all are judged again in smaller ones, down to pairs; a response that does
-    not fit even so gets NaN. Raises TooLongError when no chunk fits (the first response, in all pairs, may be what is
-    too long), and whatever else `judge` raises.
+    Where `judge` raises TooLongError for any chunk, all responses are judged again in smaller chunks, down to pairs; a
+    pair that still does not fit has the error as its result. Any other error cancels the remaining chunks.
     """
 
-    async def one(part: tuple[int, ...]) -> Sequence[float] | TooLongError | None:
+    async def one(part: tuple[int, ...]) -> T | TooLongError:
         try:
             return await judge(part)
         except TooLongError as error:
@@ -76,11 +79,47 @@ async def score_cohort(
     size = max_chunk
     while True:
         parts = chunks(num_responses, size)
-        found = await asyncio.gather(*map(one, parts))
-        too_long = [error for error in found if isinstance(error, TooLongError)]
-        if not too_long or len(parts[0]) <= 2:
-            break
+        results = await gather_or_cancel(map(one, parts))
+        if len(parts[0]) <= 2 or not any(isinstance(result, TooLongError) for result in results):
+            return parts, results
         size = smaller(len(parts[0]))
+
+
+async def score_cohort(
+    num_responses: int, max_chunk: int, judge: Callable[[tuple[int, ...]], Awaitable[Sequence[float] | None]]
+) -> list[float]:
+    """Scores [N] of all responses, where `judge` returns the mean scores of the responses of one chunk, or None.
+
+    A response that does not fit even in a pair, or whose chunk has no scores, gets NaN. Raises TooLongError when no
+    chunk fits (the first response, which is in all pairs, may be what is too long), and whatever else `judge` raises.
+    """
+    parts, results = await judge_in_chunks(num_responses, max_chunk, judge)
+    too_long = [error for error in results if isinstance(error, TooLongError)]
     if len(too_long) == len(parts):
         raise too_long[0]
-    return merge(parts, [None if isinstance(mean, TooLongError) else mean for mean in found])
+    return merge(parts, [None if isinstance(mean, TooLongError) else mean for mean in results])
+
+
+async def score_groups(keys: Sequence[K], score: Callable[[K, list[int]], Awaitable[Sequence[float]]]) -> list[float]:
+    """Scores [N], where `score` returns those of all indices that share a key."""
+    members: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(key, []).append(i)
+    scores = [math.nan] * len(keys)
+
+    async def one(key: K, indices: list[int]) -> None:
+        for i, value in zip(indices, await score(key, indices), strict=True):
+            scores[i] = value
+
+    await gather_or_cancel(one(key, indices) for key, indices in members.items())
+    return scores
+
+
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results, in order. Unlike with asyncio.gather, the first error cancels all other work before it is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

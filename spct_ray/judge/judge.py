@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from spct_ray.judge.cohort import chunks, merge
+from spct_ray.judge.cohort import merge
 from spct_ray.judge.orders import to_item_order
-from spct_ray.judge.parse import Failure, parse_scores
+from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.judge.prompt import JudgeConfig, mode_of, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Record, StopReason, Trajectory
@@ -71,44 +71,33 @@ def to_trajectory(
     )
 
 
-def parts_of(task: JudgeTask, config: JudgeConfig, size: int = 0) -> list[JudgeTask]:
-    """The prompts of one judgement, as tasks: itself, or each response or pair of responses as an item of its own.
-
-    With `size`, a judgement of all responses in one prompt is made of chunks of at most so many, see `judge.cohort`.
-    """
-    parts = _parts(task.order, config, size)
-    if parts == [task.order]:
-        return [task]
+def part_of(task: JudgeTask, part: tuple[int, ...]) -> JudgeTask:
+    """The task to judge only the responses `part` (indices into the item), shown in this order, in one prompt."""
+    if part == task.order:
+        return task
     item = task.item
-    return [
-        replace(
-            task,
-            item=replace(
-                item,
-                responses=tuple(item.responses[i] for i in part),
-                rewards=tuple(item.rewards[i] for i in part) if item.rewards else (),
-            ),
-            order=tuple(range(len(part))),
-            seed=derive_seed(task.seed, "part", place),
-        )
-        for place, part in enumerate(parts)
-    ]
+    return replace(
+        task,
+        item=replace(
+            item,
+            responses=tuple(item.responses[i] for i in part),
+            rewards=tuple(item.rewards[i] for i in part) if item.rewards else (),
+        ),
+        order=tuple(range(len(part))),
+        seed=derive_seed(task.seed, "part", *part),
+    )
 
 
-def joined(task: JudgeTask, config: JudgeConfig, made: Sequence[Trajectory], size: int = 0) -> Trajectory:
-    """One trajectory of the judgements of `parts_of`: a response's score is the sum of what they gave it or, of chunks,
-    what they gave it on one scale, as a whole score. It fails as the first of them that did."""
-    parts = _parts(task.order, config, size)
-    if parts == [task.order]:
+def joined(task: JudgeTask, parts: Sequence[tuple[int, ...]], made: Sequence[Trajectory]) -> Trajectory:
+    """One trajectory from those of all `parts`: a response's score is the sum of its scores, tokens are summed.
+
+    It fails as the first part that failed.
+    """
+    if len(parts) == 1:
         return made[0]
     failed = next((one for one in made if one.failure), None)
     scores = [0] * len(task.order)
-    if size and not failed:
-        scale = scale_of(len(task.order), config)
-        merged = merge(chunks(len(task.order), size), [one.scores for one in made])
-        for i, score in zip(task.order, merged, strict=True):
-            scores[i] = min(max(math.floor(score + 0.5), scale.low), scale.high)
-    elif not failed:
+    if not failed:
         for part, one in zip(parts, made, strict=True):
             for i, score in zip(part, one.scores, strict=True):
                 scores[i] += score
@@ -127,7 +116,7 @@ def joined(task: JudgeTask, config: JudgeConfig, made: Sequence[Trajectory], siz
     )
 
 
-def _parts(order: Sequence[int], config: JudgeConfig, size: int) -> list[tuple[int, ...]]:
-    if not size:
-        return mode_of(len(order), config).parts(order)
-    return [tuple(order[place] for place in chunk) for chunk in chunks(len(order), size)]
+def on_one_scale(chunks: Sequence[tuple[int, ...]], made: Sequence[Trajectory], scale: Scale) -> tuple[int, ...]:
+    """Whole scores of all responses from those of chunks that share anchors, see `judge.cohort.merge`."""
+    merged = merge(chunks, [one.scores for one in made])
+    return tuple(min(max(math.floor(score + 0.5), scale.low), scale.high) for score in merged)

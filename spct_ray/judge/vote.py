@@ -6,11 +6,17 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from spct_ray.judge.parse import Scale
 from spct_ray.records import Trajectory, Verdict
+
+MetaVote = Literal["best", "weighted"]
+
+NUM_RESAMPLES = 1000
+_LEAST_LOGIT = -700.0  # below, exp(logit) is 0, and so would be the weight
 
 
 def vote(
@@ -19,23 +25,37 @@ def vote(
     trajectories: Sequence[Trajectory],
     logits: Sequence[float] = (),
     k_meta: int | None = None,
+    meta_vote: MetaVote = "best",
 ) -> Verdict:
-    """Sum the scores of K judgements (Eq. 14), or of the `k_meta` best of them by meta-RM logit.
+    """Sum the scores of K judgements (Eq. 14), guided by the meta RM where there are `logits`.
 
-    Unparsable samples are left out and counted by name, never scored. `logits` has one value a trajectory (NaN where
-    the sample is unparsable) or is empty for plain voting; `k_meta` defaults to K // 2, at least 1.
+    Unparsable samples are left out and counted by name, never scored. `logits` has one value per trajectory (NaN where
+    the sample is unparsable) or is empty for plain voting. The meta vote "best" sums the `k_meta` samples with the
+    highest logits (default: K // 2, at least 1). "weighted" sums all of them, each times -log(1 - p), where p is its
+    chance to be right by the meta RM: summed over the samples that favour a response, this is -log of the chance that
+    all of them are wrong. The weights are scaled to 1 on average, which changes no winner.
     """
     if logits and len(logits) != len(trajectories):
         raise ValueError(f"{item_id}: {len(logits)} meta logits for {len(trajectories)} samples")
     usable = [k for k, t in enumerate(trajectories) if not t.failure]
+    weights: tuple[float, ...] = ()
     if logits:
         if bad := [k for k in usable if math.isnan(logits[k])]:
             raise ValueError(f"{item_id}: the meta logits of the parsed samples {bad} are NaN")
-        keep = max(1, len(trajectories) // 2) if k_meta is None else k_meta
-        usable = sorted(sorted(usable, key=lambda k: -logits[k])[:keep])
-    sums = tuple(sum(trajectories[k].scores[i] for k in usable) for i in range(num_responses)) if usable else ()
+        if meta_vote == "weighted":
+            weight_K = np.logaddexp(0.0, np.maximum([logits[k] for k in usable], _LEAST_LOGIT))
+            weights = tuple((weight_K * (len(usable) / weight_K.sum())).tolist()) if usable else ()
+        else:
+            keep = max(1, len(trajectories) // 2) if k_meta is None else k_meta
+            usable = sorted(sorted(usable, key=lambda k: -logits[k])[:keep])
+    scores_KN = [trajectories[k].scores for k in usable]
+    sums: tuple[float, ...] = (
+        tuple(sum(scores[i] for scores in scores_KN) for i in range(num_responses)) if usable else ()
+    )
+    if weights:
+        sums = tuple((np.array(weights) @ np.array(scores_KN)).round(9).tolist())  # rounded, so that equal sums tie
     failures = Counter(t.failure for t in trajectories if t.failure)
-    return Verdict(item_id, sums, tuple(usable), len(trajectories), dict(failures), tuple(logits))
+    return Verdict(item_id, tuple(sums), tuple(usable), len(trajectories), dict(failures), tuple(logits), weights)
 
 
 def decide(verdict: Verdict, seed: int) -> int | None:
@@ -54,14 +74,15 @@ def decide_single(verdict: Verdict, scale: Scale, seed: int) -> int | None:
     return int(twice > 0) if twice else random.Random(seed).randrange(2)
 
 
-def confidence(scores_KN: Sequence[Sequence[int]], winner: int, seed: int, num_resamples: int = 1000) -> float:
-    """Share of bootstrap resamples of K samples in which `winner` has the highest sum, a tie counting as its share.
+def confidence(scores_KN: Sequence[Sequence[int]], winner: int, seed: int, weights_K: Sequence[float] = ()) -> float:
+    """Share of NUM_RESAMPLES bootstrap resamples of K samples in which `winner` has the highest (weighted) sum, a tie
+    counting as its share.
 
     It says how far the vote hangs on which samples were drawn, not how often the judge is right.
     """
-    scores = np.asarray(scores_KN)
+    scores = np.asarray(scores_KN) * np.asarray(weights_K)[:, None] if weights_K else np.asarray(scores_KN)
     num_samples = len(scores)
-    counts = np.random.default_rng(seed).multinomial(num_samples, [1 / num_samples] * num_samples, size=num_resamples)
-    sums = counts @ scores
-    is_top = sums == sums.max(axis=1, keepdims=True)
-    return float((is_top[:, winner] / is_top.sum(axis=1)).mean())
+    count_RK = np.random.default_rng(seed).multinomial(num_samples, [1 / num_samples] * num_samples, size=NUM_RESAMPLES)
+    sum_RN = (count_RK @ scores).round(9)
+    is_top_RN = sum_RN == sum_RN.max(axis=1, keepdims=True)
+    return float((is_top_RN[:, winner] / is_top_RN.sum(axis=1)).mean())

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextvars import Context
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -18,8 +19,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.context import _disconnect as disconnect
-from ray.serve.context import _get_global_client as get_client
+from ray.serve.context import _disconnect, _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -31,12 +31,13 @@ from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.backends import LocalJudge, LocalMeta
 from spct_ray.serve.config import ReplicaConfig, ServeConfig
 from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.ledger import Event, LocalLedger
 from spct_ray.serve.routes import build_app
 from spct_ray.serve.routing import ItemRouter
 from spct_ray.serve.weights import OWN, Weights, check_fit
 
 APP_NAME = "spct"
-JUDGE, META, GATEWAY = "JudgeReplica", "MetaReplica", "GatewayReplica"  # the deployments
+JUDGE, META, GATEWAY, LEDGER = "JudgeReplica", "MetaReplica", "GatewayReplica", "LedgerReplica"  # the deployments
 MAX_ATTEMPTS = 3  # of one judgement on replicas that die under it
 SHUTDOWN_TIMEOUT_S = 60.0  # of Ray Serve; what is left then ends with Ray
 HEALTH_CHECK_PERIOD_S = 2.0  # after which Serve sees that a replica has died
@@ -63,14 +64,25 @@ class MetaReplica(LocalMeta):
 class GatewayReplica:
     """The HTTP ingress: validation, seeds, fan-out, vote."""
 
-    def __init__(self, config: ServeConfig, judge: DeploymentHandle, meta: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        judge: DeploymentHandle,
+        meta: DeploymentHandle | None,
+        ledger: DeploymentHandle | None,
+    ) -> None:
         self._gateway = Gateway(config, _RemoteJudge(judge), _RemoteMeta(meta) if meta else None)
+        self._ledger = _RemoteLedger(ledger) if ledger else LocalLedger(config.name, config.judgements_per_minute)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._gateway, self._is_ready)
+        return build_app(self._gateway, self._ledger, self._is_ready)
 
     async def _is_ready(self) -> bool:
         return self._gateway.config.resources.judge.min_replicas == 0 or await judge_is_ready()
+
+
+class LedgerReplica(LocalLedger):
+    """What several gateways count together; always one replica."""
 
 
 class _RemoteJudge:
@@ -84,8 +96,8 @@ class _RemoteJudge:
         session = derive_seed(*(m.content for m in item.messages), *sorted(item.responses))
         handle = self._handle.options(stream=True, session_id=str(session))
         missing = {task.sample: task for task in tasks}
-        for attempt in range(MAX_ATTEMPTS):
-            response = handle.judge.remote(list(missing.values()))
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            response = _as_own_request(handle.judge, list(missing.values()))
             try:
                 with _translated("judge"):
                     async for batch in response:
@@ -94,7 +106,7 @@ class _RemoteJudge:
                         yield batch
                 return
             except _ReplicaDied:
-                if attempt + 1 == MAX_ATTEMPTS:
+                if not attempts_left:
                     raise
             except (GeneratorExit, asyncio.CancelledError):  # nobody waits for the rest
                 response.cancel()
@@ -102,14 +114,21 @@ class _RemoteJudge:
 
     async def principles(self, messages: Sequence[Message]) -> Completion:
         """As `judge`, for one text."""
-        for attempt in range(MAX_ATTEMPTS):
+        attempts_left = MAX_ATTEMPTS
+        while True:
+            attempts_left -= 1
             try:
                 with _translated("judge"):
-                    return await self._handle.principles.remote(tuple(messages))  # type: ignore[no-any-return]
+                    return await _as_own_request(self._handle.principles, tuple(messages))  # type: ignore[no-any-return]
             except _ReplicaDied:
-                if attempt + 1 == MAX_ATTEMPTS:
+                if not attempts_left:
                     raise
-        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _as_own_request(method: Any, *arguments: Any) -> Any:
+    """Call a deployment's method outside the context of the HTTP request: Serve's router finds a waiting call by the
+    request's id, and would confuse the calls of a batch or cohort."""
+    return Context().run(method.remote, *arguments)
 
 
 class _RemoteMeta:
@@ -122,6 +141,22 @@ class _RemoteMeta:
                 return await self._handle.score.remote(conversations)  # type: ignore[no-any-return]
         except RayTaskError as error:  # whatever it was (say, out of memory), the vote can go on without
             raise EngineError(f"{type(error.cause).__name__}: {error.cause}") from error
+
+
+class _RemoteLedger:
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    def record(self, events: Sequence[Event]) -> None:
+        self._handle.record.remote(events)  # nobody waits for it
+
+    async def take(self, client: str, judgements: int) -> int:
+        with _translated("ledger of rate limits"):
+            return await self._handle.take.remote(client, judgements)  # type: ignore[no-any-return]
+
+    async def exposition(self) -> bytes:
+        with _translated("ledger of metrics"):
+            return await self._handle.exposition.remote()  # type: ignore[no-any-return]
 
 
 class _ReplicaDied(EngineError):
@@ -171,8 +206,12 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
     meta = None
     if config.meta_model:
         meta = _deployment(META, MetaReplica, resources.meta, version).bind(config.meta_model)
+    ledger = None
+    if resources.gateway.max_replicas > 1:
+        one = ReplicaConfig(max_ongoing_requests=256, max_queued_requests=-1, num_cpus=0, num_gpus=0)
+        ledger = _deployment(LEDGER, LedgerReplica, one, version).bind(config.name, config.judgements_per_minute)
     gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway, version)
-    return gateway.bind(config, judge.bind(config), meta)
+    return gateway.bind(config, judge.bind(config), meta, ledger)
 
 
 def _placed(config: ServeConfig) -> ServeConfig:
@@ -247,15 +286,15 @@ def _start(host: str, port: int) -> None:
 
 
 def _shut_down() -> None:
-    """`serve.shutdown()`, but its call is made once: the controller ends in answer to it, which Ray would otherwise
-    take for a failure, report on the terminal and try again. No public call of Serve's does so."""
-    client = get_client(raise_if_no_controller_running=False)
+    """`serve.shutdown()`, except that its call is made once: the controller ends in answer to it, which Ray would take
+    for a failure, report on the terminal and try again. No public call does so, hence the private names."""
+    client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return
     client.shutdown_cached_handles()
     with contextlib.suppress(RayActorError, GetTimeoutError):
         ray.get(client._controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=SHUTDOWN_TIMEOUT_S)
-    disconnect()
+    _disconnect()
 
 
 def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -> None:
@@ -293,4 +332,6 @@ def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> 
             "metrics_interval_s": window_s / 3,
         },
     )
-    return deployment.options(version=version, _internal=True)  # else each `serve.run` counts as new code
+    # Without a version each `serve.run` counts as new code and restarts replicas that only need new weights; without
+    # the private argument Serve warns that versions are deprecated, about which a user can do nothing.
+    return deployment.options(version=version, _internal=True)

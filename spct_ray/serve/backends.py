@@ -45,38 +45,29 @@ class LocalJudge:
         self._config = config
         self._weights = OWN
         self._judge = EngineJudge(engine, config.judge, config.name, guided=config.guided)
-        self._num_under_way = 0
 
     async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
         """All tasks are in flight at once; closing the generator cancels those that are not done."""
-        futures: list[asyncio.Future[Trajectory]] = []
-        self._num_under_way += len(tasks)
-        num_left = len(tasks)
+        running = [asyncio.create_task(self._judge.judge_one(task)) for task in tasks]
+        pending = set(running)
         try:
-            for task in tasks:
-                futures.append(asyncio.wrap_future(self._judge.submit(task)))
-            pending = set(futures)
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                num_left -= len(done)
-                self._num_under_way -= len(done)
-                yield sorted((future.result() for future in done), key=lambda t: t.sample)
+                yield sorted((task.result() for task in done), key=lambda t: t.sample)
         except EngineError:
             self.engine_died()
             raise
         finally:
-            self._num_under_way -= num_left
-            for future in futures:
-                future.cancel()  # also the failed ones, else asyncio would print an error that nobody looked at
+            for task in running:
+                task.cancel()  # also the failed ones, else asyncio would print an error that nobody looked at
 
     async def principles(self, messages: Sequence[Message]) -> Completion:
         """As in `JudgeBackend`."""
         try:
-            (completion,) = await asyncio.wrap_future(self._judge.principles(messages))
+            return await self._judge.principles(messages)
         except EngineError:
             self.engine_died()
             raise
-        return completion
 
     def engine_died(self) -> None:
         """Called where a call finds the engine dead; it then raises EngineError, as all later ones do."""
@@ -93,10 +84,6 @@ class LocalJudge:
     async def deployed(self) -> tuple[type[LocalJudge], ServeConfig, Weights]:
         """What runs here, so that the same can be deployed with other weights."""
         return type(self), self._config, self._weights
-
-    async def num_under_way(self) -> int:
-        """Judgements that the engine works on or holds in line."""
-        return self._num_under_way
 
 
 class LocalMeta:

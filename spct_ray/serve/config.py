@@ -14,6 +14,7 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
 from spct_ray.judge.prompt import JudgeConfig
+from spct_ray.judge.vote import MetaVote
 from spct_ray.placement import Nodes, check_engine, check_room, gpus_of
 
 _META_CPUS = 0.5
@@ -91,6 +92,7 @@ class ServeConfig:
     guided: bool = False  # hold judgements to the format by structured output
     judge_timeout_s: float = 120.0  # a request that takes longer is answered 504
     meta_timeout_s: float = 10.0  # without logits by then, the vote is plain
+    meta_vote: MetaVote = "best"  # sum the best half, or all samples weighted by their chance to be right
     k_auto_max: int = 32  # most samples of an adaptive k
     k_auto_error: float = 0.01  # share of its decisions that may differ from those of the vote over `k_auto_max`
     max_cohort: int = 8  # responses in one prompt where many are scored (rerank, reward); more are judged in chunks

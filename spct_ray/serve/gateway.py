@@ -20,15 +20,25 @@ from spct_ray.judge.adaptive import looks, may_stop
 from spct_ray.judge.cohort import score_cohort
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.orders import balanced_orders
-from spct_ray.judge.parse import Scale
+from spct_ray.judge.parse import Failure, Scale
+from spct_ray.judge.principles import Principles, PrinciplesCache
 from spct_ray.judge.prompt import meta_messages, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import confidence, decide, vote
-from spct_ray.records import Item, Message, Trajectory
+from spct_ray.records import Completion, Item, Message, Trajectory
 from spct_ray.serve.backends import JudgeBackend, MetaBackend
 from spct_ray.serve.config import ServeConfig
-from spct_ray.serve.principles import Principles, PrinciplesCache
-from spct_ray.serve.schema import MAX_SEED, Budget, JudgeAnswer, JudgeRequest, SampleOut, Tally
+from spct_ray.serve.schema import (
+    MAX_SEED,
+    Budget,
+    InvalidRequest,
+    JudgeAnswer,
+    JudgeRequest,
+    PrinciplesSource,
+    SampleOut,
+    Stopped,
+    Tally,
+)
 
 MAX_CHARACTERS_PER_TOKEN = 32  # longer texts are refused unread: to encode them k times would keep the engine busy
 
@@ -62,6 +72,19 @@ class CohortScores:
         return [s if math.isnan(s) else min(max((s - low) / (high - low), 0.0), 1.0) for s in self.scores]
 
 
+@dataclass
+class _Progress:
+    """What has come of one request so far."""
+
+    item: Item
+    plan: Plan
+    seed: int
+    started: float = field(default_factory=time.perf_counter)
+    principles: Principles | None = None
+    samples: list[Trajectory] = field(default_factory=list)
+    stopped: Stopped = "k"
+
+
 class Gateway:
     """Judges requests with `judge` and, where there is one, lets `meta` guide the vote."""
 
@@ -70,7 +93,7 @@ class Gateway:
         self.judge = judge
         self.meta = meta
         self.on_verdict: Callable[[JudgeAnswer], None] = lambda answer: None  # told of each, those of cohorts too
-        self._principles = PrinciplesCache(judge, config.judge, config.principles_cache, config.judge_timeout_s)
+        self._principles = PrinciplesCache(self._write_principles, config.judge, config.principles_cache)
         replicas = config.resources.judge
         # Parts of batches and cohorts wait here, so that a large one does not overrun the judge's queue.
         self._parts = asyncio.Semaphore(replicas.max_ongoing_requests * replicas.max_replicas)
@@ -78,13 +101,14 @@ class Gateway:
     async def answer(self, request: JudgeRequest, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
         """Sample k judgements, vote, answer; `on_sample` is told of each as it comes.
 
-        Raises RequestError (TooLongError for the prompt), EngineError (judge not available), TimeoutError.
+        Raises RequestError (TooLongError for the prompt), InvalidRequest, EngineError (judge not available) and
+        TimeoutError.
         """
         is_auto = request.principles == "auto"
         item = Item(
             "request",
             tuple(Message(m.role, m.content) for m in request.messages),
-            request.responses,
+            tuple(request.responses),
             reference=request.reference,
             principles="" if is_auto else request.principles,
         )
@@ -115,83 +139,88 @@ class Gateway:
 
     async def verdict(self, item: Item, plan: Plan, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
         """As `answer`, for an item."""
-        started = time.perf_counter()
-        seed, config, num_responses = _seed(plan), self.config, len(item.responses)
+        config, budget_s = self.config, (plan.budget.milliseconds or math.inf) / 1000
+        self._check(item, plan)
+        progress = _Progress(item, plan, _seed(plan))
+        limit_s = min(config.judge_timeout_s, budget_s)
+        with closing(_Scorer(self.meta, item, min(config.meta_timeout_s, limit_s))) as scorer:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._sample(progress, scorer, on_sample)
+            except TimeoutError:
+                if budget_s > config.judge_timeout_s or not progress.samples:
+                    raise
+                progress.stopped = "budget"
+            progress.samples.sort(key=lambda t: t.sample)
+            logits, plain_because = await scorer.logits(progress.samples)
+        self._principles.saw_version(max(t.weight_version for t in progress.samples))
+        answer = self._answer(progress, logits, plain_because)
+        self.on_verdict(answer)
+        return answer
+
+    def _check(self, item: Item, plan: Plan) -> None:
+        if plan.k_meta is not None and self.config.meta_vote == "weighted":
+            message = "must be left out: this server weights all samples by the meta RM (meta_vote: weighted)"
+            raise InvalidRequest([{"path": "k_meta", "message": message}])
         texts = (*(m.content for m in item.messages), *item.responses, item.reference, item.principles)
-        max_tokens = config.resources.engine.max_model_len
+        max_tokens = self.config.resources.engine.max_model_len
         if (length := sum(map(len, texts))) > MAX_CHARACTERS_PER_TOKEN * max_tokens:
             raise TooLongError(
                 f"texts of {length} characters cannot fit the engine's max_model_len of {max_tokens} tokens; "
                 f"the limit is {MAX_CHARACTERS_PER_TOKEN * max_tokens} characters"
             )
-        k_max = config.k_auto_max if plan.k == "auto" else plan.k
+
+    async def _sample(self, progress: _Progress, scorer: _Scorer, on_sample: OnSample) -> None:
+        """Draw samples in rounds, until there are k, the winner is settled or the budget of tokens is spent."""
+        config, plan, seed, item, samples = (
+            self.config, progress.plan, progress.seed, progress.item, progress.samples
+        )  # fmt: skip
+        if plan.auto_principles:
+            progress.principles = await self._principles.of(item.messages)
+            text = progress.principles.text
+            item = replace(item, principles="" if isinstance(text, Failure) else text)
+        num_responses, k_max = len(item.responses), config.k_auto_max if plan.k == "auto" else plan.k
         temperature = config.temperature if plan.temperature is None else plan.temperature
         orders = balanced_orders(num_responses, k_max, derive_seed(seed, "orders"))
+        tasks = [JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)]
         in_rounds = plan.k == "auto" or plan.budget.tokens is not None
-        ends = looks(num_responses, k_max) if in_rounds else [k_max]
-        limit_s = min(config.judge_timeout_s, (plan.budget.milliseconds or math.inf) / 1000)
-        samples: list[Trajectory] = []
-        principles = Principles(item.principles, "given" if item.principles else "none")
-        stopped: Literal["k", "settled", "budget"] = "k"
-        with closing(_Scorer(self.meta, item, min(config.meta_timeout_s, limit_s))) as scorer:
-            try:
-                async with asyncio.timeout(limit_s):
-                    if plan.auto_principles:
-                        principles = await self._principles.of(item.messages)
-                        item = replace(item, principles=principles.text)
-                    tasks = [
-                        JudgeTask(item, o, k, temperature, derive_seed(seed, "sample", k)) for k, o in enumerate(orders)
-                    ]
-                    for start, end in pairwise([0, *ends]):
-                        async with aclosing(self.judge.judge(tasks[start:end])) as batches:
-                            async for batch in batches:
-                                for trajectory in batch:
-                                    samples.append(trajectory)
-                                    on_sample(_tally(samples))
-                                scorer.add(batch)
-                        if end == k_max:
-                            break
-                        if plan.k == "auto" and await self._may_stop(samples, scorer, k_max):
-                            stopped = "settled"
-                            break
-                        if plan.budget.tokens and sum(t.completion_tokens for t in samples) >= plan.budget.tokens:
-                            stopped = "budget"
-                            break
-            except TimeoutError:
-                if plan.budget.milliseconds is None or not samples:
-                    raise
-                stopped = "budget"
-            samples.sort(key=lambda t: t.sample)
-            logits, plain_because = await scorer.logits(samples)
-        self._principles.saw_version(max(t.weight_version for t in samples))
-        answer = self._answer(samples, logits, plan.k_meta, plain_because, principles, stopped, seed, started)
-        self.on_verdict(answer)
-        return answer
+        for start, end in pairwise([0, *(looks(num_responses, k_max) if in_rounds else [k_max])]):
+            async with aclosing(self.judge.judge(tasks[start:end])) as batches:
+                async for batch in batches:
+                    for trajectory in batch:
+                        samples.append(trajectory)
+                        on_sample(_tally(samples))
+                    scorer.add(batch)
+            if end == k_max:
+                return
+            if plan.k == "auto":
+                logits, _ = await scorer.logits(samples)
+                scale = scale_of(num_responses, config.judge)
+                if may_stop(samples, logits, k_max, scale, config.k_auto_error, config.meta_vote):
+                    progress.stopped = "settled"
+                    return
+            if plan.budget.tokens and sum(t.completion_tokens for t in samples) >= plan.budget.tokens:
+                progress.stopped = "budget"
+                return
 
-    async def _may_stop(self, samples: Sequence[Trajectory], scorer: _Scorer, k_max: int) -> bool:
-        """The rule of judge/adaptive.py."""
-        logits, _ = await scorer.logits(samples)
-        scale = scale_of(len(samples[0].order), self.config.judge)
-        return may_stop(samples, logits, k_max, scale, self.config.k_auto_error)
+    async def _write_principles(self, messages: Sequence[Message]) -> Completion:
+        async with asyncio.timeout(self.config.judge_timeout_s):
+            return await self.judge.principles(messages)
 
-    def _answer(
-        self,
-        samples: Sequence[Trajectory],
-        logits: Sequence[float],
-        k_meta: int | None,
-        plain_because: str,
-        principles: Principles,
-        stopped: Literal["k", "settled", "budget"],
-        seed: int,
-        started: float,
-    ) -> JudgeAnswer:
-        num_responses = len(samples[0].order)
-        verdict = vote("", num_responses, samples, logits, k_meta if logits else None)
+    def _answer(self, progress: _Progress, logits: Sequence[float], plain_because: str) -> JudgeAnswer:
+        config, samples, seed = self.config, progress.samples, progress.seed
+        num_responses = len(progress.item.responses)
+        verdict = vote("", num_responses, samples, logits, progress.plan.k_meta if logits else None, config.meta_vote)
         winners = list(verdict.winners) if num_responses > 1 else []
         winner = decide(verdict, derive_seed(seed, "tie")) if winners else None
         used = [samples[k].scores for k in verdict.used]
-        scale = scale_of(num_responses, self.config.judge)
-        is_sure = confidence(used, winner, seed) if winner is not None and len(used) > 1 else None
+        is_sure = None if winner is None or len(used) < 2 else confidence(used, winner, seed, verdict.weights)
+        scale = scale_of(num_responses, config.judge)
+        principles, source = _shown(progress)
+        written = progress.principles
+        paid: list[Trajectory | Completion] = [*samples]
+        if written and not written.is_cached:
+            paid.append(written.completion)
         return JudgeAnswer(
             scores=list(verdict.scores) or None,
             mean_scores=[s / len(verdict.used) for s in verdict.scores] or None,
@@ -201,23 +230,23 @@ class Gateway:
             tie=len(winners) > 1,
             confidence=is_sure,
             num_samples=verdict.num_samples,
-            stopped=stopped,
+            stopped=progress.stopped,
             used=list(verdict.used),
             failures=verdict.failures,
-            voting="plain" if plain_because else "meta",
+            voting="plain" if plain_because else "weighted" if config.meta_vote == "weighted" else "meta",
             voting_reason=plain_because,
-            principles=principles.text,
-            principles_source=principles.source,
+            principles=principles,
+            principles_source=source,
             samples=[
-                sample_out(t, verdict.logits[k] if verdict.logits and not t.failure else None, k in verdict.used)
+                _sample_out(t, verdict.logits[k] if verdict.logits and not t.failure else None, k in verdict.used)
                 for k, t in enumerate(samples)
             ],
-            model=self.config.name,
+            model=config.name,
             weight_version=max(t.weight_version for t in samples),
             seed=seed,
-            prompt_tokens=principles.prompt_tokens + sum(t.prompt_tokens for t in samples),
-            completion_tokens=principles.completion_tokens + sum(t.completion_tokens for t in samples),
-            milliseconds=round(1000 * (time.perf_counter() - started), 1),
+            prompt_tokens=sum(one.prompt_tokens for one in paid),
+            completion_tokens=sum(one.completion_tokens for one in paid),
+            milliseconds=round(1000 * (time.perf_counter() - progress.started), 1),
         )
 
 
@@ -236,7 +265,7 @@ class _Scorer:
             self._running.append(([t.sample for t in usable], asyncio.create_task(self._score(self._meta, usable))))
 
     async def logits(self, samples: Sequence[Trajectory]) -> tuple[list[float], str]:
-        """A logit a sample (NaN for an unparsable one), or none and the reason why the vote is plain."""
+        """One logit per sample (NaN for an unparsable one), or none and the reason why the vote is plain."""
         while self._running and not self._plain_because:
             numbers, task = self._running[0]
             try:
@@ -265,7 +294,7 @@ class _Scorer:
             return await meta.score([meta_messages(self._item, t.order, t.text) for t in usable])
 
 
-def sample_out(t: Trajectory, logit: float | None, kept: bool) -> SampleOut:
+def _sample_out(t: Trajectory, logit: float | None, kept: bool) -> SampleOut:
     """A judgement as the answer shows it."""
     return SampleOut(
         sample=t.sample,
@@ -285,7 +314,16 @@ def sample_out(t: Trajectory, logit: float | None, kept: bool) -> SampleOut:
 def _tally(samples: Sequence[Trajectory]) -> Tally:
     sums = vote("", len(samples[0].order), samples).scores
     last = samples[-1]
-    return Tally(sample=sample_out(last, None, not last.failure), num_samples=len(samples), scores=list(sums) or None)
+    return Tally(sample=_sample_out(last, None, not last.failure), num_samples=len(samples), scores=list(sums) or None)
+
+
+def _shown(progress: _Progress) -> tuple[str, PrinciplesSource]:
+    """The principles that the judge was shown, and where they came from."""
+    if progress.principles is None:
+        return progress.item.principles, "given" if progress.item.principles else "none"
+    if isinstance(progress.principles.text, Failure):
+        return "", "failed"
+    return progress.principles.text, "cached" if progress.principles.is_cached else "generated"
 
 
 def _seed(plan: Plan) -> int:

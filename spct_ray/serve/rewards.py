@@ -15,7 +15,7 @@ from typing import Any, Unpack, get_args
 import httpx
 
 from spct_ray.errors import TooLongError
-from spct_ray.judge.cohort import score_cohort
+from spct_ray.judge.cohort import score_cohort, score_groups
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Message, Role
 from spct_ray.serve.client import AsyncJudgeClient, Options, ServerError
@@ -41,23 +41,21 @@ async def cohort_rewards(
     NaN where the server refused (too long even in a pair), failed after all attempts, or gave no usable judgement.
     Raises ServerError where no request could succeed (wrong key, wrong address, options that the schema refuses).
     """
-    members: dict[Cohort, list[int]] = {}
-    for i, cohort in enumerate(cohorts):
-        members.setdefault(cohort, []).append(i)
-    rewards = [math.nan] * len(completions)
     room = asyncio.Semaphore(MAX_UNDER_WAY)
 
-    async def score(cohort: Cohort, indices: list[int]) -> None:
+    async def score(cohort: Cohort, indices: list[int]) -> list[float]:
+        messages, reference = cohort
+
         async def judge(part: tuple[int, ...]) -> Sequence[float] | None:
             shown = [completions[indices[place]] for place in part]
             own = Options(**options)
-            if cohort[1]:
-                own["reference"] = cohort[1]
+            if reference:
+                own["reference"] = reference
             if "seed" in own:
                 own["seed"] = derive_seed(own["seed"], *part) % MAX_SEED
             try:
                 async with room:
-                    answer = await client.judge(cohort[0], [text if text.strip() else _BLANK for text in shown], **own)
+                    answer = await client.judge(messages, [text if text.strip() else _BLANK for text in shown], **own)
             except httpx.TransportError:
                 return None
             except ServerError as error:
@@ -69,14 +67,11 @@ async def cohort_rewards(
             return answer.mean_scores
 
         try:
-            scores = await score_cohort(len(indices), max_cohort, judge)
+            return await score_cohort(len(indices), max_cohort, judge)
         except TooLongError:
-            return
-        for i, value in zip(indices, scores, strict=True):
-            rewards[i] = value
+            return [math.nan] * len(indices)
 
-    await asyncio.gather(*(score(cohort, indices) for cohort, indices in members.items()))
-    return rewards
+    return await score_groups(cohorts, score)
 
 
 def trl_reward(

@@ -9,25 +9,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import math
 import os
+import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from fastapi.sse import format_sse_event
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
-from spct_ray.errors import ConfigError, EngineError, RequestError, TooLongError
-from spct_ray.judge.cohort import chunks
+from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
+from spct_ray.judge.cohort import chunks, gather_or_cancel, score_groups
 from spct_ray.records import Item, Message
 from spct_ray.serve.gateway import Gateway, Plan
-from spct_ray.serve.limits import RateLimited, RateLimiter
-from spct_ray.serve.metrics import CONTENT_TYPE, Metrics
+from spct_ray.serve.ledger import CONTENT_TYPE, Ledger, RateLimited, verdict_events
 from spct_ray.serve.schema import (
     BatchAnswer,
     BatchRequest,
@@ -37,82 +40,154 @@ from spct_ray.serve.schema import (
     InvalidRequest,
     JudgeAnswer,
     JudgeRequest,
+    RerankAnswer,
+    RerankRequest,
+    RerankResult,
+    RewardAnswer,
+    RewardRequest,
     Tally,
-    parse,
 )
-from spct_ray.serve.wire import RerankAnswer, RerankRequest, RerankResult, RewardAnswer, RewardRequest
 
 RETRY_AFTER_S = 5
 CLIENT_GONE = 499  # nobody reads it; the metrics count it
-_BODIES: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
-    "/v1/judge": (JudgeRequest, JudgeAnswer),
-    "/v1/judge/batch": (BatchRequest, BatchAnswer),
-    "/v1/rerank": (RerankRequest, RerankAnswer),
-    "/v1/reward": (RewardRequest, RewardAnswer),
-}
-_FAULTS = {
-    str(status): {
-        "description": words,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
-    }
-    for status, words in (
-        (401, "Another API key, or none."),
-        (413, "Too long; the message has the numbers."),
-        (422, "Not a request that can be judged; `details` has the path of each fault."),
-        (429, "You ask too fast; see Retry-After."),
-        (503, "The service is full or hurt; see Retry-After."),
-        (504, "No verdict in time."),
-    )
+
+Work = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class Unauthorized(SpctError):
+    """A request without a valid API key."""
+
+
+_FAULTS: dict[type[Exception], tuple[int, str, str]] = {  # the first that fits: status, type, what it means
+    Unauthorized: (401, "unauthorized", "Another API key, or none."),
+    TooLongError: (413, "too_long", "Too long; the message has the numbers."),
+    InvalidRequest: (422, "invalid_request", "Not a request that can be judged; `details` has the path of each fault."),
+    RequestError: (422, "refused", "Not a request that can be judged; `details` has the path of each fault."),
+    RateLimited: (429, "rate_limited", "You ask too fast; see Retry-After."),
+    EngineError: (503, "unavailable", "The service is full or hurt; see Retry-After."),
+    TimeoutError: (504, "timeout", "No verdict in time."),
 }
 
-Handler = Callable[[Request, bytes], Coroutine[Any, Any, Response]]
 
-
-def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -> FastAPI:
+def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awaitable[bool]]) -> FastAPI:
     """The routes. Raises ConfigError when the API key's environment variable is not set."""
-    config = gateway.config
+    config, service = gateway.config, _Service(gateway, ledger)
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorAnswer, "description": meaning} for status, _, meaning in _FAULTS.values()
+    }
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
-    metrics = Metrics(config.name)
-    gateway.on_verdict = metrics.verdict
-    is_allowed = _key_check(config.api_key_env)
-    limiter = RateLimiter(config.judgements_per_minute)
 
-    def charge(request: Request, *asked: tuple[int | Literal["auto"], int]) -> None:
-        """Raises RateLimited. `asked`: the k of each prompt or cohort, with its number of responses."""
-        address = request.client.host if request.client else ""
-        limiter.take(
-            request.headers["authorization"] if config.api_key_env else address,
-            sum((config.k_auto_max if k == "auto" else k) * len(chunks(n, config.max_cohort)) for k, n in asked),
-        )
+    class Guarded(APIRoute):
+        """Checks key and size before FastAPI reads the body, counts, and ends the work for a client that has left."""
 
-    async def judge(request: Request, body: bytes) -> Response:
-        asked = parse(JudgeRequest, body)
-        charge(request, (asked.k, 1))
-        if asked.stream:
-            return StreamingResponse(_events(gateway, asked), media_type="text/event-stream")
-        return _json(await gateway.answer(asked))
+        def get_route_handler(self) -> Work:
+            return partial(service.guard, self.path, super().get_route_handler())
 
-    async def judge_batch(request: Request, body: bytes) -> Response:
-        async def one(asked: JudgeRequest) -> BatchResult:
+    app.router.route_class = Guarded
+    for path, handler, answer in (
+        ("/v1/judge", service.judge, JudgeAnswer),
+        ("/v1/judge/batch", service.judge_batch, BatchAnswer),
+        ("/v1/rerank", service.rerank, RerankAnswer),
+        ("/v1/reward", service.reward, RewardAnswer),
+    ):
+        app.add_api_route(path, handler, methods=["POST"], response_model=answer, responses=errors)
+    app.router.route_class = APIRoute
+
+    @app.get("/v1/models", dependencies=[Depends(service.check_key)])
+    async def models() -> Any:
+        served = [(config.name, "judge"), *([("meta", "meta")] if gateway.meta else [])]
+        return {
+            "object": "list",
+            "data": [
+                {"id": name, "object": "model", "created": 0, "owned_by": "spct-ray", "role": role}
+                for name, role in served
+            ],
+        }
+
+    @app.get("/healthz")
+    async def healthz() -> Any:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> Any:
+        if await judge_is_ready():
+            return {"status": "ok"}
+        return _error(503, Fault(type="unavailable", message="no judge replica is running"), RETRY_AFTER_S)
+
+    @app.get("/metrics", dependencies=[Depends(service.check_key)])
+    async def metrics() -> Response:
+        return Response(await ledger.exposition(), media_type=CONTENT_TYPE)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, Fault(type="http", message=str(error.detail)))
+
+    @app.exception_handler(SpctError)
+    async def refused(_: Request, error: SpctError) -> Response:
+        return service.refusal(error)
+
+    return app
+
+
+class _Service:
+    """The handlers of the POST routes, and what stands before them."""
+
+    def __init__(self, gateway: Gateway, ledger: Ledger) -> None:
+        self._gateway, self._ledger, self._config = gateway, ledger, gateway.config
+        self._is_allowed = _key_check(self._config.api_key_env)
+        gateway.on_verdict = lambda answer: ledger.record(verdict_events(answer))
+
+    async def guard(self, path: str, work: Work, request: Request) -> Response:
+        """The answer of `work` to a request that may be read, or the error's."""
+        started, status = time.perf_counter(), 500
+        self._ledger.record([("in_flight", (), 1)])
+        try:
             try:
-                return BatchResult(answer=await gateway.part(lambda: gateway.answer(asked)))
-            except Exception as error:  # each request of a batch has its own outcome
-                return BatchResult(error=_fault(error, gateway)[1])
+                self.check_key(request)
+                readable = await _with_body(request, self._config.max_body_bytes)
+                response = await _while_connected(request, work(readable))
+            except Exception as error:
+                response = self.refusal(error)
+            status = response.status_code
+            return response
+        finally:
+            seconds = time.perf_counter() - started
+            self._ledger.record(
+                [("in_flight", (), -1), ("requests", (path, str(status)), 1), ("seconds", (path,), seconds)]
+            )
 
-        batch = parse(BatchRequest, body).requests
-        charge(request, *((asked.k, 1) for asked in batch))
-        results = await asyncio.gather(*map(one, batch))
-        return _json(BatchAnswer(results=results))
+    def check_key(self, request: Request) -> None:
+        """Raises Unauthorized."""
+        if not self._is_allowed(request):
+            raise Unauthorized("send the API key as `Authorization: Bearer KEY`")
 
-    async def rerank(request: Request, body: bytes) -> Response:
-        asked = parse(RerankRequest, body)
+    async def judge(self, asked: JudgeRequest, request: Request) -> Response:
+        """The verdict on one query's responses, or with `stream` server-sent events that end with it."""
+        await self._charge(request, (asked.k, 1))
+        if asked.stream:
+            return StreamingResponse(self._events(asked), media_type="text/event-stream")
+        return _json(await self._gateway.answer(asked))
+
+    async def judge_batch(self, asked: BatchRequest, request: Request) -> Response:
+        """Verdicts on many queries, each with an outcome of its own."""
+
+        async def one(single: JudgeRequest) -> BatchResult:
+            try:
+                return BatchResult(answer=await self._gateway.part(lambda: self._gateway.answer(single)))
+            except Exception as error:
+                return BatchResult(error=self._fault(error)[1])
+
+        await self._charge(request, *((single.k, 1) for single in asked.requests))
+        return _json(BatchAnswer(results=await gather_or_cancel(map(one, asked.requests))))
+
+    async def rerank(self, asked: RerankRequest, request: Request) -> Response:
+        """Documents, the best first, as Jina and Cohere answer."""
         texts = asked.texts
-        charge(request, (asked.k, len(texts)))
+        await self._charge(request, (asked.k, len(texts)))
         item = Item("rerank", (Message("user", asked.query),), tuple(texts))
-        cohort = await gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
-        ranked = sorted(
-            (i for i, score in enumerate(cohort.scores) if not math.isnan(score)), key=lambda i: -cohort.scores[i]
-        )
+        cohort = await self._gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
+        failed = [i for i, score in enumerate(cohort.scores) if math.isnan(score)]
+        ranked = sorted(set(range(len(texts))) - set(failed), key=lambda i: (-cohort.scores[i], i))
         if not ranked:
             raise EngineError("the judge gave no usable judgement; try again")
         results = [
@@ -123,165 +198,106 @@ def build_app(gateway: Gateway, judge_is_ready: Callable[[], Awaitable[bool]]) -
             )
             for i in ranked[: asked.top_n]
         ]
-        failed = [i for i, score in enumerate(cohort.scores) if math.isnan(score)]
         answer = RerankAnswer(
             id=str(uuid.uuid4()),
-            model=config.name,
+            model=self._config.name,
             results=results,
             usage={"total_tokens": cohort.tokens},
             meta={"failed": failed},
         )
-        return JSONResponse(answer.model_dump(mode="json", exclude_none=True))
+        return _json(answer, exclude_none=True)
 
-    async def reward(request: Request, body: bytes) -> Response:
-        asked = parse(RewardRequest, body)
-        groups: dict[tuple[str, str], list[int]] = {}
-        for i, prompt in enumerate(asked.prompts):
-            label = asked.labels[i] if asked.labels else None
-            groups.setdefault((prompt, label if isinstance(label, str) else ""), []).append(i)
-        charge(request, *((asked.k, len(members)) for members in groups.values()))
-        rewards, scores = [math.nan] * len(asked.query), [math.nan] * len(asked.query)
+    async def reward(self, asked: RewardRequest, request: Request) -> Response:
+        """Rewards of completions, as OpenRLHF asks for them."""
+        labels = [label if isinstance(label, str) else "" for label in asked.labels or [""] * len(asked.prompts)]
+        keys = list(zip(asked.prompts, labels, strict=True))
+        await self._charge(request, *((asked.k, num) for num in Counter(keys).values()))
+        shares = [math.nan] * len(keys)
 
-        async def one(prompt: str, label: str, members: list[int]) -> None:
-            item = Item(
-                "reward",
-                (Message("user", prompt),),
-                tuple(_response(asked.query[i], prompt) for i in members),
-                reference=label,
-            )
-            cohort = await gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
-            for i, value, share in zip(members, cohort.scores, cohort.shares, strict=True):
-                rewards[i], scores[i] = value, share
+        async def score(key: tuple[str, str], members: list[int]) -> list[float]:
+            prompt, label = key
+            responses = tuple(_response(asked.query[i], prompt) for i in members)
+            item = Item("reward", (Message("user", prompt),), responses, reference=label)
+            cohort = await self._gateway.cohort(item, Plan(k=asked.k, seed=asked.seed))
+            for i, share in zip(members, cohort.shares, strict=True):
+                shares[i] = share
+            return cohort.scores
 
-        await asyncio.gather(*(one(prompt, label, members) for (prompt, label), members in groups.items()))
+        rewards = await score_groups(keys, score)
         failed = [float(math.isnan(r)) for r in rewards]
-        answer = RewardAnswer(rewards=rewards, scores=scores, extra_logs={"judge_failed": failed})
-        # NaN is no JSON, but it is what the Python clients of this route read as "no reward".
-        return Response(json.dumps(answer.model_dump()), media_type="application/json")
+        return _json(RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed}))
 
-    def add(route: str, handler: Handler) -> None:
-        async def respond(request: Request) -> Response:
-            with metrics.request(route) as status:
-                try:
-                    if not is_allowed(request):
-                        return _denied(status)
-                    body = await _body(request, config.max_body_bytes)
-                    response = await _while_connected(request, handler(request, body))
-                except Exception as error:
-                    code, fault = _fault(error, gateway)
-                    response = _error(code, fault, error.retry_after_s if isinstance(error, RateLimited) else None)
-                status.append(response.status_code)
-                return response
+    def refusal(self, error: Exception) -> Response:
+        """The answer to a request that failed; what we did not expect is raised again."""
+        if isinstance(error, RequestValidationError):
+            error = InvalidRequest.of(error.errors())
+        elif isinstance(error, HTTPException) and error.status_code == 400:  # FastAPI could not read the body
+            error = InvalidRequest([{"path": "body", "message": "Invalid JSON: nested too deep, or not in Unicode"}])
+        status, fault = self._fault(error)
+        wait_s = error.retry_after_s if isinstance(error, RateLimited) else RETRY_AFTER_S if status == 503 else None
+        return _error(status, fault, wait_s)
 
-        asked, answered = (model.__name__ for model in _BODIES[route])
-        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{asked}"}}}
-        answers = {"application/json": {"schema": {"$ref": f"#/components/schemas/{answered}"}}}
-        app.add_api_route(
-            route,
-            respond,
-            methods=["POST"],
-            name=route,
-            description=_BODIES[route][0].__doc__,
-            openapi_extra={
-                "requestBody": {"content": content, "required": True},
-                "responses": {"200": {"description": _BODIES[route][1].__doc__, "content": answers}, **_FAULTS},
-            },
+    def _fault(self, error: Exception) -> tuple[int, Fault]:
+        entry = next((entry for kind, entry in _FAULTS.items() if isinstance(error, kind)), None)
+        if entry is None:
+            raise error
+        status, kind, _ = entry
+        message, details = str(error), error.details if isinstance(error, InvalidRequest) else []
+        if isinstance(error, TimeoutError):
+            limit_s = self._config.judge_timeout_s
+            message = f"no verdict within {limit_s:g} s or the budget; ask for a lower k"
+        elif kind == "refused":
+            details = [{"path": "body", "message": message}]
+        return status, Fault(type=kind, message=message, details=details)
+
+    async def _charge(self, request: Request, *asked: tuple[int | Literal["auto"], int]) -> None:
+        """Raises RateLimited. `asked`: the k of each prompt or cohort, with its number of responses."""
+        config = self._config
+        key = request.headers["authorization"] if config.api_key_env else request.client.host if request.client else ""
+        judgements = sum(
+            (config.k_auto_max if k == "auto" else k) * len(chunks(n, config.max_cohort)) for k, n in asked
         )
+        if wait_s := await self._ledger.take(hashlib.sha256(key.encode()).hexdigest(), judgements):
+            raise RateLimited(config.judgements_per_minute, wait_s)
 
-    handlers = {"/v1/judge": judge, "/v1/judge/batch": judge_batch, "/v1/rerank": rerank, "/v1/reward": reward}
-    for route, handler in handlers.items():
-        add(route, handler)
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        if not is_allowed(request):
-            return _denied([])
-        served = [(config.name, "judge"), *([("meta", "meta")] if gateway.meta else [])]
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [
-                    {"id": name, "object": "model", "created": 0, "owned_by": "spct-ray", "role": role}
-                    for name, role in served
-                ],
-            }
-        )
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/readyz")
-    async def readyz() -> Response:
-        if await judge_is_ready():
-            return JSONResponse({"status": "ok"})
-        return _error(503, Fault(type="unavailable", message="no judge replica is running"))
-
-    @app.get("/metrics")
-    async def exposition(request: Request) -> Response:
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE) if is_allowed(request) else _denied([])
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, Fault(type="http", message=str(error.detail)))
-
-    _describe(app)
-    return app
+    async def _events(self, asked: JudgeRequest) -> AsyncIterator[bytes]:
+        """Server-sent events: `sample` for each judgement with the tally so far, then `verdict` or `error`."""
+        queue: asyncio.Queue[Tally | None] = asyncio.Queue()
+        work = asyncio.create_task(self._gateway.answer(asked, queue.put_nowait))
+        work.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (tally := await queue.get()) is not None:
+                yield _event("sample", tally)
+            yield _event("verdict", await work)
+        except Exception as error:  # the status is sent already; the last event tells what happened
+            yield _event("error", self._fault(error)[1])
+        finally:
+            work.cancel()
 
 
-def _describe(app: FastAPI) -> None:
-    """Put the schemas of the bodies, which the routes parse themselves, into the OpenAPI document."""
-    models: list[type[BaseModel]] = [ErrorAnswer, *(model for pair in _BODIES.values() for model in pair)]
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in models],
-        ref_template="#/components/schemas/{model}",
-    )
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = plain()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+def _event(kind: str, data: BaseModel) -> bytes:
+    """In ASCII, because some readers take U+2028 for the end of a line. (sse-starlette was tried: it writes the text of
+    every event to its log at level DEBUG.)"""
+    return format_sse_event(event=kind, data_str=data.model_dump_json(ensure_ascii=True))
 
 
-async def _events(gateway: Gateway, asked: JudgeRequest) -> AsyncIterator[str]:
-    """Server-sent events: `sample` for each judgement with the tally so far, then `verdict` or `error`."""
-    queue: asyncio.Queue[Tally | None] = asyncio.Queue()
-    work = asyncio.create_task(gateway.answer(asked, queue.put_nowait))
-    work.add_done_callback(lambda _: queue.put_nowait(None))
-    try:
-        while (tally := await queue.get()) is not None:
-            yield _event("sample", tally)
-        yield _event("verdict", await work)
-    except Exception as error:  # the status is sent already; the last event tells what happened
-        yield _event("error", _fault(error, gateway)[1])
-    finally:
-        work.cancel()
+async def _with_body(request: Request, limit: int) -> Request:
+    """The request with its body, which is taken for JSON whatever its type says (curl's default is a form). Raises
+    TooLongError."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise TooLongError(f"a body of {declared[:20]} bytes exceeds the limit of {limit}; send shorter texts")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise TooLongError(f"a body of {len(body)} bytes or more exceeds the limit of {limit}; send shorter texts")
 
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(body)}
 
-def _event(kind: str, data: BaseModel) -> str:
-    """In ASCII: readers of lines (httpx's too) take U+2028 and others for the end of one."""
-    return f"event: {kind}\ndata: {data.model_dump_json(ensure_ascii=True)}\n\n"
-
-
-def _fault(error: Exception, gateway: Gateway) -> tuple[int, Fault]:
-    """HTTP status and body of what went wrong; what we did not expect is raised again."""
-    if isinstance(error, InvalidRequest):
-        return 422, Fault(type="invalid_request", message=str(error), details=error.details)
-    if isinstance(error, TooLongError):
-        return 413, Fault(type="too_long", message=str(error))
-    if isinstance(error, RequestError):
-        return 422, Fault(type="refused", message=str(error), details=[{"path": "body", "message": str(error)}])
-    if isinstance(error, RateLimited):
-        return 429, Fault(type="rate_limited", message=str(error))
-    if isinstance(error, EngineError):
-        return 503, Fault(type="unavailable", message=str(error))
-    if isinstance(error, TimeoutError):
-        limit_s = gateway.config.judge_timeout_s
-        return 504, Fault(type="timeout", message=f"no verdict within {limit_s:g} s or the budget; ask for a lower k")
-    raise error
+    headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+    return Request({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
@@ -298,18 +314,6 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise TooLongError(f"a body of {declared[:20]} bytes exceeds the limit of {limit}; send shorter texts")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise TooLongError(f"a body of {len(body)} bytes or more exceeds the limit of {limit}; send shorter texts")
-    return bytes(body)
 
 
 def _response(query: str, prompt: str) -> str:
@@ -333,18 +337,11 @@ def _key_check(variable: str) -> Callable[[Request], bool]:
     return is_allowed
 
 
-def _denied(status: list[int]) -> Response:
-    status.append(401)
-    response = _error(401, Fault(type="unauthorized", message="send the API key as `Authorization: Bearer KEY`"))
-    response.headers["WWW-Authenticate"] = "Bearer"
-    return response
-
-
-def _json(model: BaseModel) -> Response:
-    return Response(model.model_dump_json(), media_type="application/json")
+def _json(model: BaseModel, exclude_none: bool = False) -> Response:
+    return Response(model.model_dump_json(exclude_none=exclude_none), media_type="application/json")
 
 
 def _error(status: int, fault: Fault, retry_after_s: int | None = None) -> Response:
-    wait_s = RETRY_AFTER_S if status == 503 else retry_after_s
-    headers = None if wait_s is None else {"Retry-After": str(wait_s)}
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
+    headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     return JSONResponse(ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)

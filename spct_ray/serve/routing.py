@@ -1,7 +1,8 @@
-"""Which judge replica gets a call: the one that judged the same item last, whose cache holds the prompt.
+"""Which judge replica gets a call: the one that judged the same item last, because its cache holds the prompt.
 
 A call carries all samples of one round. Rounds of an adaptive k, retries of a client and requests that repeat an item
-are several calls; Serve's own choice (the shorter of two queues) would spread them over the replicas.
+are several calls; Serve's own choice (the shorter of two queues) would spread them over the replicas, and its
+experimental consistent hash would stay with a replica however long its queue is.
 """
 
 from __future__ import annotations
@@ -32,27 +33,19 @@ class ItemRouter(RequestRouter):  # type: ignore[misc]
         if pending_request is None:
             return [two]
         pending_request.routing_context.should_backoff = True  # when none of them has room
-        home = self._replicas.get(self._homes.get(pending_request.metadata.session_id))
+        home_id = self._homes.get(pending_request.metadata.session_id)
+        home = next((replica for replica in candidate_replicas if replica.replica_id == home_id), None)
         if home is None or self._queue(home) > min(map(self._queue, candidate_replicas)) + MAX_LEAD:
             return [two]
         return [[home], two]
 
-    def _queue(self, replica: RunningReplica) -> int:
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
-
-    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
-        """Serve finds the waiting call by a number that all calls of one HTTP request share; here its item tells."""
-        item = request_metadata.session_id
-        waiting = (p for p in self._pending_requests_to_fulfill if p.metadata.session_id == item)
-        pending = next((p for p in waiting if not p.future.done()), None)
-        if pending is None:
-            return
-        if item:
-            self._homes[item] = replica.replica_id
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called by Serve: the replica has the call."""
+        if item := pending_request.metadata.session_id:
+            self._homes[item] = replica_id
             self._homes.move_to_end(item)
             if len(self._homes) > MAX_ITEMS:
                 self._homes.popitem(last=False)
-        self._cancel_routing_task_for_pending_request(pending)
-        self._record_queue_wait_time(pending)
-        pending.future.set_result(replica)
-        self._remove_pending_request_from_indices(pending)
+
+    def _queue(self, replica: RunningReplica) -> int:
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0

@@ -1,11 +1,14 @@
-"""The wire format of `POST /v1/judge` and its batch, for server, command line and client. Leaves out HTTP and judging.
+"""The bodies of requests and answers, for server, command line and client.
 
-Requests are strict: unknown keys, unknown roles, numbers as strings, blank texts and lone surrogates are refused, each
-with the path of what is wrong. Checks that need the model (is the prompt too long?) are the engine's.
+Our own requests are strict: unknown keys, unknown roles, numbers as strings, blank texts and lone surrogates are
+refused, each with the path of what is wrong. Those of other people's clients (rerankers, OpenRLHF) are as strict, but
+ignore unknown keys, because these clients send keys that a judge has no use for. Whether a prompt is too long only the
+engine can tell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StringConstraints, ValidationError, model_validator
@@ -18,10 +21,12 @@ MAX_RESPONSES = 64
 MAX_SEED = 2**53  # whole numbers up to here survive JSON readers that use doubles
 
 MAX_BATCH = 256  # requests of a batch
+MAX_DOCUMENTS = 1024
 MAX_DETAILS = 20  # faults of a request that are told
 MAX_PATH = 200  # characters of a fault's path, which may be a key of the request's own
 
 PrinciplesSource = Literal["none", "given", "generated", "cached", "failed"]
+Stopped = Literal["k", "settled", "budget"]
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
@@ -35,6 +40,7 @@ def _k(value: Any) -> int | Literal["auto"]:
 
 
 NumSamples = Annotated[int | Literal["auto"], PlainValidator(_k, json_schema_input_type=int | Literal["auto"])]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class InvalidRequest(SpctError):
@@ -43,6 +49,11 @@ class InvalidRequest(SpctError):
     def __init__(self, details: list[dict[str, str]]) -> None:
         super().__init__("; ".join(f"{d['path']}: {d['message']}" for d in details))
         self.details = details
+
+    @classmethod
+    def of(cls, faults: Sequence[Any]) -> InvalidRequest:
+        """From pydantic's or FastAPI's list of faults."""
+        return cls([_detail(fault) for fault in faults[:MAX_DETAILS]])
 
 
 class _Strict(BaseModel):
@@ -75,12 +86,12 @@ class JudgeRequest(_Strict):
     the same response orders and sampling seeds.
     """
 
-    messages: tuple[MessageIn, ...]
-    responses: Annotated[tuple[Text, ...], Field(max_length=MAX_RESPONSES)]
+    messages: list[MessageIn]
+    responses: Annotated[list[Text], Field(max_length=MAX_RESPONSES)]
     k: NumSamples = 8
     k_meta: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Seed | None = None
     reference: str = ""
     principles: str = ""
     budget: Budget = Budget()
@@ -123,7 +134,7 @@ class Tally(BaseModel):
 
     sample: SampleOut
     num_samples: int
-    scores: list[int] | None
+    scores: list[int | float] | None
 
 
 class JudgeAnswer(BaseModel):
@@ -139,7 +150,7 @@ class JudgeAnswer(BaseModel):
     newest of the samples'. `milliseconds` counts from the gateway's having read the request.
     """
 
-    scores: list[int] | None
+    scores: list[int | float] | None
     mean_scores: list[float] | None
     scale: tuple[int, int]
     winner: int | None
@@ -147,10 +158,10 @@ class JudgeAnswer(BaseModel):
     tie: bool
     confidence: float | None
     num_samples: int
-    stopped: Literal["k", "settled", "budget"]
+    stopped: Stopped
     used: list[int]
     failures: dict[str, int]
-    voting: Literal["meta", "plain"]
+    voting: Literal["meta", "weighted", "plain"]
     voting_reason: str
     principles: str
     principles_source: PrinciplesSource
@@ -166,7 +177,7 @@ class JudgeAnswer(BaseModel):
 class BatchRequest(_Strict):
     """Requests to be judged side by side; each gets a verdict or an error of its own."""
 
-    requests: Annotated[tuple[JudgeRequest, ...], Field(min_length=1, max_length=MAX_BATCH)]
+    requests: Annotated[list[JudgeRequest], Field(min_length=1, max_length=MAX_BATCH)]
 
     @model_validator(mode="after")
     def _consistent(self) -> BatchRequest:
@@ -202,20 +213,97 @@ class BatchAnswer(BaseModel):
     results: list[BatchResult]
 
 
-Request = TypeVar("Request", bound=BaseModel)
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def parse(model: type[Request], body: bytes | str) -> Request:
+class Document(_Lenient):
+    """A document with a text, as Jina and Cohere's first version send it."""
+
+    text: Text
+
+
+class RerankRequest(_Lenient):
+    """`POST /v1/rerank`: documents to be ordered by how well they answer the query."""
+
+    query: Text
+    documents: Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = False
+    k: NumSamples = 8
+    seed: Seed | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts, in the request's order."""
+        return [d.text if isinstance(d, Document) else d for d in self.documents]
+
+
+class RerankResult(BaseModel):
+    """One document: its place in the request, and its mean score on a scale of 0 to 1."""
+
+    index: int
+    relevance_score: float
+    document: dict[str, str] | None = None
+
+
+class RerankAnswer(BaseModel):
+    """Best first. `results` leaves out documents without a score; `meta.failed` lists their indices."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: dict[str, int]
+    meta: dict[str, Any]
+
+
+class RewardRequest(_Lenient):
+    """`POST /v1/reward`, as OpenRLHF sends it: `query` is prompt and response in one text, `prompts` the prompt alone.
+
+    A query that does not begin with its prompt is the response alone. `labels` are shown to the judge as reference
+    answers where they are texts. Completions of equal prompts (and labels) are judged together.
+    """
+
+    query: Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    prompts: list[Text]
+    labels: list[Any] | None = None
+    k: NumSamples = 8
+    seed: Seed | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardRequest:
+        for name, values in (("prompts", self.prompts), ("labels", self.labels)):
+            if values is not None and len(values) != len(self.query):
+                raise ValueError(f"{name}: {len(values)} values for {len(self.query)} queries")
+        return self
+
+
+class RewardAnswer(BaseModel):
+    """Mean scores of the judge's scale, NaN where there is no verdict; `scores` are the same on a scale of 0 to 1."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # NaN is no JSON, but Python's JSON readers take it
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], body: bytes | str) -> Model:
     """A `model` from JSON. Raises InvalidRequest with the path of every fault."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_input=False)
-        raise InvalidRequest([_detail(fault) for fault in faults[:MAX_DETAILS]]) from error
+        raise InvalidRequest.of(error.errors(include_url=False, include_input=False)) from error
 
 
 def _detail(error: Any) -> dict[str, str]:
-    path, message = ".".join(str(part) for part in error["loc"]), error["msg"]
+    loc, message = error["loc"], error["msg"]
+    if error["type"] == "json_invalid":  # FastAPI's has the place in `loc`
+        return {"path": "body", "message": f"Invalid JSON: {error['ctx']['error']}"}
+    path = ".".join(str(part) for part in (loc[1:] if loc[:1] == ("body",) else loc))
     if error["type"] == "value_error":  # from _k and _consistent, which name the key themselves
         key, _, message = str(error["ctx"]["error"]).partition(": ")
         path = key if not path or path == key else path if path.endswith(f".{key}") else f"{path}.{key}"
