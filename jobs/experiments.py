@@ -1,6 +1,6 @@
 """Asks the open questions of SPCT of the built-in world: every file of conf/experiments, over several seeds.
 
-    python jobs/experiments.py run --root runs/experiments [--seeds 1 2 3 4 5] [--jobs 2] [NAME ...]
+    python jobs/experiments.py run --root runs/experiments [--seeds 1 2 3 4 5] [--jobs 2] [--only NAME ...]
     python jobs/experiments.py table --root runs/experiments
 
 `run` is a queue of `spct run`, `--jobs` at a time on one thread each; for each seed the demo comes first, because the
@@ -30,11 +30,6 @@ from spct_ray.records import Item
 from spct_ray.stages.report import judge_logits
 
 DEMO = "demo"
-ONE_THREAD = (
-    *(f"resources.{step}.{key}=1" for step in ("rft", "grpo.train", "meta") for key in ("cpus_per_worker", "threads")),
-    *(f"resources.{step}.num_replicas=1" for step in ("onpolicy", "evaluate", "meta_scores")),
-    "resources.grpo.engine.threads=1",
-)
 Cell = tuple[str, str, str, str]  # run, judge, set of items, measure
 Effects = dict[str, tuple[Cell, Cell]]
 
@@ -113,10 +108,15 @@ EXPERIMENTS = {
         _versus("format_reward", ("grpo",), (*_ACCURACY, "parsed")),
         question="A format reward in GRPO",
     ),
-    "one_order": Experiment(
+    "reward_best": Experiment(
         ("evaluate_grpo",),
-        _versus("one_order", ("grpo",), (*_ACCURACY, "position consistency")),
-        question="One order of the responses in a group of GRPO, in place of both",
+        _versus("reward_best", ("grpo",), (*_ACCURACY, "position consistency", "tied")),
+        question="Eq. 10 as GRPO's reward, in place of what breaking ties at random would get",
+    ),
+    "both_orders": Experiment(
+        ("evaluate_grpo",),
+        _versus("both_orders", ("grpo",), (*_ACCURACY, "position consistency", "tied")),
+        question="A rollout is right only where it is in both orders of the responses",
     ),
     "graded": Experiment(("evaluate_rft", "evaluate_grpo"), {}, reuse="", question=""),
     "reward_order": Experiment(
@@ -198,12 +198,9 @@ def _run_one(root: Path, seed: int, name: str) -> int:
     experiment, home = EXPERIMENTS[name], root / str(seed)
     home.mkdir(parents=True, exist_ok=True)
     conf = "conf/demo.yaml" if name == DEMO else f"conf/experiments/{name}.yaml"
-    reuse = "" if name == DEMO or not experiment.reuse else str(home / experiment.reuse)
-    command = [
-        *(sys.executable, "-m", "spct_ray.cli", "run", conf, f"seed={seed}", f"root={home / name}", f"reuse={reuse}"),
-        *ONE_THREAD,
-        *(f"--until={step}" for step in experiment.until),
-    ]
+    reuse = experiment.reuse if name != DEMO else ""
+    command = [sys.executable, "-m", "spct_ray.cli", "run", conf, f"seed={seed}", f"root={home / name}"]
+    command += [f"reuse={home / reuse}"] * bool(reuse) + [f"--until={step}" for step in experiment.until]
     started = time.monotonic()
     with open(home / f"{name}.log", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
@@ -230,6 +227,7 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
         "one sample": curves.vote_curve_point(table, 1).accuracy_I.mean(),
         "parsed": table.used_IK.mean(),
         "position consistency": curves.position_consistency(greedy) or math.nan,
+        "tied": curves.tie_rate(table) or 0.0,
         "pairs in order": _pairs_in_order(by_id, sampled),
     }
     for k in [k for k in (8, 16, 32) if k <= table.num_samples]:
@@ -304,7 +302,7 @@ def table(root: Path) -> str:
 
     def cell(seed: int, c: Cell) -> float:
         name, judge, set_name, measure = c
-        return measures(root / str(seed) / name, judge, set_name)[measure]
+        return measures(root / str(seed) / name, judge, set_name).get(measure, math.nan)
 
     def line(label: str, found: Sequence[float], signed: bool) -> str:
         mean, low, high = interval(found)
@@ -335,15 +333,15 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "table"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"experiments (default all): {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(EXPERIMENTS)}")
     parser.add_argument("--root", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     asked = parser.parse_args()
-    if unknown := set(asked.names) - set(EXPERIMENTS):
+    if unknown := set(asked.only) - set(EXPERIMENTS):
         parser.error(f"no such experiment: {', '.join(sorted(unknown))}")
     if asked.action == "run":
-        sys.exit(min(1, run(asked.root.resolve(), asked.seeds, asked.names, asked.jobs)))
+        sys.exit(min(1, run(asked.root.resolve(), asked.seeds, asked.only, asked.jobs)))
     print(table(asked.root))
 
 

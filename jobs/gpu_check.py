@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from spct_ray.learn.batch import Batch, Tree
     from spct_ray.learn.trainer import Trainer
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is there, but the package `jobs` is not
 GIB = 2**30
 Figures = dict[str, Any]
 START_S = 90.0  # of the phases' process: imports, CUDA
@@ -142,7 +143,7 @@ def write_model(directory: str, kind: str, layers: int, spread: float, tiny: boo
     import torch
     from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 
-    from spct_ray.evaluation.training_speed import write_tokenizer
+    from jobs.bench.train import write_tokenizer
 
     vocab = 1024 if tiny else {"qwen": 151936, "gemma": 256000}[kind]
     common: dict[str, Any] = {
@@ -457,9 +458,9 @@ def trainer(case: Case, result: Figures) -> None:
     """Updates of a 0.5B model on packed rows of 16,384 tokens: speed, memory against the plan, and where time goes."""
     import torch
 
+    from jobs.flops import training_flops, work_of
     from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
-    from spct_ray.learn.flops import ModelShape, training_flops, work_of
-    from spct_ray.stages.scaling import Training
+    from spct_ray.stages.plan_check import ModelShape, Training
 
     directory = model_dir(case, "qwen", case.size(24, 2))
     micro_tokens = case.size(16384, 512)
@@ -560,7 +561,7 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> tu
 @phase(80)
 def grpo(case: Case, result: Figures) -> None:
     """A GRPO update with prompts shared, repeated, and padded as usual: equal losses, and the seconds of each."""
-    from spct_ray.evaluation.training_speed import Sizes, grpo_ours, grpo_padded
+    from jobs.bench.train import Sizes, grpo_ours, grpo_padded
     from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.config import PolicyLoss
     from spct_ray.learn.grpo_update import update_policy

@@ -40,6 +40,7 @@ for variable, value in {  # read when vLLM is imported
 }.items():  # fmt: skip
     os.environ.setdefault(variable, value)
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script's own folder is there, but the package `jobs` is not
 Figures = dict[str, Any]
 
 
@@ -419,7 +420,7 @@ def _write_model(directory: str, sizes: Sizes, device: str, dtype: str, seed: in
     from safetensors.torch import save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from spct_ray.evaluation.training_speed import write_tokenizer
+    from jobs.bench.train import write_tokenizer
 
     write_tokenizer(directory, sizes.vocab)
     config = Qwen2Config(

@@ -1,18 +1,77 @@
 """Feeds the rollouts that a GRPO run dumped through its trainer again: `python jobs/replay.py CONFIG [key=value ...]`.
 
-The arguments are those of the run, made with resources.grpo.dump_rollouts=true. No engine and no cluster is started and
-nothing is written; prints loss, KL and gradient norm of each step beside what the run logged.
+For looking into an update, or repeating a failure. The arguments are those of the run, made with
+resources.grpo.dump_rollouts=true. No engine and no cluster is started and nothing is written; on one rank, whatever the
+run had, so sums are equal up to rounding. Prints loss, KL and gradient norm of each step beside what the run logged.
 """
 
+from __future__ import annotations
+
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from spct_ray.cli import guarded, load_graph
+from spct_ray.errors import DataError
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import step_directory
 from spct_ray.graph.step import StepContext
-from spct_ray.stages.replay import NAMES, replay
+from spct_ray.stages.grpo import GrpoConfig, GrpoResources, policy_trainer, update
+from spct_ray.stages.phases import Phases
+from spct_ray.stages.rollout_dump import RolloutDump
+
+NAMES = ("loss", "kl", "grad_norm")
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """One update's `NAMES` as computed now, and as the run logged them (empty where it did not come that far)."""
+
+    step: int
+    replayed: dict[str, float]
+    logged: dict[str, float]
+
+
+def replay(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> Iterator[ReplayedStep]:
+    """Updates from the dump of the run in `context.out`, in order: from the start or the earliest checkpoint that is
+    followed by dumped steps, to the first step without a dump.
+
+    Raises DataError when nothing can be replayed, and whatever the updates raise.
+    """
+    from spct_ray.learn.checkpoint import complete_steps
+    from spct_ray.learn.reference import Reference
+
+    dump, checkpoints = RolloutDump(context.out), f"{context.out}/checkpoints"
+    dumped = dump.steps()
+    step = min((start for start in (0, *complete_steps(checkpoints)) if start in dumped), default=None)
+    if step is None:
+        raise DataError(
+            f"{context.out}: no checkpoint is followed by dumped rollouts (dumped steps: {dumped or 'none'}); run with "
+            "resources.grpo.dump_rollouts=true, which changes no step's id"
+        )
+    model = str(Path(context.inputs["rft"]) / "model")
+    trainer = policy_trainer(model, config, resources.train, context.seed)
+    if step > 0:
+        trainer.resume(checkpoints, step)
+    reference = Reference(model, trainer, resources.train) if config.beta > 0 else None
+    logged = _logged(Path(context.out, "metrics.jsonl"))
+    while step in dumped:
+        numbers = update(trainer, reference, dump.read(step), config, resources.train.micro_tokens, Phases())
+        yield ReplayedStep(step, _chosen(numbers), _chosen(logged.get(step, {})))
+        step += 1
+
+
+def _logged(path: Path) -> dict[int, dict[str, float]]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+    return {line["step"]: line for line in parsed}
+
+
+def _chosen(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: numbers[name] for name in NAMES if name in numbers}
 
 
 def main(config_path: str, overrides: Sequence[str], command: str) -> None:

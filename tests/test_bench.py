@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.bench import compare
+from jobs.bench.compare import Repeat, Side, compare
+from jobs.bench.train import Sizes, head_naive, head_ours
+from jobs.bench.trl import Driven, require_trl
 from spct_ray.errors import ConfigError, SpctError
-from spct_ray.evaluation.training_speed import Repeat, Side, Sizes, head_naive, head_ours
 from spct_ray.learn import model
-from spct_ray.stages.trl_speed import Driven, require_trl
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def test_the_bench_runs_and_both_sides_find_the_same_losses(tmp_path: Path) -> N
         "threads": 1,
     }
     words = [f"--{name}={value}" for name, value in {**options, "micro-tokens": 90, "head-tokens": 8}.items()]
-    command = [sys.executable, "jobs/bench.py", "train", f"--json={tmp_path / 'bench.json'}", *words]
+    command = [sys.executable, "-m", "jobs.bench", "train", f"--json={tmp_path / 'bench.json'}", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -120,7 +120,7 @@ def test_the_bench_against_trl_runs_and_both_sides_do_the_same_work(tmp_path: Pa
     options = {"layers": 1, "repeats": 2, "prompts": 2, "group-size": 2, "prompt-tokens": 48, "completion-tokens": 12}
     options |= {"examples": 4, "threads": 1, "micro-tokens": 2048}
     words = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "jobs/bench.py", "trl", *words, "--only", "grpo-kl", "sft"]
+    command = [sys.executable, "-m", "jobs.bench", "trl", *words, "--only", "grpo-kl", "sft"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

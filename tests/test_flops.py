@@ -17,11 +17,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from jobs.flops import Work, training_flops
 from spct_ray.errors import ConfigError
 from spct_ray.learn import attention, model
 from spct_ray.learn.batch import make_batch
-from spct_ray.learn.flops import ModelShape, Work, training_flops
 from spct_ray.learn.model import TokenLogprobs
+from spct_ray.stages.plan_check import ModelShape
 
 SIZES: dict[str, Any] = {
     "vocab_size": 960, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,

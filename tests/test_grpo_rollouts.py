@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tiny import make_tiny_tokenizer
 
 from jobs.replay import main as replay_job
+from jobs.replay import replay
 from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
@@ -39,7 +40,6 @@ from spct_ray.stages.grpo import (
     trained_groups,
     with_advantages,
 )
-from spct_ray.stages.replay import replay
 from spct_ray.stages.rollout_dump import RolloutDump
 from spct_ray.stages.rollout_engines import fitting_items, parity_prompts
 from spct_ray.stages.rollouts import (
@@ -216,6 +216,16 @@ def test_a_ranking_against_brute_force(pairs: list[tuple[int, int]]) -> None:
     assert is_ordered(scores, rewards) == all(max(low) < min(high) for low, high in itertools.pairwise(by_level))
     if len(pairs) == 2 and rewards[0] != rewards[1]:
         assert is_ordered(scores, rewards) == is_correct(scores, rewards)
+
+
+@pytest.mark.parametrize(
+    ("scores", "reward"),
+    [((9, 2, 5), 1), ((9, 9, 5), 0), ((9, 9, 9), -1 / 3), ((2, 9, 9), -1), ((2, 5, 9), -1)],
+)
+def test_expected_pays_a_tie_what_breaking_it_at_random_would(scores: tuple[int, ...], reward: float) -> None:
+    item = replace(make_item(0, 3), rewards=(1.0, 0.0, 0.0))
+    assert judged(item, (0, 1, 2), boxed(*scores), "expected").reward == pytest.approx(reward)
+    assert judged(item, (0, 1, 2), boxed(*scores), "best").reward == (1 if reward == 1 else -1)
 
 
 def test_a_judgement_counts_in_both_orders_only_where_its_twin_is_right_too() -> None:

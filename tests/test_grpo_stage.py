@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from test_tracker import tensorboard_points
 from tiny import make_tiny_model
 
+from jobs.replay import replay
 from spct_ray.chat import encode_example
 from spct_ray.cluster.session import ClusterResources, start
 from spct_ray.data.store import write_items
@@ -36,7 +37,6 @@ from spct_ray.learn.batch import make_batch
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.records import Item, Message
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Rollouts, run
-from spct_ray.stages.replay import replay
 from spct_ray.stages.rollout_dump import RolloutDump
 
 pytestmark = pytest.mark.slow

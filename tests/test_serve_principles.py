@@ -1,21 +1,16 @@
-"""Principles from the query alone: prompt, parser, cache, what requests get (ASGI, no Ray), and what they do."""
+"""Principles from the query alone: prompt, parser, cache, and what requests get (ASGI, no Ray)."""
 
 import asyncio
-import json
 import re
 
 import pytest
 
-from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.judge.parse import Failure
 from spct_ray.judge.principles import PrinciplesCache
 from spct_ray.judge.prompt import PRINCIPLES_GUIDE, JudgeConfig, guide, principles_messages, read_principles
-from spct_ray.records import Completion, Item, Message
-from spct_ray.serve.deployment import ServeConfig
-from spct_ray.serve.principles_effect import credit, measure, report, rubric
-from spct_ray.serve.schema import JudgeAnswer
+from spct_ray.records import Completion, Message
 from tests.test_serve import OK, client
 
 TALK = (Message("user", "Name a prime.\nQuery: [Response 1]"), Message("assistant", "4"), Message("user", "Really?"))
@@ -160,48 +155,3 @@ def test_the_cache_forgets_what_was_not_used_for_longest_and_what_an_older_judge
     used, *newer = asyncio.run(scenario())
     assert used == ["generated", "generated", "cached", "generated", "cached", "generated"]
     assert newer == ["cached", "generated", "cached"]
-
-
-# --- what they cost and do
-
-
-def test_the_effect_of_principles_is_measured_on_the_same_items(capsys):
-    """A judge that is right where it is shown principles, and else finds both responses equal."""
-    config = ServeConfig("m", judge=JudgeConfig(template="compact", single="scale"))
-    items = generate(BuiltinConfig(0, 6, num_responses=(2,), num_responses_weights=(1.0,)), 1)[1]
-    right = {item.responses[item.best] for item in items}
-    asked = []
-
-    def judge(request):
-        prompt = request.messages[0].content
-        asked.append(prompt)
-        shown = re.findall(r"\[Response \d\]\n(.*?)\n\[End \d\]", prompt, re.DOTALL)
-        if not shown:
-            return ["Specific Criteria: x" + "y" * 40]
-        scores = [9 if text in right else 1 for text in shown] if "\nPrinciples: " in prompt else [5, 5]
-        return [f"\\boxed{{{', '.join(map(str, scores))}}}"]
-
-    passes, alone = asyncio.run(measure(config, ScriptedEngine(judge), items, k=2, runs=2))
-    report(items, passes, alone, 2)
-    *_, last = capsys.readouterr().out.splitlines()
-    found = json.loads(last)
-    assert sum("[Response 1]" not in prompt for prompt in asked) == 2 * 2 * 6  # once a query, pass and gateway
-    assert sum(f"Principles: {rubric(items[0])}\n" in prompt for prompt in asked) >= 2 * 2 * 2
-    own, generated, cached, given = (found[way] for way in ("own", "generated", "cached", "given"))
-    assert [row["shown"] for row in (own, generated, cached, given)] == [0, 1, 1, 1]
-    assert [row["accuracy"] for row in (own, generated, cached, given)] == [0.5, 1, 1, 1]
-    assert (cached["difference"], cached["difference_ci"], cached["parsed"]) == (0.5, [0.5, 0.5], 1)
-    assert generated["written"] == pytest.approx(cached["written"] + len("Specific Criteria: x" + "y" * 40) / 2)
-    assert own["read"] < cached["read"] < generated["read"]
-
-
-def test_a_single_response_is_right_on_its_side_of_the_scale_and_no_verdict_is_wrong():
-    answer = JudgeAnswer.model_validate_json(client(Judge()).post("/v1/judge", json={**OK, "k": 2}).content)
-    good, bad = (Item("i", TALK, ("a",), (reward,)) for reward in (1.0, 0.0))
-    for mean, shares in ((7.0, (1.0, 0.0)), (5.5, (0.5, 0.5)), (2.0, (0.0, 1.0))):
-        verdict = answer.model_copy(update={"mean_scores": [mean], "scale": (1, 10)})
-        assert (credit(good, verdict), credit(bad, verdict)) == shares
-    assert credit(good, None) == credit(good, answer.model_copy(update={"mean_scores": None})) == 0
-    pair = Item("i", TALK, ("a", "b"), (0.0, 1.0))
-    means = ([2.0, 5.5], [5.5, 2.0], [4.0, 4.0])
-    assert [credit(pair, answer.model_copy(update={"mean_scores": mean})) for mean in means] == [1, 0, 0.5]

@@ -121,7 +121,7 @@ class GrpoConfig:
 class GrpoResources:
     """Ranks that train, and engines beside them; `engine.max_model_len` has room for prompt and completion.
 
-    `dump_rollouts` keeps the rollouts since the older of the two last checkpoints, see `stages.replay`. It changes
+    `dump_rollouts` keeps the rollouts since the older of the two last checkpoints, see `jobs/replay.py`. It changes
     nothing else, so it is no part of the step's identity and may be turned on for a run that is to be resumed.
     """
 

@@ -1,62 +1,193 @@
-"""Whether a recipe's training steps and engines fit their GPUs, by `scaling.py`, and which setting helps if not.
+"""Whether a recipe's training steps and engines fit their GPUs, and which settings help if not.
 
-Leaves out models whose shape is not known (see `scaling.shape_of`) and everything on CPUs. Loads neither torch nor Ray
-nor vLLM.
+Arithmetic of shapes, not a measurement; docs/scaling.md explains its assumptions, the constants below. Models that are
+not plain dense decoders and steps on CPUs are not checked. Loads neither torch nor Ray nor vLLM.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from spct_ray.engines.base import EngineConfig, EngineResources
+from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
-from spct_ray.learn.flops import ModelShape, work_of
+from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.stages.recipe import Recipe
-from spct_ray.stages.scaling import (
-    COMPLETION_TOKENS,
-    ENGINE_GIB,
-    FILE_BYTES_S,
-    MEMORY_BYTES_S,
-    MFU,
-    NETWORK_BYTES_S,
-    PEAK_FLOPS,
-    PROMPT_SHARE,
-    Training,
-    engine_memory,
-    shape_of,
-)
+
+GIB = 2**30
+# What DeepSpeed and the trainer hold beside the model's state.
+LIVE_NUMEL = 1e9  # stage3_max_live_parameters
+BUCKET_NUMEL = 5e8  # reduce_bucket_size; two buffers of it in fp32, however little is trained
+LOGITS_GIB = 1.0  # four copies of a chunk of learn.model's log-prob head
+RESERVE_GIB = 6.0  # CUDA context, NCCL, fragmentation
+ENGINE_GIB = 3.0  # the same of vLLM, with its activations and CUDA graphs
+FILE_BYTES_S = 2e9  # shared file system: of each writer and of each reader
+MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
-    """Time of a GRPO step by phase, and of the whole: with `max_staleness` 1 the engines work beside the ranks."""
-    config, where = recipe.grpo, recipe.resources.grpo
-    completion = min(COMPLETION_TOKENS, recipe.judge.budget)
-    prompt, sequences = PROMPT_SHARE * config.max_prompt_tokens, config.prompts_per_step * config.group_size
-    trees = [(prompt, [completion] * config.group_size)] * config.prompts_per_step
-    work = work_of(shape, trees, sequences * completion)
-    training = Training(where.train, config.lora, config.optim, config.beta > 0)
-    engine, replicas = where.engine, where.rollout.num_replicas
-    prefill = work_of(shape, [(prompt, ())] * config.prompts_per_step, 0).forward(shape)
-    prefill /= replicas * engine.tensor_parallel * PEAK_FLOPS * MFU
-    running = min(engine.num_seqs(on_gpu=True), math.ceil(sequences / replicas))
-    waves = math.ceil(sequences / replicas / running)
-    read = 2 * (shape.weights + running * shape.kv_numel * (prompt + completion / 2)) / engine.tensor_parallel
-    decode = waves * completion * read / MEMORY_BYTES_S
-    sent = 2 * 2 * shape.weights  # gathered or written, then received or read
-    phases = {
-        "sync": sent / {"directory": FILE_BYTES_S, "nccl": NETWORK_BYTES_S, "ipc": MEMORY_BYTES_S}[engine.transfer],
-        "rollout": prefill + decode,
-        "reference": training.forward_seconds(shape, work) if config.beta > 0 else 0.0,
-        "train": training.seconds(shape, work),
-        "checkpoint": training.checkpoint(shape)[1] / config.checkpoint_every,
-    }
-    whole = sum(phases.values())
-    if config.max_staleness:
-        whole -= min(phases["rollout"], phases["reference"] + phases["train"])
-    return phases | {"step": whole}
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder with gated MLP; `num_windowed` of its layers attend to the last `window` tokens only."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = True
+    window: int = 0
+    num_windowed: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelShape | None:
+        """The shape that a (text) config.json describes; None for a mixture of experts and where a size is missing."""
+        config = config.get("text_config", config)
+        if any(config.get(key) for key in MOE_KEYS):
+            return None
+        try:
+            hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+            window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+            types = config.get("layer_types") or ["sliding_attention"] * layers
+            return cls(
+                hidden,
+                layers,
+                config["intermediate_size"],
+                heads,
+                config.get("num_key_value_heads") or heads,
+                config.get("head_dim") or hidden // heads,
+                config["vocab_size"],
+                bool(config.get("tie_word_embeddings", True)),
+                window or 0,
+                types.count("sliding_attention") if window else 0,
+            )
+        except KeyError:
+            return None
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's linear maps."""
+        hidden, query, key = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, self.intermediate),
+            "up_proj": (hidden, self.intermediate),
+            "down_proj": (self.intermediate, hidden),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Without norms."""
+        return sum(inputs * outputs for inputs, outputs in self.linear.values())
+
+    @property
+    def embedding(self) -> int:
+        """Weights of the embedding; the output layer has as many."""
+        return self.vocab * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """All of them."""
+        return self.layers * self.layer_weights + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def kv_numel(self) -> int:
+        """Cached values of a token in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def activation_numel(self) -> int:
+        """Values that one layer keeps of a token for its backward pass: inputs of norms, linear maps and products."""
+        return 6 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + 4 * self.intermediate
+
+    def adapters(self, lora: LoraConfig) -> int:
+        """Weights of LoRA's A and B."""
+        chosen = [self.linear[name] for name in lora.target_modules or self.linear if name in self.linear]
+        return self.layers * lora.rank * sum(inputs + outputs for inputs, outputs in chosen)
+
+
+KNOWN = {
+    "google/gemma-2-27b": ModelShape(4608, 46, 36864, 32, 16, 128, 256000, window=4096, num_windowed=23),
+    "Qwen/Qwen2.5-0.5B-Instruct": ModelShape(896, 24, 4864, 14, 2, 64, 151936),
+}
+
+
+def shape_of(model: str) -> ModelShape | None:
+    """The shape of a known hub id, or of a directory by its config.json; None where it is not known."""
+    if model in KNOWN:
+        return KNOWN[model]
+    path = Path(model, "config.json")
+    if not path.is_file():
+        return None
+    return ModelShape.of(json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a training step its memory depends on."""
+
+    resources: TrainResources
+    lora: LoraConfig
+    optim: OptimConfig
+    has_reference: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight in use."""
+        return 4 if self.optim.dtype == "float32" else 2
+
+    def memory(self, shape: ModelShape) -> dict[str, float]:
+        """GiB of one GPU by part."""
+        where, width, weights = self.resources, self.width, shape.weights
+        ranks, stage = where.num_workers, where.zero_stage
+        trained = shape.adapters(self.lora) if self.lora.rank else weights
+        gathered = min(weights, max(LIVE_NUMEL, 2 * shape.layer_weights + shape.embedding))
+        whole_or_part = width * weights / (ranks if stage == 3 else 1)
+        layer_bytes = where.micro_tokens * shape.activation_numel * width
+        inputs_bytes = where.micro_tokens * shape.layers * shape.hidden * width
+        # Checkpointed: one layer with its gradients at a time.
+        kept = inputs_bytes + 2 * layer_bytes if where.gradient_checkpointing else shape.layers * layer_bytes
+        # The output layer's gradient waits until the tied embedding's is there, too. DeepSpeed reduces what exceeds its
+        # bucket as a whole, from a copy in fp32; by then the layers' activations are gone.
+        embedding = 0 if self.lora.rank else width * shape.embedding + max(0, (width + 4) * shape.embedding - kept)
+        sizes = {
+            "weights": whole_or_part,
+            "gradients": 4 * trained / (ranks if stage > 1 else 1),
+            "optimizer": 0 if where.offload_optimizer else 12 * trained / ranks,
+            "reference": whole_or_part if self.has_reference and not self.lora.rank else 0,
+            "gathered": width * gathered if stage == 3 and ranks > 1 else 0,
+            "buckets": 8 * BUCKET_NUMEL,
+            "embedding": embedding,
+            "activations": kept,
+        }
+        return {name: size / GIB for name, size in sizes.items()} | {"logits": LOGITS_GIB, "reserve": RESERVE_GIB}
+
+    def state(self, shape: ModelShape) -> float:
+        """GiB of one GPU that stay from step to step."""
+        parts = self.memory(shape)
+        return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference", "reserve"))
+
+    def checkpoint(self, shape: ModelShape) -> tuple[float, float]:
+        """Bytes of a checkpoint, fp32 masters and moments, and the seconds that the ranks take to write their parts."""
+        size = 12 * (shape.adapters(self.lora) if self.lora.rank else shape.weights)
+        return size, size / self.resources.num_workers / FILE_BYTES_S
+
+
+def engine_memory(shape: ModelShape, engine: EngineConfig, gpu_gib: float) -> dict[str, float]:
+    """GiB of one GPU by part; `cache` is what is left of its share, `needed` what one sequence of full length takes."""
+    width = 4 if engine.dtype == "float32" else 2
+    weights = width * shape.weights / engine.tensor_parallel / GIB
+    needed = width * shape.kv_numel * engine.max_model_len / engine.tensor_parallel / GIB
+    cache = engine.gpu_memory_utilization * gpu_gib - weights - ENGINE_GIB
+    return {"weights": weights, "reserve": ENGINE_GIB, "cache": cache, "needed": needed}
 
 
 def checkpoints(recipe: Recipe) -> dict[str, float]:
@@ -188,69 +319,3 @@ def knobs(name: str, training: Training, shape: ModelShape, room: float) -> str:
 
 def _with(**values: Any) -> Callable[[Training], Training]:
     return lambda training: replace(training, resources=replace(training.resources, **values))
-
-
-def on_gpus(recipe: Recipe, num: int) -> Recipe:
-    """The recipe on so many whole GPUs: GRPO shares them out between ranks and engines as it does now, the other steps
-    take them all."""
-    where = recipe.resources
-    train, rollout, size = where.grpo.train, where.grpo.rollout, where.grpo.engine.tensor_parallel
-    now = rollout.num_replicas * size
-    replicas = max(1, round(num * now / (now + train.num_workers) / size))
-    ranks = num - replicas * size
-    if ranks < 1:
-        raise ConfigError(f"{num} GPUs are too few for an engine on {size} and one rank that trains beside it")
-    policy = replace(
-        where.grpo,
-        train=replace(train, num_workers=ranks, gpus_per_worker=1),
-        rollout=EngineResources(replicas, rollout.cpus_per_replica, size),
-    )
-    rft, meta = (replace(r, num_workers=num, gpus_per_worker=1) for r in (where.rft, where.meta))
-    return replace(recipe, resources=replace(where, grpo=policy, rft=rft, meta=meta))
-
-
-def tables(recipe: Recipe, gpus: Sequence[int]) -> str:
-    """Markdown: GiB of each GPU by part, and seconds of a GRPO step by phase, for so many GPUs (none: as configured).
-
-    Raises ConfigError for a model whose shape is not known.
-    """
-    shape = None if recipe.nano else shape_of(recipe.student.model)
-    if shape is None:
-        raise ConfigError(
-            f"the shape of student.model {recipe.student.model!r} is not known: give the directory of a dense model"
-        )
-    variants = {f"{num} GPUs": on_gpus(recipe, num) for num in gpus} or {"as configured": recipe}
-    columns: dict[str, dict[str, float]]
-    lines = [f"{recipe.student.model}, {shape.weights / 1e9:.1f} B weights\n"]
-    for name in trainings(next(iter(variants.values()))):
-        columns = {}
-        for title, variant in variants.items():
-            training = trainings(variant)[name]
-            parts = training.memory(shape)
-            columns[f"{title}: {training.resources.num_workers} ranks"] = parts | {"sum": sum(parts.values())}
-        lines.append(table(f"{name}, GiB", columns))
-        for title, variant in variants.items():
-            training, room = trainings(variant)[name], recipe.resources.cluster.gpu_gib - beside(variant, name)
-            if sum(training.memory(shape).values()) > room:
-                lines.append(f"{title} do not fit; what helps: {knobs(name, training, shape, room)}\n")
-    columns = {
-        f"{title}: {v.resources.grpo.rollout.num_replicas} engines": engine_memory(
-            shape, v.resources.grpo.engine, recipe.resources.cluster.gpu_gib
-        )
-        for title, v in variants.items()
-    }
-    lines.append(table("grpo.engine, GiB", columns))
-    columns = {}
-    for title, variant in variants.items():
-        columns[title] = grpo_seconds(variant, shape)
-    lines.append(table("GRPO step, seconds", columns))
-    lines.append(table("checkpoints (two are kept)", {title: checkpoints(v) for title, v in variants.items()}))
-    return "\n".join(lines)
-
-
-def table(title: str, columns: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with the parts as rows."""
-    rows = [f"| {title} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for part in next(iter(columns.values())):
-        rows.append(f"| {part} | {' | '.join(f'{column[part]:.1f}' for column in columns.values())} |")
-    return "\n".join(rows) + "\n"

@@ -1,35 +1,40 @@
-"""The sides of `python jobs/bench.py trl`: whole updates by our code and by TRL's own trainers (the extra `bench`).
+"""Whole updates by our code and by TRL's own trainers (the extra `bench`), in tokens per second.
 
 GRPO end to end: TRL generates by transformers, we by a vLLM engine in the trainer's process, whose weights are reloaded
 and checked against the trainer's in each step, as in a run. Prompts, numbers of samples, lengths, reward, optimiser,
 precision and threads are the same. SFT: judgements of built-in items with their natural spread of lengths, in one
-update; TRL gets them sorted by length, so that it pads little. Neither recomputes activations.
+update; TRL gets them sorted by length, so that it pads little. Neither recomputes activations. Tokens are those of
+completions for GRPO, and real ones for SFT.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import random
 import string
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
+from jobs.bench.compare import Repeat, Side, add_model_arguments, compare, model_directory, num_threads
+from jobs.bench.train import OPTIM, make_trainer, sft_packed, write_model
 from spct_ray.chat import encode_example, encode_prompt
 from spct_ray.cluster.sync import Parity, SentWeights, check_parity, push_weights
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
-from spct_ray.engines.checksums import compare
+from spct_ray.engines.checksums import compare as compare_checksums
 from spct_ray.errors import ConfigError, SpctError
-from spct_ray.evaluation.training_speed import OPTIM, Repeat, Side, make_trainer, sft_packed
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.learn.batch import make_batch
@@ -55,6 +60,37 @@ class Work:
     completion_tokens: int
     examples: int
     micro_tokens: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the bench."""
+    add_model_arguments(parser, repeats=3, prompts=8, prompt_tokens=400, completion_tokens=100, examples=16)
+    parser.add_argument("--only", nargs="+", choices=tuple(SIDES), default=tuple(SIDES), help="default: all")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print a line per comparison, and all of them as JSON. Raises ConfigError where TRL is not installed."""
+    require_trl()
+    threads = num_threads(options.threads)
+    names = ("prompts", "group_size", "prompt_tokens", "completion_tokens", "examples", "micro_tokens")
+    work = Work(**{n: getattr(options, n) for n in names})
+    print(f"{threads} threads, {options.repeats - 1} repeats after one that is dropped; {asdict(work)}", flush=True)
+    results = []
+    with model_directory(options.model, write_model, options.layers) as model:
+        for name in options.only:
+            ours, theirs, beta = SIDES[name]
+            r = compare(name, ours, theirs, options.repeats, threads, model, work, beta)
+            rates = r.tokens_ours / r.ours, r.tokens_theirs / r.theirs
+            results.append({**asdict(r), "tokens_per_second": rates, "ratio": rates[0] / rates[1]})
+            print(
+                f"{name:8} ours {rates[0]:.1f} tokens/s, TRL {rates[1]:.1f}: {rates[0] / rates[1]:.2f}x; seconds "
+                f"{r.ours:.1f} / {r.theirs:.1f}; peak GiB {r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}",
+                flush=True,
+            )
+    content = {"bench": "trl", "threads": threads, "work": asdict(work), "results": results}
+    if options.json:
+        Path(options.json).write_text(json.dumps(content, indent=1))
+    print(json.dumps(content))
 
 
 def require_trl() -> None:
@@ -88,7 +124,7 @@ def grpo_ours(model_dir: str, work: Work, beta: float) -> Side:
         with phase("parity"), torch.no_grad():
             logps = [values.tolist() for values in parity_batch.split(trainer.logprobs(parity_batch).cpu())]
             sent = weights.checksums()
-            compare(sent, [engine.held_tensors(list(sent))])
+            compare_checksums(sent, [engine.held_tensors(list(sent))])
             check_parity(logps, engine.prompt_logprobs(checked), Parity(config.parity_mean, config.parity_p99))
         began = time.monotonic()
         with phase("rollout"):

@@ -1,9 +1,8 @@
 """The voting service under more load than it can bear, with its judge killed once.
 
-`python jobs/bench.py serve --load [--model RUN_OR_MODEL --clients 200 --minutes 5 --kill-minute 2.5]`. HTTP clients
-together ask for twice what the service was measured to answer, and do not try again. Every answer is compared with the
-one that the idle service gave to the same request; memory is read from /proc. Prints tables and, as its last line, one
-JSON object.
+HTTP clients together ask for twice what the service was measured to answer, and do not try again. Every answer is
+compared with the one that the idle service gave to the same request; memory is read from /proc. Without a model it
+makes one of two layers with random weights.
 """
 
 from __future__ import annotations
@@ -18,18 +17,21 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
+from jobs.bench.compare import model_directory
+from jobs.bench.serve import add_service_arguments, bench_config, service_config
+from jobs.bench.train import write_model
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.serve.client import request
-from spct_ray.serve.deployment import ServeConfig, resolve
+from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.schema import JudgeAnswer
 
 OVERLOAD = 2.0  # requests asked for, as a multiple of those answered at saturation
@@ -72,23 +74,24 @@ class Memory:
     mib: float
 
 
-def run(arguments: argparse.Namespace, config: ServeConfig) -> None:
-    """Serve `config`, load it, print the report."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the bench."""
+    add_service_arguments(parser)
+    parser.add_argument("--model", help="a run's root or a model directory (default: two layers, random)")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--kill-minute", type=float, help="when the judge is killed (default: half-way)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve the model, load it, print the report."""
     from spct_ray.cluster import session
     from spct_ray.serve import app
 
-    with session.start(config.resources.cluster), app.serving(config) as url:
-        asyncio.run(drive(arguments, url, config))
-
-
-def config_of(target: str, base: ServeConfig, cores: int) -> ServeConfig:
-    """What `spct serve TARGET` would serve, with an engine of so many threads, at the address of `base`."""
-    found = resolve(target)
-    resources = replace(
-        base.resources,
-        engine=replace(found.resources.engine, kv_cache_gib=base.resources.engine.kv_cache_gib, threads=cores),
-    )
-    return replace(found, resources=resources)
+    with model_directory(options.model, write_model, 2) as model:
+        config = service_config(model, options) if options.model else bench_config(model, options)
+        with session.start(config.resources.cluster), app.serving(config) as url:
+            asyncio.run(drive(options, url, config))
 
 
 def fault(answer: JudgeAnswer, body: dict[str, Any], alone: JudgeAnswer) -> str:
@@ -135,32 +138,32 @@ def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-async def drive(arguments: argparse.Namespace, url: str, config: ServeConfig) -> None:
+async def drive(options: argparse.Namespace, url: str, config: ServeConfig) -> None:
     """Load the service of `config` at `url`, whose Ray this process has started, and print the report."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=config.judge_timeout_s + 60, limits=limits) as http:
-        questions = await _questions(http, arguments.k)
+        questions = await _questions(http, options.k)
         started = time.monotonic()
         many = config.resources.judge.max_ongoing_requests
         probe = await asyncio.gather(*(_client(http, questions, i, started + PROBE_S, 0.0) for i in range(many)))
         answered = [r for replies in probe for r in replies if r.outcome == "200"]
         capacity = len(answered) / (max(r.sent_at + r.seconds for r in answered) - started)
-        interval_s = arguments.clients / (OVERLOAD * capacity)
-        print(f"{capacity:.1f} requests/s answered of {many} clients; now {arguments.clients} clients ask for "
-              f"{OVERLOAD * capacity:.1f}/s for {arguments.minutes:g} minutes", flush=True)  # fmt: skip
+        interval_s = options.clients / (OVERLOAD * capacity)
+        print(f"{capacity:.1f} requests/s answered of {many} clients; now {options.clients} clients ask for "
+              f"{OVERLOAD * capacity:.1f}/s for {options.minutes:g} minutes", flush=True)  # fmt: skip
         started = time.monotonic()
-        end = started + 60 * arguments.minutes
+        end = started + 60 * options.minutes
         memory: list[Memory] = []
         watch = asyncio.create_task(_watch(memory))
-        clients = [asyncio.create_task(_client(http, questions, i, end, interval_s)) for i in range(arguments.clients)]
-        await asyncio.sleep(60 * (arguments.minutes / 2 if arguments.kill_minute is None else arguments.kill_minute))
+        clients = [asyncio.create_task(_client(http, questions, i, end, interval_s)) for i in range(options.clients)]
+        await asyncio.sleep(60 * (options.minutes / 2 if options.kill_minute is None else options.kill_minute))
         killed_at = time.monotonic()
         await asyncio.to_thread(_kill_judge)
         print(f"killed the judge replica after {killed_at - started:.0f} s", flush=True)
         replies = [reply for client in clients for reply in await client]
         watch.cancel()
         after = [await _ask(http, question) for question in questions]
-    _report(arguments, capacity, replies, memory, started, killed_at, after)
+    _report(options, capacity, replies, memory, started, killed_at, after)
 
 
 async def _questions(http: httpx.AsyncClient, k: int) -> list[Question]:
@@ -226,7 +229,7 @@ def _kill_judge() -> None:
 
 
 def _report(
-    arguments: argparse.Namespace,
+    options: argparse.Namespace,
     capacity: float,
     replies: Sequence[Reply],
     memory: Sequence[Memory],
@@ -239,9 +242,9 @@ def _report(
     back = [r.sent_at + r.seconds - killed_at for r in answers if r.sent_at > killed_at]
     figures: dict[str, Any] = {
         "bench": "serve load",
-        "clients": arguments.clients,
-        "minutes": arguments.minutes,
-        "k": arguments.k,
+        "clients": options.clients,
+        "minutes": options.minutes,
+        "k": options.k,
         "capacity": round(capacity, 2),
         "asked": round(len(replies) / (max(r.sent_at for r in replies) - started), 2),
         "answered": round(len(answers) / (max(r.sent_at + r.seconds for r in replies) - started), 2),

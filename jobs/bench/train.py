@@ -1,15 +1,19 @@
-"""What `jobs/bench.py train` compares: each side as a function that does one repeat, ours and the usual way to do it.
+"""GRPO and SFT updates and log-probs, ours beside the usual way, in seconds, memory and FLOP/s.
 
 The usual way is plain transformers with padded batches, as TRL does it: float32 weights, autocast where bf16 is fast,
-left-padded prompts, logits of the completions alone. Both sides are given the same samples and optimiser settings.
+left-padded prompts, logits of the completions alone. Both sides are given the same samples and optimiser settings, and
+must find the same loss.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,17 +21,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from jobs.bench.compare import (
+    Repeat,
+    Side,
+    SideProcess,
+    add_model_arguments,
+    compare,
+    model_directory,
+    num_threads,
+)
+from jobs.flops import Work, training_flops, work_of
 from spct_ray.learn.batch import BatchSize
 from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.examples import Example
 from spct_ray.learn.fit import rank_rows
-from spct_ray.learn.flops import ModelShape, Work, training_flops, work_of
 from spct_ray.learn.grpo import importance_N, policy_loss, token_weights
 from spct_ray.learn.grpo_update import Sample, rank_micro_batches, update_policy
 from spct_ray.learn.model import LogprobHead
 from spct_ray.learn.sft import sft_loss
 from spct_ray.learn.trainer import Trainer
 from spct_ray.precision import resolve
+from spct_ray.stages.plan_check import ModelShape
 
 T = TypeVar("T")
 OPTIM = OptimConfig(lr=1e-5, schedule="constant")
@@ -49,21 +63,53 @@ class Sizes:
     head_hidden: int
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """What one repeat computed (equal on both sides), how many tokens passed through the network for it, and its work.
-
-    `flops` are those of linear layers, attention and output layer that were really computed, forward and backward, by
-    formula (see `learn.flops`; 0: not counted).
-    """
-
-    loss: float
-    tokens: int
-    flops: float = 0.0
-
-
-Side = Callable[[], Repeat]
 _PaddedRow = tuple[Tensor, Tensor, int]  # loss, token ids [B, T], places of a sequence with logits
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the bench."""
+    add_model_arguments(parser, repeats=4, prompts=1, prompt_tokens=256, completion_tokens=64, head_tokens=2048)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the three comparisons as a table and as JSON.
+
+    FLOP/s stand beside the best of the machine's matrix products before and after each comparison, on equal threads.
+    """
+    threads = num_threads(options.threads)
+    names = ("prompts", "group_size", "prompt_tokens", "completion_tokens", "micro_tokens", "head_tokens")
+    sizes = Sizes(**{n: getattr(options, n) for n in names}, head_vocab=262_144, head_hidden=576)
+    print(f"{threads} threads, {options.repeats - 1} repeats after one that is dropped; {asdict(sizes)}", flush=True)
+    print(f"{'':14}{'ours s':>9}{'theirs s':>10}{'faster':>8}{'tokens':>16}{'peak GiB':>16}{'GFLOP/s':>16}", flush=True)
+    results = []
+    ceiling = SideProcess(matmul_ceiling, threads)
+    peaks = [ceiling.repeat()[1]]
+    with model_directory(options.model, write_model, options.layers) as model:
+        for name, ours, theirs in (
+            ("grpo update", grpo_ours, grpo_padded),
+            ("log-probs 256k", head_ours, head_naive),
+            ("sft update", sft_ours, sft_padded),
+        ):
+            r = compare(name, ours, theirs, options.repeats, threads, model, sizes)
+            results.append(r)
+            peaks.append(ceiling.repeat()[1])
+            tokens, memory = f"{r.tokens_ours} / {r.tokens_theirs}", f"{r.peak_gib_ours:.2f} / {r.peak_gib_theirs:.2f}"
+            rates = f"{r.flops_ours / r.ours / 1e9:.0f} / {r.flops_theirs / r.theirs / 1e9:.0f}"
+            print(
+                f"{name:14}{r.ours:9.3f}{r.theirs:10.3f}{r.ratio:7.2f}x{tokens:>16}{memory:>16}{rates:>16}", flush=True
+            )
+    ceiling.close()
+    best = max(peaks)
+    shares = {r.name: (r.flops_ours / r.ours / best, r.flops_theirs / r.theirs / best) for r in results}
+    told = ", ".join(f"{name} {mine:.0%} / {other:.0%}" for name, (mine, other) in shares.items())
+    print(f"matrix products reach {best / 1e9:.0f} GFLOP/s here; shares of it, ours / theirs: {told}")
+    content = {
+        "bench": "train", "threads": threads, "sizes": asdict(sizes), "results": [asdict(r) for r in results],
+        "ceiling_flops": best, "shares": shares,
+    }  # fmt: skip
+    if options.json:
+        Path(options.json).write_text(json.dumps(content, indent=1))
+    print(json.dumps(content))
 
 
 def matmul_ceiling() -> Callable[[], float]:

@@ -1,6 +1,6 @@
 """What the voting service costs: the same judgements through it, over HTTP, and by the same engine driven directly.
 
-`python jobs/bench.py serve [--model DIR]`. Both engines live side by side and work in turns, so that a machine whose
+Both engines live side by side and work in turns, so that a machine whose
 speed drifts favours neither; each request shows new texts, so that neither finds its prompt cached. Without a model it
 makes one of SmolLM2-135M's shape with random weights, which writes nonsense at the same speed: what it writes is no
 judgement, and only its tokens and seconds count. Prints a table and, as its last line, one JSON object.
@@ -15,23 +15,22 @@ import os
 import random
 import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from jobs.bench.compare import model_directory
+from jobs.bench.train import write_model
 from spct_ray.engines.base import EngineConfig
-from spct_ray.errors import ConfigError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
-from spct_ray.serve import load, principles_effect
-from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
+from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources, resolve
 
 RESPONSES = 2  # of each item
 SEED = 1
@@ -49,61 +48,55 @@ Judge = Callable[[Sequence[Item], int], Took]  # k judgements of each item, all 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("--model", help="model directory of the judge (default: SmolLM2-135M's shape, random); with "
-                        "--load and --principles also a run's root")  # fmt: skip
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of each engine")
+    """The options of the bench."""
+    add_service_arguments(parser)
+    parser.add_argument("--model", help="model directory of the judge (default: SmolLM2-135M's shape, random)")
     parser.add_argument("--items", type=int, default=6, help="items judged at once at saturation")
-    parser.add_argument("--k", type=int, default=8, help="judgements of each of them")
+    parser.add_argument("--runs", type=int, default=3, help="rounds of all measurements; medians count")
+
+
+def add_service_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all benches of the service share."""
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of each engine")
+    parser.add_argument("--k", type=int, default=8, help="judgements of each item")
     parser.add_argument("--prompt-tokens", type=int, default=800, help="about; exact for the random model")
     parser.add_argument("--max-tokens", type=int, default=40, help="of one judgement")
-    parser.add_argument("--runs", type=int, default=3, help="rounds of all measurements; medians count")
     parser.add_argument("--kv-cache-gib", type=float, default=1.0, help="of each engine; resident memory grows until "
                         "all of it was used once")  # fmt: skip
-    parser.add_argument("--load", action="store_true", help="overload it instead, and kill its judge: serve/load.py")
-    parser.add_argument("--principles", action="store_true", help="what principles cost and do instead, for a trained "
-                        "judge: serve/principles_effect.py")  # fmt: skip
-    parser.add_argument("--clients", type=int, default=200, help="of --load")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of --load")
-    parser.add_argument("--kill-minute", type=float, help="of --load: when the judge is killed (default: half-way)")
 
 
-def serve(arguments: argparse.Namespace) -> None:
-    """Measure, print the table and the JSON. Raises ConfigError for --principles without a model."""
-    if arguments.principles:
-        if not arguments.model:
-            raise ConfigError("--principles: name a trained judge with --model RUN_OR_MODEL, a random one writes none")
-        base = _config(os.path.abspath(arguments.model), arguments)
-        principles_effect.run(arguments, load.config_of(arguments.model, base, arguments.cores))
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        if not arguments.model:
-            from spct_ray.evaluation.training_speed import write_model
+def run(options: argparse.Namespace) -> None:
+    """Measure, print the table and the JSON."""
+    from spct_ray.cluster import session
+    from spct_ray.serve import app
 
-            write_model(directory, layers=2 if arguments.load else 30)
-        model = os.path.abspath(arguments.model or directory)
-        config = _config(model, arguments)
-        if arguments.load:
-            load.run(arguments, load.config_of(model, config, arguments.cores) if arguments.model else config)
-            return
-        with _Direct(config) as direct:
-            from spct_ray.cluster import session
-            from spct_ray.serve import app
-
-            with session.start(config.resources.cluster), app.serving(config) as url:
-                _report(arguments, *_measure(direct.judge, _service(url), arguments))
+    with model_directory(options.model, write_model, 30) as model:
+        config = bench_config(os.path.abspath(model), options)
+        with (
+            _Direct(config) as direct,
+            session.start(config.resources.cluster),
+            app.serving(config) as url,
+        ):
+            _report(options, *_measure(direct.judge, _service(url), options))
 
 
-def _measure(direct: Judge, service: Judge, arguments: argparse.Namespace) -> tuple[list[Took], ...]:
+def service_config(target: str, options: argparse.Namespace) -> ServeConfig:
+    """What `spct serve TARGET` would serve, with the engine's size and the address of this bench."""
+    config, base = resolve(target), bench_config(os.path.abspath(target), options)
+    engine = replace(config.resources.engine, kv_cache_gib=options.kv_cache_gib, threads=options.cores)
+    return replace(config, resources=replace(base.resources, engine=engine))
+
+
+def _measure(direct: Judge, service: Judge, options: argparse.Namespace) -> tuple[list[Took], ...]:
     """[saturation direct, saturation service, one sample direct, one sample service, vote@8, vote@32], each by run."""
-    texts = _texts(arguments.prompt_tokens)
+    texts = _texts(options.prompt_tokens)
     for judge in (direct, service):
         judge([texts()], 2)  # first use of everything
     taken: tuple[list[Took], ...] = tuple([] for _ in range(6))
-    for _ in range(arguments.runs):
-        items = [texts() for _ in range(arguments.items)]
-        taken[0].append(direct(items, arguments.k))
-        taken[1].append(service(items, arguments.k))
+    for _ in range(options.runs):
+        items = [texts() for _ in range(options.items)]
+        taken[0].append(direct(items, options.k))
+        taken[1].append(service(items, options.k))
         for _ in range(2):  # short, so more of them
             item = texts()
             taken[2].append(direct([item], 1))
@@ -113,11 +106,11 @@ def _measure(direct: Judge, service: Judge, arguments: argparse.Namespace) -> tu
     return taken
 
 
-def _report(arguments: argparse.Namespace, *taken: list[Took]) -> None:
+def _report(options: argparse.Namespace, *taken: list[Took]) -> None:
     theirs, ours = (statistics.median(t.tokens / t.seconds for t in side) for side in taken[:2])
     one_direct, one, eight, all32 = (statistics.median(t.seconds for t in side) for side in taken[2:])
     lines = [
-        (f"saturation, engine alone ({arguments.items} items x k = {arguments.k})", f"{theirs:8.1f} tokens/s"),
+        (f"saturation, engine alone ({options.items} items x k = {options.k})", f"{theirs:8.1f} tokens/s"),
         ("saturation, through the service", f"{ours:8.1f} tokens/s"),
         ("ratio", f"{ours / theirs:8.3f}"),
         ("one sample, engine alone", f"{one_direct:8.3f} s"),
@@ -126,11 +119,11 @@ def _report(arguments: argparse.Namespace, *taken: list[Took]) -> None:
         ("vote@8 / one sample", f"{eight / one:8.2f}"),
         ("vote@32 / one sample", f"{all32 / one:8.2f}"),
     ]
-    print(f"{arguments.cores} cores, prompts of {arguments.prompt_tokens} tokens, judgements of {arguments.max_tokens}")
+    print(f"{options.cores} cores, prompts of {options.prompt_tokens} tokens, judgements of {options.max_tokens}")
     for name, value in lines:
         print(f"  {name:48s}{value}")
     figures: dict[str, Any] = {"bench": "serve", "ratio": ours / theirs, "ours": ours, "theirs": theirs}
-    figures |= {"unit": "judge tokens/s", "runs": arguments.runs, "added_latency": one / one_direct - 1}
+    figures |= {"unit": "judge tokens/s", "runs": options.runs, "added_latency": one / one_direct - 1}
     figures |= {"one_sample_s": one, "vote8": eight / one, "vote32": all32 / one}
     print(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in figures.items()}))
 
@@ -205,21 +198,22 @@ def _drive(config: ServeConfig, connection: Connection) -> None:
         connection.send(Took(tokens, time.perf_counter() - started))
 
 
-def _config(model: str, arguments: argparse.Namespace) -> ServeConfig:
+def bench_config(model: str, options: argparse.Namespace) -> ServeConfig:
+    """A service of one judge on this machine, at a free port."""
     from spct_ray.cluster.session import ClusterResources
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    length = arguments.prompt_tokens + arguments.max_tokens + 200
+    length = options.prompt_tokens + options.max_tokens + 200
     return ServeConfig(
         judge_model=model,
-        judge=JudgeConfig(template="compact", single="scale", max_tokens=arguments.max_tokens),
+        judge=JudgeConfig(template="compact", single="scale", max_tokens=options.max_tokens),
         judge_timeout_s=600,
         resources=ServeResources(
             port=port,
-            judge=ReplicaConfig(num_cpus=arguments.cores),
-            engine=EngineConfig(max_model_len=length, kv_cache_gib=arguments.kv_cache_gib, threads=arguments.cores),
-            cluster=ClusterResources(num_cpus=arguments.cores + 1, object_store_gib=0.1),
+            judge=ReplicaConfig(num_cpus=options.cores),
+            engine=EngineConfig(max_model_len=length, kv_cache_gib=options.kv_cache_gib, threads=options.cores),
+            cluster=ClusterResources(num_cpus=options.cores + 1, object_store_gib=0.1),
         ),
     )

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3Config
 
+from jobs.capacity import grpo_seconds, on_gpus, tables
 from spct_ray.cli import main
 from spct_ray.config import load
 from spct_ray.errors import ConfigError
 from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.learn.lora import add_adapters
-from spct_ray.stages.plan_check import beside, check, checkpoints, grpo_seconds, on_gpus, tables, trainings
+from spct_ray.stages.plan_check import KNOWN, Training, beside, check, checkpoints, engine_memory, shape_of, trainings
 from spct_ray.stages.recipe import Recipe
-from spct_ray.stages.scaling import KNOWN, Training, engine_memory, shape_of
 
 ROOT = Path(__file__).parent.parent
 PAPER = str(ROOT / "conf" / "paper.yaml")
@@ -212,8 +212,8 @@ def test_the_command_plan_refuses_it_and_shows_what_would_run(
     assert re.search(r"error: this plan cannot fit.*\n  resources.rft: a GPU needs", printed.err)
 
 
-def test_the_bench_prints_the_tables() -> None:
-    command = [sys.executable, "jobs/bench.py", "plan", PAPER, "--gpus", "8", "64"]
+def test_the_tool_prints_the_tables() -> None:
+    command = [sys.executable, "-m", "jobs.capacity", PAPER, "--gpus", "8", "64"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| grpo.train, GiB | 8 GPUs: 6 ranks | 64 GPUs: 42 ranks |" in done.stdout

@@ -7,102 +7,15 @@ adapters and the optimiser, which are below a percent, and models that are not p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig
+from spct_ray.stages.plan_check import ModelShape
 
 if TYPE_CHECKING:
     from spct_ray.learn.batch import Batch
-
-_MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A dense decoder with gated MLP; `num_windowed` of its layers attend to the last `window` tokens only."""
-
-    hidden: int
-    layers: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool = True
-    window: int = 0
-    num_windowed: int = 0
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelShape | None:
-        """The shape that a (text) config.json describes; None for a mixture of experts and where a size is missing."""
-        config = config.get("text_config", config)
-        if any(config.get(key) for key in _MOE_KEYS):
-            return None
-        try:
-            hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-            window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-            types = config.get("layer_types") or ["sliding_attention"] * layers
-            return cls(
-                hidden,
-                layers,
-                config["intermediate_size"],
-                heads,
-                config.get("num_key_value_heads") or heads,
-                config.get("head_dim") or hidden // heads,
-                config["vocab_size"],
-                bool(config.get("tie_word_embeddings", True)),
-                window or 0,
-                types.count("sliding_attention") if window else 0,
-            )
-        except KeyError:
-            return None
-
-    @property
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's linear maps."""
-        hidden, query, key = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (hidden, query),
-            "k_proj": (hidden, key),
-            "v_proj": (hidden, key),
-            "o_proj": (query, hidden),
-            "gate_proj": (hidden, self.intermediate),
-            "up_proj": (hidden, self.intermediate),
-            "down_proj": (self.intermediate, hidden),
-        }
-
-    @property
-    def layer_weights(self) -> int:
-        """Without norms."""
-        return sum(inputs * outputs for inputs, outputs in self.linear.values())
-
-    @property
-    def embedding(self) -> int:
-        """Weights of the embedding; the output layer has as many."""
-        return self.vocab * self.hidden
-
-    @property
-    def weights(self) -> int:
-        """All of them."""
-        return self.layers * self.layer_weights + self.embedding * (1 if self.tied else 2)
-
-    @property
-    def kv_numel(self) -> int:
-        """Cached values of a token in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def activation_numel(self) -> int:
-        """Values that one layer keeps of a token for its backward pass: inputs of norms, linear maps and products."""
-        return 6 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + 4 * self.intermediate
-
-    def adapters(self, lora: LoraConfig) -> int:
-        """Weights of LoRA's A and B."""
-        chosen = [self.linear[name] for name in lora.target_modules or self.linear if name in self.linear]
-        return self.layers * lora.rank * sum(inputs + outputs for inputs, outputs in chosen)
 
 
 @dataclass(frozen=True)

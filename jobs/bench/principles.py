@@ -1,10 +1,9 @@
 """What principles do to judging: its tokens, its time and its accuracy.
 
-`python jobs/bench.py serve --principles --model RUN_OR_MODEL --items 200`. The same items are judged by principles of
-the judge's own, which it writes anew in each sample; by such as it writes once from the query, the first time
-(generated) and again (cached); and by given ones: those of the item, or the requirements of a built-in item. Items are
-held-out ones of the run, or built-in ones. Engine, gateway and cache are the service's, in this process, without HTTP
-and meta RM. Prints a table and, as its last line, one JSON object.
+The same items are judged by the judge's own principles, which it writes anew in each sample; by such as it writes once
+from the query, the first time (generated) and again (cached); and by given ones: those of the item, or the requirements
+of a built-in item. Items are held-out ones of the run, or built-in ones. Engine, gateway and cache are the service's,
+in this process, without HTTP and meta RM.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.bench.serve import add_service_arguments, service_config
 from spct_ray.data.builtin import SOURCE, BuiltinConfig, generate, requirements_of
 from spct_ray.data.program import criteria
 from spct_ray.data.store import judged_files, read_items
@@ -51,14 +51,25 @@ class Pass:
     seconds: float
 
 
-def run(arguments: argparse.Namespace, config: ServeConfig) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the bench."""
+    add_service_arguments(parser)
+    parser.add_argument(
+        "--model", required=True, metavar="RUN_OR_MODEL", help="a trained judge: a random one writes none"
+    )
+    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=3, help="passes over all items in each way")
+
+
+def run(options: argparse.Namespace) -> None:
     """Start the engine, measure, print the report."""
-    items = _items(arguments.model, arguments.items)
+    config = service_config(options.model, options)
+    items = _items(options.model, options.items)
     from spct_ray.engines.vllm import VllmEngine
 
     engine = VllmEngine(config.judge_model, config.resources.engine)
     try:
-        report(items, *asyncio.run(measure(config, engine, items, arguments.k, arguments.runs)), arguments.k)
+        report(items, *asyncio.run(measure(config, engine, items, options.k, options.runs)), options.k)
     finally:
         engine.close()
 
