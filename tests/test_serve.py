@@ -73,15 +73,18 @@ class Meta:
         return list(self.logits)
 
 
-def client(script, meta=None, ready=True, engine=None, ledger=None, **config):
-    engine = engine or ScriptedEngine(script)
-    settings = ServeConfig("unused", name="grpo", judge=JudgeConfig(template="compact"), **config)
+def app_of(engine, meta=None, ready=True, ledger=None, **config):
+    settings = ServeConfig("unused", judge=JudgeConfig(template="compact"), **config)
 
     async def judge_is_ready():
         return ready
 
     ledger = ledger or LocalLedger(settings.name, settings.judgements_per_minute)
-    return TestClient(build_app(Gateway(settings, LocalJudge(engine, settings), meta), ledger, judge_is_ready))
+    return build_app(Gateway(settings, LocalJudge(engine, settings), meta), ledger, judge_is_ready)
+
+
+def client(script, meta=None, engine=None, **options):
+    return TestClient(app_of(engine or ScriptedEngine(script), meta, name="grpo", **options))
 
 
 def ask(script, meta=None, /, **request):

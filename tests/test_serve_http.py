@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError
-from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.deployment import ServeConfig
-from spct_ray.serve.gateway import Gateway
-from spct_ray.serve.ledger import LocalLedger
-from spct_ray.serve.routes import build_app
 from spct_ray.serve.schema import JudgeAnswer, JudgeRequest, SampleOut
-from tests.test_serve import OK, Script, SilentEngine, client, refuse
+from tests.test_serve import OK, Script, SilentEngine, app_of, client, refuse
 
 HTTP = client(Script((1, 2)))
 
@@ -177,16 +172,6 @@ def test_no_text_of_a_request_and_no_stray_error_is_logged(caplog):
 
 
 # --- disconnects
-
-
-def app_of(engine, meta=None, **config):
-    settings = ServeConfig("unused", judge=JudgeConfig(template="compact"), **config)
-
-    async def ready():
-        return True
-
-    ledger = LocalLedger(settings.name, settings.judgements_per_minute)
-    return build_app(Gateway(settings, LocalJudge(engine, settings), meta), ledger, ready)
 
 
 class CountingEngine(SilentEngine):
