@@ -211,25 +211,39 @@ class TestVllm:
             abort(core, request_ids, *rest)
 
         monkeypatch.setattr(LLMEngine, "abort_request", record)
+        given, submit = [], engine.submit
+        monkeypatch.setattr(engine, "submit", lambda request: given.append(submit(request)) or given[-1])
         judge = EngineJudge(engine, JudgeConfig(template="compact", max_tokens=90), "m", guided=False)
         item = Item("i", (Message("user", "q"),), ("a", "b"))
 
+        async def judged(sample):
+            """A judgement that the engine was asked for."""
+            num = len(given)
+            task = asyncio.create_task(judge.judge_one(JudgeTask(item, (0, 1), sample, 1.0, sample)))
+            while len(given) == num:
+                await asyncio.sleep(0)
+            return task
+
+        async def cancel(task):
+            task.cancel()
+            await asyncio.wait([task])
+            await asyncio.sleep(0)  # in which the engine is told
+
         async def scenario():
-            unwanted = [asyncio.create_task(judge.judge_one(JudgeTask(item, (0, 1), k, 1.0, k))) for k in range(3)]
-            await asyncio.sleep(0)  # in which the engine is asked
-            wanted = engine.submit(ask("go on", max_tokens=40, guide="[a-z ]{90}"))
-            assert all(one.cancel() for one in unwanted)
-            await asyncio.wait(unwanted)
-            assert (await asyncio.wrap_future(wanted))[0].completion_tokens
+            unwanted = [await judged(sample) for sample in range(3)]
+            wanted = submit(ask("go on", max_tokens=40, guide="[a-z ]{90}"))
+            for task in unwanted:
+                await cancel(task)
+            assert all(future.cancelled() for future in given)
+            assert wanted.result()[0].completion_tokens
             assert engine.generate([ask("and on")])[0][0].completion_tokens
             assert len(aborted) in range(4)  # those that were not even begun need no abort
-            started = asyncio.create_task(judge.judge_one(JudgeTask(item, (0, 1), 4, 1.0, 4)))
-            await asyncio.sleep(0)
+            started = await judged(4)
+            begun = given[-1]
             engine.generate([ask("a step", max_tokens=1)])  # so that it has begun
-            begun = started.cancel()
-            await asyncio.wait([started])
+            await cancel(started)
             engine.generate([ask("another", max_tokens=1)])
-            assert not begun or aborted
+            assert not begun.cancelled() or aborted
 
         asyncio.run(scenario())
 
