@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
@@ -45,12 +45,12 @@ class Unauthorized(SpctError):
 
 
 _FAULTS: dict[type[Exception], tuple[int, str, str]] = {  # the first that fits: status, type, what it means
-    Unauthorized: (401, "unauthorized", "Another API key, or none."),
+    Unauthorized: (401, "unauthorized", "Wrong or missing API key."),
     TooLongError: (413, "too_long", "Too long; the message has the numbers."),
-    InvalidRequest: (422, "invalid_request", "Not a request that can be judged; `details` has the path of each fault."),
-    RequestError: (422, "refused", "Not a request that can be judged; `details` has the path of each fault."),
-    RateLimited: (429, "rate_limited", "You ask too fast; see Retry-After."),
-    EngineError: (503, "unavailable", "The service is full or hurt; see Retry-After."),
+    InvalidRequest: (422, "invalid_request", "Malformed; `details` has the path of each fault."),
+    RequestError: (422, "refused", "Malformed, or refused by the model's tokenizer; `details` has the paths."),
+    RateLimited: (429, "rate_limited", "Rate limit of this client; see Retry-After."),
+    EngineError: (503, "unavailable", "The service is overloaded or damaged; see Retry-After."),
     TimeoutError: (504, "timeout", "No verdict in time."),
 }
 
@@ -69,15 +69,15 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
         def get_route_handler(self) -> Work:
             return partial(service.guard, self.path, super().get_route_handler())
 
-    app.router.route_class = Guarded
+    router = APIRouter(route_class=Guarded)
     for path, handler, answer in (
         ("/v1/judge", service.judge, schema.JudgeAnswer),
         ("/v1/judge/batch", service.judge_batch, schema.BatchAnswer),
         ("/v1/rerank", service.rerank, schema.RerankAnswer),
         ("/v1/reward", service.reward, schema.RewardAnswer),
     ):
-        app.add_api_route(path, handler, methods=["POST"], response_model=answer, responses=errors)
-    app.router.route_class = APIRoute
+        router.add_api_route(path, handler, methods=["POST"], response_model=answer, responses=errors)
+    app.include_router(router)
 
     @app.get("/v1/models", dependencies=[Depends(service.check_key)])
     async def models() -> Any:
