@@ -160,6 +160,15 @@ def test_busy_servers_are_tried_again_and_refusals_are_not(no_wait):
             JudgeClient("http://127.0.0.1:1", max_attempts=2).judge(QUERY, ["alpha"])
 
 
+def test_the_environments_proxy_is_used(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with served(app_of(engine(Script((1, 2))))) as url:
+        monkeypatch.setenv("HTTP_PROXY", url)  # the service itself, which reads the path of what it is sent
+        with JudgeClient("http://judge.invalid") as client:
+            assert client.judge(QUERY, ["alpha", "beta"], k=1).scores == [1, 2]
+
+
 def test_trl_gets_one_reward_a_completion_from_prompts_judged_together():
     log = Log(bad="sad")
     prompts = ["one", [{"role": "user", "content": "two"}], "one", "sad", "one"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from httpx_retries import Retry, RetryTransport
@@ -47,11 +48,11 @@ class JudgeClient:
 
     Busy servers (429, 502, 503, 504) and lost connections are tried again, waiting as `Retry-After` says. Calls raise
     ServerError for any status but 200, and httpx.TransportError when no server answers, both after `max_attempts` where
-    another attempt may help. A stream is tried again only until it begins. Proxies of the environment are not used.
+    another attempt may help. A stream is tried again only until it begins.
     """
 
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
-        transport = RetryTransport(httpx.HTTPTransport(), _retry(max_attempts))
+        transport = RetryTransport(httpx.HTTPTransport(proxy=_proxy(base_url)), _retry(max_attempts))
         self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=_key(api_key), transport=transport)
 
     def judge(self, messages: Sequence[Message], responses: Sequence[str], **options: Unpack[Options]) -> JudgeAnswer:
@@ -86,7 +87,8 @@ class AsyncJudgeClient:
     """As JudgeClient, for `async with`; one client may have any number of calls under way in one event loop."""
 
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
-        unlimited = httpx.AsyncHTTPTransport(limits=httpx.Limits(max_connections=None))
+        limits = httpx.Limits(max_connections=None)
+        unlimited = httpx.AsyncHTTPTransport(limits=limits, proxy=_proxy(base_url))
         transport = RetryTransport(unlimited, _retry(max_attempts))
         self._http = httpx.AsyncClient(base_url=base_url, timeout=timeout_s, headers=_key(api_key), transport=transport)
 
@@ -143,6 +145,12 @@ def _retry(max_attempts: int) -> Retry:
         backoff_jitter=0.5,
         max_backoff_wait=_LONGEST_WAIT_S,
     )
+
+
+def _proxy(base_url: str) -> str | None:
+    """The proxy that the environment names for the server; httpx looks for it only without a transport."""
+    url = httpx.URL(base_url)
+    return None if proxy_bypass(url.host) else getproxies().get(url.scheme)
 
 
 def _key(api_key: str) -> dict[str, str]:
