@@ -76,7 +76,8 @@ def test_replicas_follow_the_requests_up_and_down(ray_cluster, tmp_path):
 
 def test_overload_and_a_killed_judge_give_right_answers_or_clean_refusals(ray_cluster, monkeypatch, capsys):
     """The load test itself, short and against a judge that is soon there again."""
-    from spct_ray.serve import app, load
+    from jobs.bench import load
+    from spct_ray.serve import app
     from tests.scripted_judge import ScriptedReplica
 
     monkeypatch.setattr(load, "PROBE_S", 2.0)
