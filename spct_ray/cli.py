@@ -5,15 +5,19 @@ Importing this file, `spct --help` and `spct plan` load neither torch, Ray nor v
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
+from typer.core import TyperGroup
+
+import spct_ray
 from spct_ray.cluster import session
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import load, override
@@ -24,34 +28,42 @@ from spct_ray.graph.record import local_root, read_record, write_atomically
 from spct_ray.graph.room import check as check_steps
 from spct_ray.graph.room import placed
 from spct_ray.graph.step import Step, steps_until
+from spct_ray.serve import commands
 
 if TYPE_CHECKING:
     from spct_ray.stages.recipe import Recipe
 
 REPORT_FILES = ("index.html", "summary.json", "samples.parquet", "pairs.parquet")
+RECIPES = Path(__file__).parent / "conf"
 
-_EVALUATE_OPTIONS = (
-    "benchmarks",
-    "k",
-    "suite",
-    "limit",
-    "temperature",
-    "seed",
-    "root",
-    "config",
-    "model",
-    "api_key_env",
+
+class _Guarded(TyperGroup):
+    """Runs a command so that errors meant for a person become a message and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        raise typer.Exit(guarded(lambda: super(_Guarded, self).invoke(ctx), ctx.obj))
+
+
+app = typer.Typer(
+    name="spct",
+    cls=_Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spct`. Returns the exit status: 0 fine, 2 an error meant to be read, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parsed = _parser().parse_args(arguments)
-    return guarded(lambda: parsed.handler(parsed), shlex.join(["spct", *arguments]))
+    try:
+        typer.main.get_command(app).main(arguments, prog_name="spct", obj=shlex.join(["spct", *arguments]))
+    except SystemExit as exit:  # typer's way to return
+        return int(exit.code or 0)
+    return 0
 
 
-def guarded(command_function: Any, command: str) -> int:
+def guarded(command_function: Callable[[], object], command: str) -> int:
     """Call the function; turn an error meant for a person, or an interrupt, into a message and an exit status."""
     try:
         command_function()
@@ -64,8 +76,138 @@ def guarded(command_function: Any, command: str) -> int:
     return 0
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"spct-ray {spct_ray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def spct(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Self-Principled Critique Tuning as one job graph on Ray."""
+
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a YAML file, or a recipe that comes with spct, e.g. demo")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="change one value of the file, e.g. grpo.beta=0.1")
+]
+Until = Annotated[
+    list[str] | None,
+    typer.Option(metavar="STEP", help="this step and what it needs, no other; may be given several times"),
+]
+Ks = Annotated[str, typer.Option("--k", help="numbers of samples to vote with")]
+
+
+@app.command("run")
+def run_command(ctx: typer.Context, recipe: RecipeName, overrides: Overrides = None, until: Until = None) -> None:
+    """Run the graph of a recipe; finished steps are kept, a killed run resumes."""
+    run(recipe, overrides or (), ctx.obj, until or ())
+
+
+@app.command("plan")
+def plan_command(recipe: RecipeName, overrides: Overrides = None, until: Until = None) -> None:
+    """Say for each step whether it is done, resumes or runs, and why."""
+    from spct_ray.stages.plan_check import check, checkpoints
+
+    tree, steps, root = load_graph(recipe, overrides or (), until or ())
+    _say(f"{root}\n{format_plan(plan(steps, root, tree.seed, tree.reuse))}")
+    lock = os.path.join(root, ".lock")
+    if is_held(lock):
+        _say(f"now running: {holder(lock)}")
+    if sizes := checkpoints(tree):
+        _say(f"checkpoints (two are kept): {'; '.join(f'{name} {value:.3g}' for name, value in sizes.items())}")
+    check(tree)
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="a model directory, a run's root, RUN:base, RUN:rft, RUN:grpo, or the URL of an OpenAI-compatible "
+            "endpoint with its version (/v1); with @MODE behind it, it judges in that mode. key=value changes one "
+            "value of --config, or of what a judge runs on, e.g. evaluate.engine.tensor_parallel=2 "
+            "evaluate.gpus_per_replica=2",
+        ),
+    ],
+    benchmarks: Annotated[str, typer.Option(metavar="A,B=PATH", help="names, from the hub or with a file")],
+    k: Ks = "1,2,4,8",
+    suite: Annotated[
+        Literal["benchmarks", "robustness"],
+        typer.Option(help="official scores, or probes made of the benchmarks' items: who is fooled by what"),
+    ] = "benchmarks",
+    limit: Annotated[int | None, typer.Option(help="draw so many rows of each benchmark")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of the samples (default: the run's, else 0.5)")] = None,
+    seed: int = 1,
+    root: Annotated[
+        str, typer.Option(help="where steps and report go (default: <run>/evaluation, or runs/evaluation)")
+    ] = "",
+    config: Annotated[
+        str, typer.Option(metavar="FILE", help="a YAML file: judge (prompt of a model directory), resources")
+    ] = "",
+    model: Annotated[str, typer.Option(metavar="NAME", help="of an endpoint: its model that judges")] = "",
+    api_key_env: Annotated[
+        str, typer.Option(metavar="VARIABLE", help="of an endpoint: the environment variable with its key")
+    ] = "",
+) -> None:
+    """Measure judges on benchmarks with their official scores; a killed evaluation resumes."""
+    from spct_ray.stages import evaluation
+
+    settings = load(evaluation.EvaluationConfig, config) if config else evaluation.EvaluationConfig()
+    overrides = [word for word in targets if re.match(r"\w+(\.\w+)*=", word)]
+    settings = override(settings, [word for word in overrides if not word.startswith(("evaluate.", "meta_scores."))])
+    names = [word for word in targets if word not in overrides]
+    if not names:
+        raise ConfigError("spct evaluate: name at least one run, model directory or endpoint, not only key=value")
+    chosen = evaluation.Evaluation(evaluation.specs(benchmarks, names), _ks(k), suite, limit, temperature)
+    first = names[0].partition("@")[0].partition(":")[0]
+    inside = os.path.isdir(os.path.join(first, "steps"))
+    root = local_root(root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))
+    endpoint = evaluation.Endpoint(model, api_key_env)
+    judges = [evaluation.resolve(target, settings, endpoint) for target in names]
+    steps = evaluation.build_steps([evaluation.on_resources(judge, settings, overrides) for judge in judges], chosen)
+    run_graph(steps, root, seed, settings.cluster, ctx.obj)
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    targets: Annotated[
+        list[str], typer.Argument(metavar="RUN", help="a run's root (its last judge), RUN:base, RUN:rft")
+    ],
+    k: Ks = "1,2,4,8",
+    seed: int = 1,
+    out: Annotated[str, typer.Option(help="where the report goes")] = "runs/comparison",
+) -> None:
+    """Put judges of finished runs side by side, from what their own evaluations stored; generates nothing."""
+    from spct_ray.stages.stored import compare_stored
+
+    _say(compare_stored(targets, _ks(k), seed, out, ctx.obj))
+    _say(os.path.join(out, "index.html"))
+
+
+app.command("serve")(commands.serve)
+app.command("serve-update")(commands.serve_update)
+app.command("judge")(commands.judge)
+
+
+def _ks(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(k) for k in text.split(",")}))
+    except ValueError as error:
+        raise ConfigError(f"--k {text!r}: write whole numbers, e.g. --k 1,2,4,8") from error
+
+
 def run(config_path: str, overrides: Sequence[str], command: str, until: Sequence[str] = ()) -> None:
-    """Run the graph of a configuration file to its end, or to the steps `until`, and publish its report.
+    """Run the graph of a recipe to its end, or to the steps `until`, and publish its report.
 
     Shared with jobs/pipeline.py."""
     from spct_ray.stages.plan_check import check
@@ -98,10 +240,28 @@ def run_graph(
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
 
+def recipe_names() -> list[str]:
+    """The recipes that come with the package, e.g. "demo" and "experiments/beta_0"; each is a file under `RECIPES`."""
+    paths = [path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml")]
+    return sorted(set(paths) - {"serve"})  # what `spct serve` reads
+
+
+def recipe_file(name: str) -> str:
+    """The file that `name` stands for: itself, or that of a recipe of the package. ConfigError if there is neither."""
+    if os.path.isfile(name):
+        return name
+    if name in recipe_names():
+        return str(RECIPES / f"{name}.yaml")
+    raise ConfigError(
+        f"{name}: no such configuration file (current directory: {os.getcwd()}), and no recipe that comes with spct. "
+        f"Try `spct plan demo`; the recipes are {', '.join(recipe_names())}"
+    )
+
+
 def load_graph(config_path: str, overrides: Sequence[str], until: Sequence[str] = ()) -> tuple[Recipe, list[Step], str]:
     from spct_ray.stages.recipe import Recipe, build_steps
 
-    recipe = load(Recipe, config_path, overrides)
+    recipe = load(Recipe, recipe_file(config_path), overrides)
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     for name, path in (("root", recipe.root), ("reuse", recipe.reuse)):
         if in_job and path and not os.path.isabs(path):
@@ -111,19 +271,6 @@ def load_graph(config_path: str, overrides: Sequence[str], until: Sequence[str] 
             )
     steps = build_steps(recipe)
     return recipe, steps_until(steps, until) if until else steps, local_root(recipe.root)
-
-
-def _show_plan(parsed: argparse.Namespace) -> None:
-    from spct_ray.stages.plan_check import check, checkpoints
-
-    recipe, steps, root = load_graph(parsed.config, parsed.overrides, parsed.until)
-    _say(f"{root}\n{format_plan(plan(steps, root, recipe.seed, recipe.reuse))}")
-    lock = os.path.join(root, ".lock")
-    if is_held(lock):
-        _say(f"now running: {holder(lock)}")
-    if found := checkpoints(recipe):
-        _say(f"checkpoints (two are kept): {'; '.join(f'{name} {value:.3g}' for name, value in found.items())}")
-    check(recipe)
 
 
 def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -> None:
@@ -145,108 +292,6 @@ def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -
                 with open(source, "rb") as file:
                     write_atomically(target, file.read())
                 _say(f"{target}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spct", description="Self-Principled Critique Tuning as one job graph on Ray."
-    )
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    overrides_help = "change one value of the file, e.g. grpo.beta=0.1"
-    for name, handler, words in (
-        ("run", _run, "run the graph of a configuration; finished steps are kept, a killed run resumes"),
-        ("plan", _show_plan, "say for each step whether it is done, resumes or runs, and why"),
-    ):
-        command = subparsers.add_parser(name, help=words, description=words)
-        command.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. conf/demo.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help=overrides_help)
-        command.add_argument(
-            "--until", action="append", default=[], metavar="STEP",
-            help="this step and what it needs, no other; may be given several times",
-        )  # fmt: skip
-        command.set_defaults(handler=handler)
-    words = "measure judges on benchmarks with their official scores; a killed evaluation resumes"
-    command = subparsers.add_parser("evaluate", help=words, description=words)
-    command.add_argument(
-        "targets",
-        nargs="+",
-        metavar="MODEL_OR_RUN",
-        help="a model directory, a run's root, RUN:base, RUN:rft, RUN:grpo, or the URL of an OpenAI-compatible "
-        "endpoint with its version (/v1); with @MODE behind it, it judges in that mode. key=value changes one value of "
-        "--config, or of what a judge runs on, e.g. evaluate.engine.tensor_parallel=2 evaluate.gpus_per_replica=2",
-    )
-    command.add_argument("--model", default="", metavar="NAME", help="of an endpoint: its model that judges")
-    command.add_argument(
-        "--api-key-env", default="", metavar="VARIABLE", help="of an endpoint: the environment variable with its key"
-    )
-    command.add_argument("--benchmarks", required=True, metavar="A,B=PATH", help="names, from the hub or with a file")
-    command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
-    command.add_argument(
-        "--suite", choices=("benchmarks", "robustness"), default="benchmarks",
-        help="official scores, or probes made of the benchmarks' items: who is fooled by what",
-    )  # fmt: skip
-    command.add_argument("--limit", type=int, help="draw so many rows of each benchmark")
-    command.add_argument("--temperature", type=float, help="of the samples (default: the run's, else 0.5)")
-    command.add_argument("--seed", type=int, default=1)
-    command.add_argument("--root", help="where steps and report go (default: <run>/evaluation, or runs/evaluation)")
-    command.add_argument("--config", metavar="FILE", help="a YAML file: judge (prompt of a model directory), resources")
-    command.set_defaults(handler=_evaluate)
-    words = "put judges of finished runs side by side, from what their own evaluations stored; generates nothing"
-    command = subparsers.add_parser("compare", help=words, description=words)
-    command.add_argument("targets", nargs="+", metavar="RUN", help="a run's root (its last judge), RUN:base, RUN:rft")
-    command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
-    command.add_argument("--seed", type=int, default=1)
-    command.add_argument("--out", default="runs/comparison", help="where the report goes (default: runs/comparison)")
-    command.set_defaults(handler=_compare)
-    from spct_ray.serve.commands import add_parsers
-
-    add_parsers(subparsers)
-    return parser
-
-
-def _evaluate(parsed: argparse.Namespace) -> None:
-    from spct_ray.stages import evaluation
-
-    config = load(evaluation.EvaluationConfig, parsed.config) if parsed.config else evaluation.EvaluationConfig()
-    overrides = [word for word in parsed.targets if re.match(r"\w+(\.\w+)*=", word)]
-    config = override(config, [word for word in overrides if not word.startswith(("evaluate.", "meta_scores."))])
-    targets = [word for word in parsed.targets if word not in overrides]
-    if not targets:
-        raise ConfigError("spct evaluate: name at least one run, model directory or endpoint, not only key=value")
-    benchmarks = evaluation.specs(parsed.benchmarks, targets)
-    asked = evaluation.Evaluation(benchmarks, _ks(parsed.k), parsed.suite, parsed.limit, parsed.temperature)
-    first = targets[0].partition("@")[0].partition(":")[0]
-    inside = os.path.isdir(os.path.join(first, "steps"))
-    root = local_root(parsed.root or (os.path.join(first, "evaluation") if inside else "runs/evaluation"))
-    endpoint = evaluation.Endpoint(parsed.model, parsed.api_key_env)
-    judges = [evaluation.resolve(target, config, endpoint) for target in targets]
-    steps = evaluation.build_steps([evaluation.on_resources(judge, config, overrides) for judge in judges], asked)
-    given = {name: getattr(parsed, name) for name in _EVALUATE_OPTIONS}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value not in (None, "")]
-    command = shlex.join(["spct", "evaluate", *parsed.targets, *words])
-    run_graph(steps, root, parsed.seed, config.cluster, command)
-
-
-def _compare(parsed: argparse.Namespace) -> None:
-    from spct_ray.stages.stored import compare_stored
-
-    words = [f"--k={parsed.k}", f"--seed={parsed.seed}", f"--out={parsed.out}"]
-    command = shlex.join(["spct", "compare", *parsed.targets, *words])
-    _say(compare_stored(parsed.targets, _ks(parsed.k), parsed.seed, parsed.out, command))
-    _say(os.path.join(parsed.out, "index.html"))
-
-
-def _ks(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({int(k) for k in text.split(",")}))
-    except ValueError as error:
-        raise ConfigError(f"--k {text!r}: write whole numbers, e.g. --k 1,2,4,8") from error
-
-
-def _run(parsed: argparse.Namespace) -> None:
-    until = [f"--until={name}" for name in parsed.until]
-    command = shlex.join(["spct", "run", parsed.config, *parsed.overrides, *until])
-    run(parsed.config, parsed.overrides, command, parsed.until)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -1,14 +1,19 @@
 """The command `spct`, without Ray: what it loads, what it prints, how it fails."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
 from graph_toys import toy_steps
 from test_graph import run_all
 
+import spct_ray
 from spct_ray.cli import guarded, main, run_graph
 from spct_ray.cluster.session import ClusterResources, _start_local
 from spct_ray.errors import SpctError
@@ -33,6 +38,62 @@ def test_help_and_plan_load_nothing_heavy(tmp_path: Path) -> None:
     )
     plan = f"import spct_ray.cli as c\nassert c.main(['plan', 'conf/demo.yaml', 'root={tmp_path}/run']) == 0"
     assert loaded_by(plan) == set()
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"spct-ray {spct_ray.__version__}\n"
+    assert spct_ray.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_a_wrong_command_line_is_refused_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in ((["rn"], "Did you mean 'run'?"), (["plan"], "Missing argument"), (["plan", "-x"], "-x")):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_recipe_goes_by_its_name_and_a_file_of_that_name_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "experiments/beta_0"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/runs/")
+    (tmp_path / "demo").write_text("root: elsewhere")
+    assert main(["plan", "demo"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/elsewhere\n")
+    assert main(["plan", "dmo"]) == 2
+    assert "Try `spct plan demo`; the recipes are demo, experiments/beta_0," in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_installed_wheel_plans_every_recipe_from_another_directory(tmp_path: Path) -> None:
+    """Built from tracked files alone; the environment sees the packages of this one, but not its spct_ray."""
+    source, environment, elsewhere = tmp_path / "source", tmp_path / "venv", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "--python", str(environment / "bin/python"), "install", "--no-deps", str(wheel)], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "those-of-the-tests.pth").write_text(sysconfig.get_path("purelib"))
+    code = "import spct_ray, spct_ray.cli as c; print(spct_ray.__file__); names = c.recipe_names(); print(len(names))\n"
+    code += "assert all(c.main(['plan', name]) == 0 for name in names)"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [environment / "bin/python", "-c", code], cwd=elsewhere, env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    where, number, *_ = done.stdout.splitlines()
+    assert where.startswith(str(environment))
+    assert int(number) == len(list((ROOT / "conf").rglob("*.yaml"))) - 1  # all but that of `spct serve`
 
 
 def test_plan_of_a_new_root_runs_everything_and_names_who_works_there(

@@ -9,7 +9,6 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spct_ray.cli import _parser as parser
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import to_plain
 from spct_ray.engines.base import EngineConfig, SamplingParams
@@ -339,8 +338,7 @@ def test_a_model_directory_or_a_configuration_can_be_served(tmp_path):
     config = resolve(str(tmp_path))
     assert (config.judge_model, config.name, config.judge.max_tokens) == (str(tmp_path), tmp_path.name, 256)
     assert resolve("conf/serve.yaml").resources.host == "127.0.0.1"
-    arguments = parser().parse_args(["serve", str(tmp_path), "resources.engine.tensor_parallel=2", "--port", "9"])
-    assert resolve(arguments.target, arguments.overrides).resources.engine.tensor_parallel == 2
+    assert resolve(str(tmp_path), ["resources.engine.tensor_parallel=2"]).resources.engine.tensor_parallel == 2
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match="no run"):
         resolve(str(tmp_path))

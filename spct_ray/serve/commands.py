@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -11,9 +10,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from spct_ray.errors import ConfigError, RequestError
 
@@ -21,54 +23,39 @@ if TYPE_CHECKING:
     from spct_ray.serve.deployment import ServeConfig
     from spct_ray.serve.schema import JudgeAnswer, JudgeRequest
 
-_TARGET = "a run's root (its newest judge and meta RM), a model directory, or a YAML file such as conf/serve.yaml"
-_OVERRIDES = (
-    "change one value of what is served, e.g. resources.judge.num_gpus=2 resources.engine.tensor_parallel=2 (default: "
-    "the GPUs and engine that the run was evaluated with; of a model: one GPU, if there are any)"
-)
 _SHOWN = 300  # characters of a critique
 
-
-def add_parsers(subparsers: Any) -> None:
-    """Add `serve`, `serve-update` and `judge` to the command line; each sets `handler(arguments)`."""
-    serve = subparsers.add_parser("serve", help="serve a judge and its meta RM over HTTP with Ray Serve")
-    serve.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
-    serve.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    serve.add_argument("--host", help="address to listen on (default: the configuration's, 127.0.0.1)")
-    serve.add_argument("--port", type=int, help="port to listen on (default: the configuration's, 8000)")
-    serve.add_argument("--meta", metavar="DIR", help="model directory of the meta RM")
-    serve.set_defaults(handler=serve_command)
-
-    words = "give the running service new weights of the same model, replica by replica; no request is dropped"
-    update = subparsers.add_parser("serve-update", help=words, description=words)
-    update.add_argument(
-        "target", metavar="RUN_OR_WEIGHTS", help="a run's root (its newest judge) or a directory of *.safetensors"
-    )
-    update.set_defaults(handler=update_command)
-
-    judge = subparsers.add_parser("judge", help="judge one query on the command line, without a server")
-    judge.add_argument("target", metavar="RUN_OR_MODEL", help=_TARGET)
-    judge.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    judge.add_argument("--query", help="the user's message")
-    judge.add_argument("--response", action="append", default=[], help="one response; repeat it for each")
-    judge.add_argument("--reference", default="", help="a reference answer to show to the judge")
-    judge.add_argument("--principles", default="", help="a rubric to judge by; auto: the judge writes one")
-    judge.add_argument("-k", default="8", help="number of judgements to sample, or auto (default: 8)")
-    judge.add_argument("--k-meta", type=int, help="how many of them the meta RM keeps (default: half)")
-    judge.add_argument("--seed", type=int, help="makes the orders and the sampling repeat")
-    judge.add_argument("--file", metavar="FILE", help="a request as JSON, as for POST /v1/judge; - reads stdin")
-    judge.add_argument("--meta", metavar="DIR", help="model directory of the meta RM")
-    judge.add_argument("--json", action="store_true", help="print the answer as JSON")
-    judge.set_defaults(handler=judge_command)
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help="a run's root (its newest judge and meta RM), a model directory, or a YAML file such as conf/serve.yaml",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value",
+        help="change one value of what is served, e.g. resources.judge.num_gpus=2 resources.engine.tensor_parallel=2 "
+        "(default: the GPUs and engine that the run was evaluated with; of a model: one GPU, if there are any)",
+    ),
+]
+Meta = Annotated[str, typer.Option(metavar="DIR", help="model directory of the meta RM")]
 
 
-def serve_command(arguments: argparse.Namespace) -> None:
-    """Serve until Ctrl-C or SIGTERM, then stop what was started here."""
-    config = _config(arguments)
+def serve(
+    target: Target,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="address to listen on (default: the configuration's, 127.0.0.1)")] = "",
+    port: Annotated[int | None, typer.Option(help="port to listen on (default: the configuration's, 8000)")] = None,
+    meta: Meta = "",
+) -> None:
+    """Serve a judge and its meta RM over HTTP with Ray Serve, until Ctrl-C or SIGTERM."""
+    config = _config(target, overrides, meta)
     resources = replace(
         config.resources,
-        host=arguments.host or config.resources.host,
-        port=config.resources.port if arguments.port is None else arguments.port,
+        host=host or config.resources.host,
+        port=config.resources.port if port is None else port,
     )
     config = replace(config, resources=resources)
     started = time.monotonic()
@@ -89,14 +76,23 @@ def serve_command(arguments: argparse.Namespace) -> None:
         print("stopping", flush=True)
 
 
-def update_command(arguments: argparse.Namespace) -> None:
-    """Connect to the service's Ray cluster (RAY_ADDRESS, else the one on this machine) and roll out new weights."""
+def serve_update(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_WEIGHTS", help="a run's root (its newest judge) or a directory of *.safetensors"
+        ),
+    ],
+) -> None:
+    """Give the running service new weights of the same model, replica by replica; no request is dropped.
+
+    It is found at RAY_ADDRESS, else on this machine.
+    """
     from spct_ray.cluster import session
     from spct_ray.serve import app
     from spct_ray.serve.deployment import resolve
 
-    target = Path(arguments.target)
-    directory = str(target.resolve()) if any(target.glob("*.safetensors")) else resolve(arguments.target).judge_model
+    directory = str(Path(target).resolve()) if any(Path(target).glob("*.safetensors")) else resolve(target).judge_model
     if not os.environ.get("RAY_ADDRESS"):  # `spct serve` starts a local Ray without tokens
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     with session.start(session.ClusterResources(address="auto")):
@@ -104,10 +100,38 @@ def update_command(arguments: argparse.Namespace) -> None:
     print(f"all judge replicas serve {directory}, as weight version {weights.version}", flush=True)
 
 
-def judge_command(arguments: argparse.Namespace) -> None:
-    """Judge one query with the engine in this process."""
-    request = _request(arguments)
-    config = _config(arguments)
+def judge(
+    target: Target,
+    overrides: Overrides = None,
+    query: Annotated[str, typer.Option(help="the user's message")] = "",
+    response: Annotated[list[str] | None, typer.Option(help="one response; repeat it for each")] = None,
+    reference: Annotated[str, typer.Option(help="a reference answer to show to the judge")] = "",
+    principles: Annotated[str, typer.Option(help="a rubric to judge by; auto: the judge writes one")] = "",
+    k: Annotated[str, typer.Option("-k", help="number of judgements to sample, or auto")] = "8",
+    k_meta: Annotated[int | None, typer.Option(help="how many of them the meta RM keeps (default: half)")] = None,
+    seed: Annotated[int | None, typer.Option(help="makes the orders and the sampling repeat")] = None,
+    file: Annotated[
+        str, typer.Option(metavar="FILE", help="a request as JSON, as for POST /v1/judge; - reads stdin")
+    ] = "",
+    meta: Meta = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the answer as JSON")] = False,
+) -> None:
+    """Judge one query on the command line, with the engine in this process and without a server."""
+    given = {
+        "messages": [{"role": "user", "content": query}],
+        "responses": response or [],
+        "reference": reference,
+        "principles": principles,
+        "k": int(k) if k.isdecimal() else k,
+        "k_meta": k_meta,
+        "seed": seed,
+    }
+    if file and (query or response):
+        raise RequestError("give --file or --query with --response, not both")
+    if not file and not (query and response):
+        raise RequestError("give --query and at least one --response, or --file")
+    request = _request(_read(file) if file else json.dumps(given).encode())
+    config = _config(target, overrides, meta)
     print(f"loading judge {config.judge_model}", file=sys.stderr, flush=True)
 
     from spct_ray.engines.vllm import VllmEngine
@@ -116,11 +140,11 @@ def judge_command(arguments: argparse.Namespace) -> None:
 
     engine = VllmEngine(config.judge_model, config.resources.engine)
     try:
-        meta = LocalMeta(config.meta_model) if config.meta_model else None
-        answer = asyncio.run(Gateway(config, LocalJudge(engine, config), meta).answer(request))
+        scorer = LocalMeta(config.meta_model) if config.meta_model else None
+        answer = asyncio.run(Gateway(config, LocalJudge(engine, config), scorer).answer(request))
     finally:
         engine.close()
-    print(answer.model_dump_json(indent=1) if arguments.json else format_answer(answer, request))
+    print(answer.model_dump_json(indent=1) if as_json else format_answer(answer, request))
 
 
 def format_answer(answer: JudgeAnswer, request: JudgeRequest) -> str:
@@ -157,34 +181,21 @@ def _brief(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN].rstrip()} ..."
 
 
-def _config(arguments: argparse.Namespace) -> ServeConfig:
+def _config(target: str, overrides: Sequence[str] | None, meta: str) -> ServeConfig:
     from spct_ray.serve.deployment import resolve
 
-    config = resolve(arguments.target, arguments.overrides)
-    return replace(config, meta_model=str(Path(arguments.meta).resolve())) if arguments.meta else config
+    config = resolve(target, overrides or ())
+    return replace(config, meta_model=str(Path(meta).resolve())) if meta else config
 
 
-def _request(arguments: argparse.Namespace) -> JudgeRequest:
+def _read(file: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+
+
+def _request(body: bytes) -> JudgeRequest:
     from spct_ray.serve.schema import JudgeRequest, parse
 
-    if arguments.file:
-        if arguments.query or arguments.response:
-            raise RequestError("give --file or --query with --response, not both")
-        try:
-            return parse(
-                JudgeRequest, sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
-            )
-        except OSError as error:
-            raise ConfigError(f"{arguments.file}: {error.strerror}") from error
-    if not arguments.query or not arguments.response:
-        raise RequestError("give --query and at least one --response, or --file")
-    request = {
-        "messages": [{"role": "user", "content": arguments.query}],
-        "responses": arguments.response,
-        "reference": arguments.reference,
-        "principles": arguments.principles,
-        "k": int(arguments.k) if arguments.k.isdecimal() else arguments.k,
-        "k_meta": arguments.k_meta,
-        "seed": arguments.seed,
-    }
-    return parse(JudgeRequest, json.dumps(request))
+    return parse(JudgeRequest, body)
