@@ -72,6 +72,8 @@ CHANGES = {  # what an experiment runs beside the run whose finished steps it ta
     "beta_0": FROM_GRPO, "beta_high": FROM_GRPO, "both_orders": FROM_GRPO, "format_reward": FROM_GRPO,
     "out_of_distribution": {"unseen", "evaluate_base", "evaluate_rft", "evaluate_grpo", "meta_scores", "report"},
     "reward_order": FROM_GRPO, "meta_off_policy": FROM_META, "meta_on_policy": FROM_META,
+    "meta_ties": FROM_META, "reward_best": FROM_GRPO,
+    "votes_32": {"evaluate_rft", "evaluate_grpo", "meta_scores", "report"},
 }  # fmt: skip
 KEEPS = {
     "no_hinted": {"items", "student", "evaluate_base"},
