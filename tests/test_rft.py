@@ -19,8 +19,8 @@ from tiny import make_tiny_model
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.learn.config import OptimConfig, TrainResources
 from spct_ray.learn.examples import ExampleFile
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.stages import rft
 from spct_ray.stages.select import SFT_SCHEMA
 from spct_ray.stages.supervised import SupervisedConfig, data_order

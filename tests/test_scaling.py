@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mixtra
 from spct_ray.cli import main
 from spct_ray.config import load
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.learn.lora import add_adapters
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.stages.plan_check import beside, check, checkpoints, grpo_seconds, on_gpus, tables, trainings
 from spct_ray.stages.recipe import Recipe
 from spct_ray.stages.scaling import KNOWN, Training, engine_memory, shape_of

@@ -8,7 +8,7 @@ it; and attention (see `attention.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,6 +122,28 @@ def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share
     )
 
 
+def packed_rows(
+    sequences: Sequence[Tokens],
+    prompt_lengths: Sequence[int],
+    micro_tokens: int,
+    ranks: tuple[int, int] = (0, 1),
+    share_prompts: bool = True,
+) -> tuple[list[tuple[list[int], Batch]], int]:
+    """The rows of one rank, each with the indices of its sequences, and how many rows the rank with the most has.
+
+    `ranks` are this rank and their number. See `plan_rows`.
+    """
+    rank, num_ranks = ranks
+    plan = plan_rows(
+        sequences, prompt_lengths, micro_tokens=micro_tokens, num_ranks=num_ranks, share_prompts=share_prompts
+    )
+    rows = [
+        (row, make_batch([sequences[i] for i in row], [prompt_lengths[i] for i in row], share_prompts))
+        for row in plan[rank]
+    ]
+    return rows, max(map(len, plan))
+
+
 def plan_rows(
     sequences: Sequence[Tokens],
     prompt_lengths: Sequence[int],
@@ -183,6 +205,14 @@ def _arrays(sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int32]]:
 
 def _joined(parts: Sequence[npt.NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+
+
+@torch.no_grad()
+def forward_rows(forward: Callable[[Batch], Tensor], rows: Sequence[Batch], num_passes: int) -> list[Tensor]:
+    """`forward` of each row, without gradients. Every rank makes `num_passes` passes, if need be of an empty row:
+    ZeRO-3 gathers weights in each of them. Collective."""
+    outputs = [forward(row) for row in [*rows, *[EMPTY] * (num_passes - len(rows))]]
+    return outputs[: len(rows)]
 
 
 EMPTY = make_batch([[0, 0]], [1])  # one trained token, for ranks that keep others company without work of their own

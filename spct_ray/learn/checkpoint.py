@@ -10,7 +10,6 @@ learning-rate and random state: both are functions of the step number.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spct_ray.errors import DataError
+from spct_ray.files import write_atomically
 
 _KEEP = 2
 _FILE_NUMEL = 1 << 28  # elements a file (1 GiB): bounds the copies made while writing
@@ -79,9 +79,7 @@ def complete(directory: str, step: int, content: dict[str, Any]) -> None:
     """Make the checkpoint count, by writing `checkpoint.json`, and delete all but the newest two."""
     path = checkpoint_dir(directory, step)
     content = {**content, "step": step, "files": sorted(f.name for f in path.glob("*.safetensors"))}
-    temporary = path / "checkpoint.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path / "checkpoint.json")
+    write_atomically(path / "checkpoint.json", json.dumps(content, indent=1).encode())
     for old in complete_steps(directory)[:-_KEEP]:
         (checkpoint_dir(directory, old) / "checkpoint.json").unlink()
         shutil.rmtree(checkpoint_dir(directory, old))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from spct_ray.chat import encode_example
+from spct_ray.files import replacing
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Message
 
@@ -31,7 +31,7 @@ _ROWS = 4096  # rows written at once
 @dataclass(frozen=True, slots=True)
 class Example:
     """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, for a pair (see
-    `spct_ray.learn.scalar`) the length of the chosen response, else 0."""
+    `make_pair`) the length of the chosen response, else 0."""
 
     ids: Tokens
     prompt_length: int
@@ -77,9 +77,9 @@ class ExampleFile:
 
 
 def write_examples(path: str, examples: Iterable[Example]) -> int:
-    """Write an Arrow file, whole or not at all; gives the number of examples."""
-    temporary, count, stream = f"{path}.tmp", 0, iter(examples)
-    with pa.ipc.new_file(temporary, _SCHEMA) as writer:
+    """Write an Arrow file, whole or not at all; returns the number of examples."""
+    count, stream = 0, iter(examples)
+    with replacing(path) as temporary, pa.ipc.new_file(temporary, _SCHEMA) as writer:
         while rows := list(itertools.islice(stream, _ROWS)):
             ids = [np.asarray(example.ids, np.int32) for example in rows]
             offsets = np.cumsum([0, *map(len, ids)])
@@ -90,7 +90,6 @@ def write_examples(path: str, examples: Iterable[Example]) -> int:
             ]
             writer.write_batch(pa.record_batch(columns, _SCHEMA))
             count += len(rows)
-    os.replace(temporary, path)
     return count
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig
+from spct_ray.learn.train_config import LoraConfig
 
 if TYPE_CHECKING:
     from spct_ray.learn.batch import Batch

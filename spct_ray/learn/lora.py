@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig
+from spct_ray.learn.train_config import LoraConfig
 
 _ADAPTER = "default"  # peft's name of the one adapter
 

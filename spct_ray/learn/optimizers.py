@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spct_ray.errors import ConfigError, SpctError
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 
 
 def run_muon_eagerly() -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spct_ray.errors import ConfigError, SpctError
+from spct_ray.files import replacing
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import EMPTY, Batch
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.learn.lora import add_adapters, whole_weights
-from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model, partitioned_loading
 from spct_ray.learn.optimizers import make_optimizer, run_muon_eagerly
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
@@ -63,13 +62,7 @@ class Trainer:
         self.dtype: torch.dtype = getattr(torch, resolve(optim.dtype, on_gpu=resources.gpus_per_worker > 0))
         config = _deepspeed_config(optim, resources, self.dtype)
         torch.manual_seed(derive_seed(seed, "weights"))  # a new scalar head is drawn at random, alike on all ranks
-        if resources.zero_stage == 3:
-            from transformers.integrations import HfDeepSpeedConfig
-
-            active = HfDeepSpeedConfig(config)  # makes from_pretrained partition the weights while this object lives
-            self.model = load_model(model_dir, head, self.dtype, self.device.type == "cuda")
-            del active
-        else:
+        with partitioned_loading(config if resources.zero_stage == 3 else None):
             self.model = load_model(model_dir, head, self.dtype, self.device.type == "cuda")
         vocab = self.model.config.get_text_config().vocab_size
         if len(self.tokenizer) > vocab:
@@ -221,15 +214,9 @@ class Trainer:
             if self.rank == 0:
                 weights[name] = weight.cpu()
         if self.rank == 0:
-            temporary, old = Path(f"{directory}.tmp"), Path(f"{directory}.old")
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            self.model.save_pretrained(temporary, state_dict=weights)
-            self.tokenizer.save_pretrained(temporary)
-            if Path(directory).exists():
-                os.rename(directory, old)
-            os.rename(temporary, directory)
-            shutil.rmtree(old, ignore_errors=True)
+            with replacing(directory) as temporary:
+                self.model.save_pretrained(temporary, state_dict=weights)
+                self.tokenizer.save_pretrained(temporary)
         dist.barrier()
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:

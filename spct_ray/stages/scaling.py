@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spct_ray.engines.base import EngineConfig
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.learn.flops import ModelShape, Work
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 
 GIB = 2**30
 # What DeepSpeed and the trainer hold beside the model's state.
