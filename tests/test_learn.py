@@ -24,7 +24,7 @@ from spct_ray.learn import attention, checkpoint
 from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
-from spct_ray.learn.examples import Example, ExampleFile, ExampleFiles, MixedOrder, make_example, write_examples
+from spct_ray.learn.examples import Example, ExampleFiles, MixedOrder, make_example, write_examples
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.learn.scorers import MetaScorer, encode_judgement
@@ -210,8 +210,7 @@ def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> No
     examples = [Example(list(range(2 + n % 50)), n % 7, float(n % 2)) for n in range(9000)]  # three blocks of the file
     path = str(tmp_path / "examples.arrow")
     assert write_examples(path, iter(examples)) == len(examples)
-    file = ExampleFile(path)
-    assert file.lengths == [len(e.ids) for e in examples]
+    file = ExampleFiles(path)
     for example, found in zip(examples, map(file.__getitem__, range(len(file))), strict=True):
         assert isinstance(found.ids, np.ndarray)
         assert not found.ids.flags.owndata
@@ -219,7 +218,7 @@ def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> No
     with pytest.raises(IndexError, match="example 9000 of 9000"):
         file[9000]
     write_examples(str(tmp_path / "more.arrow"), examples[:3])
-    files = ExampleFiles([path, str(tmp_path / "more.arrow")])
+    files = ExampleFiles(path, str(tmp_path / "more.arrow"))
     assert files.sizes == [9000, 3]
     assert all(same(files[i], example) for i, example in enumerate([*examples, *examples[:3]]))
 

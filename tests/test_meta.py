@@ -18,7 +18,7 @@ from spct_ray.data.store import write_items
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
-from spct_ray.learn.examples import ExampleFile
+from spct_ray.learn.examples import ExampleFiles
 from spct_ray.learn.scorers import MetaScorer
 from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Item, Message, Trajectory
@@ -82,7 +82,7 @@ def test_heldout_items_share_no_item_with_training(root: Path) -> None:
     counts = meta.write_training_files(make_context(root, "split"), replace(CONFIG, ties=False))
     assert counts["train"] + counts["heldout"] == 72
     assert counts["train"] % 3 == counts["heldout"] % 3 == 0  # three judgements an item stay together
-    assert len(ExampleFile(str(root / "split" / "heldout.arrow"))) == counts["heldout"]
+    assert len(ExampleFiles(str(root / "split" / "heldout.arrow"))) == counts["heldout"]
     ids = [f"item-{i}" for i in range(4000)]
     assert 0.27 < sum(meta.is_heldout(i, 0.3, 3) for i in ids) / len(ids) < 0.33
 

@@ -18,7 +18,7 @@ from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.batch import BatchSize
-from spct_ray.learn.examples import ExampleFile, make_pair
+from spct_ray.learn.examples import ExampleFiles, make_pair
 from spct_ray.learn.losses import bradley_terry_loss, pair_rows
 from spct_ray.learn.model import LastTokenScore, load_model
 from spct_ray.learn.scorers import RewardModel
@@ -103,7 +103,7 @@ def test_pairs_are_the_best_with_each_other(tmp_path: Path) -> None:
     here = StepContext("bradley_terry", 1, str(tmp_path), inputs, "spct run x")
     counts = bradley_terry.write_training_file(here, bradley_terry.BradleyTerryConfig(max_tokens=300))
     assert counts == {"pairs": 2, "single_responses": 1, "too_long": 1}
-    tokenizer, file = make_tiny_tokenizer(), ExampleFile(str(tmp_path / "pairs.arrow"))
+    tokenizer, file = make_tiny_tokenizer(), ExampleFiles(str(tmp_path / "pairs.arrow"))
     for pair, other in zip([file[0], file[1]], (RESPONSES[0], RESPONSES[2]), strict=True):
         assert same(pair, make_pair(tokenizer, ASKED, RESPONSES[1], other))
     write_items(str(tmp_path / "items" / "train.parquet"), items[1:2])

@@ -1,9 +1,9 @@
 """Packed rows: many sequences in one row without padding, each prompt once, and which sequences go together.
 
 A judge's prompt is several times its completion, and all completions of a group share it. A row therefore holds trees:
-a trunk (the prompt) and the branches (its completions), each of which attends to the trunk and to itself. Leaves out
-the loss, which its caller normalises over the whole update: how sequences are spread over rows and ranks never changes
-it; and attention (see `attention.py`).
+a trunk (the prompt) and the branches (its completions), each of which attends to the trunk and to itself (see
+`attention.py`). Losses are normalised over the whole update, so how sequences are spread over rows and ranks never
+changes them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Batch:
         return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
 
     def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
-        """Values of trained tokens, one tensor a sequence."""
+        """Values of trained tokens, one tensor per sequence."""
         return torch.split(values_N, list(self.num_trained))
 
 
@@ -82,16 +82,6 @@ def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share
     last, end = [0] * len(ids_B), 0
     for group in _groups(ids_B, trunks, share_prompts):
         trunk = trunks[group[0]]
-        if len(group) == 1:  # trunk and branch in one piece: plain causal attention is the fastest
-            (index,) = group
-            num = len(ids_B[index])
-            ids.append(ids_B[index])
-            positions.append(np.arange(num))
-            sources[index] = np.arange(end + trunk - 1, end + num - 1)
-            end += num
-            last[index] = end - 1
-            trees.append(Tree(num))
-            continue
         ids.append(ids_B[group[0]][:trunk])
         positions.append(np.arange(trunk))
         end += trunk
@@ -106,7 +96,8 @@ def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share
             end += len(branch)
             last[index] = end - 1 if len(branch) else trunk_end
             branches.append(len(branch))
-        trees.append(Tree(trunk, tuple(branches)))
+        # A sequence alone is one trunk: plain causal attention is the fastest.
+        trees.append(Tree(trunk, tuple(branches)) if len(group) > 1 else Tree(trunk + branches[0]))
     num_trained = tuple(map(len, sources))
     targets = [ids[trunk:] for ids, trunk in zip(ids_B, trunks, strict=True)]
     return Batch(

@@ -3,8 +3,8 @@ pickle.
 
 Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns
 under its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint
-is `step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Leaves out
-learning-rate and random state: both are functions of the step number.
+is `step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Learning
+rate and random state are functions of the step number and not in it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 The trunk's linear layers compute W x + (alpha / rank) B A x, of which A and B alone are trained; embeddings and output
 layer stay as they are, and a new scalar head is trained in full. What leaves the trainer (weights for engines, exports)
-is the sum W + (alpha / rank) B A under the names of the model without adapters, or A and B alone. Leaves out ranks and
-gathering.
+is the sum W + (alpha / rank) B A under the names of the model without adapters, or A and B alone.
 """
 
 from __future__ import annotations

@@ -175,8 +175,8 @@ class _Mlflow:
         self._client.set_terminated(self._run)
 
 
-class _Trackio:
-    """A run of the project `PROJECT`; directory, Space or server by Trackio's own environment variables."""
+class _Trackio(_Wandb):
+    """The same by Trackio, whose runs have W&B's interface; directory, Space or server by its environment variables."""
 
     def __init__(self, directory: Path) -> None:
         import trackio
@@ -185,13 +185,7 @@ class _Trackio:
             PROJECT, directory.name, resume="allow", embed=False, auto_log_cpu=False, auto_log_gpu=False
         )
         # Trackio has no public name for it, neither for local runs nor for those on a server.
-        self.next_step: int = self._run._next_step
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+        self.next_step = self._run._next_step
 
 
 def _remembered(path: Path, make: Callable[[], str]) -> str:

@@ -1,6 +1,6 @@
 """The model under training: loading, and the two heads a Trainer can drive (next-token log-probs, one score).
 
-Leaves out optimisation and distribution (see trainer.py), and any model code of its own: the network is transformers'.
+The network is transformers' own; how it is optimised and distributed is in trainer.py.
 """
 
 from __future__ import annotations

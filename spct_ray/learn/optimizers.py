@@ -1,6 +1,6 @@
 """Optimizers for DeepSpeed's ZeRO: AdamW, or its Muon for the matrices beside AdamW for the rest.
 
-Leaves out learning rates, which the trainer sets before each update, and checkpoints of the moments.
+The trainer sets learning rates before each update; checkpoints of the moments are in zero_state.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A scalar baseline on the same data with the same trainer: a Bradley-Terry reward model of the training items.
 
-Pairs are the best response of an item and each other one, all that Eq. 10 uses of the rewards. Leaves out measuring it:
-`spct evaluate RUN:bradley_terry`.
+Pairs are the best response of an item and each other one, all that Eq. 10 uses of the rewards. It is
+measured by `spct evaluate RUN:bradley_terry`.
 """
 
 from __future__ import annotations

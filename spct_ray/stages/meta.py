@@ -78,12 +78,12 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
 
 def train_loop(context: StepContext, config: MetaConfig, resources: TrainResources) -> None:
     """On every rank: load, resume, train, export, score the held-out judgements."""
-    from spct_ray.learn.examples import ExampleFile
+    from spct_ray.learn.examples import ExampleFiles
     from spct_ray.learn.losses import meta_loss, rank_rows
     from spct_ray.learn.scorers import score_over_ranks
 
     trainer = train(context, config, resources, Task("init", "scalar", meta_loss, rank_rows, ("train.arrow",)))
-    held = ExampleFile(f"{context.out}/heldout.arrow")
+    held = ExampleFiles(f"{context.out}/heldout.arrow")
     heldout = [held[i] for i in range(len(held))]
     logits = score_over_ranks(trainer, heldout, resources.micro_tokens)
     if trainer.rank == 0:

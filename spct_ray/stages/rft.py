@@ -1,6 +1,6 @@
 """Rejective fine-tuning, the cold start: SFT of the student on accepted judgements, mixed with general instructions.
 
-Leaves out which judgements are accepted (`stages.select`) and how training runs (`stages.supervised`).
+Which judgements are accepted is in `stages.select`, how training runs in `stages.supervised`.
 """
 
 from __future__ import annotations

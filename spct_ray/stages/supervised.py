@@ -115,7 +115,7 @@ def train(context: StepContext, config: SupervisedConfig, resources: TrainResour
     from spct_ray.learn.examples import ExampleFiles
     from spct_ray.learn.trainer import Trainer
 
-    examples = ExampleFiles([f"{context.out}/{name}" for name in task.examples])
+    examples = ExampleFiles(*(f"{context.out}/{name}" for name in task.examples))
     order = data_order(examples.sizes, config, context.seed, task.shares)
     trainer = Trainer(
         str(Path(context.inputs[task.init]) / "model"),
