@@ -174,7 +174,7 @@ def draw(rng: random.Random, num: int) -> list[int]:
 
 def judge_rows(case: Case, prompts: int, share: bool, micro_tokens: int, group: int = 4) -> list[Batch]:
     """Rows of `prompts` groups: a prompt of 1,500 tokens and four completions of 260, or of toy sizes."""
-    from spct_ray.learn.grpo_update import Sample, rank_micro_batches
+    from spct_ray.learn.policy import Sample, sample_rows
 
     rng = random.Random(0)
     prompt_tokens, completion_tokens = case.size(1500, 60), case.size(260, 12)
@@ -185,12 +185,12 @@ def judge_rows(case: Case, prompts: int, share: bool, micro_tokens: int, group: 
             completion = tuple(draw(rng, completion_tokens))
             logps = tuple(-6.0 - rng.random() for _ in completion)
             samples.append(Sample((*prompt, *completion), len(prompt), logps, 1.0 if g % 2 else -0.5))
-    return rank_micro_batches(samples, 0, 1, micro_tokens, share)[0]
+    return sample_rows(samples, 0, 1, micro_tokens, share)[0]
 
 
 def make_trainer(case: Case, directory: str, **options: Any) -> Trainer:
     """One rank with AdamW and no warm-up; `options` are of TrainResources, and `lora`, `lr`, `head`, `dtype`."""
-    from spct_ray.learn.config import OptimConfig, TrainResources
+    from spct_ray.learn.train_config import OptimConfig, TrainResources
     from spct_ray.learn.trainer import Trainer
 
     optim = OptimConfig(
@@ -459,7 +459,7 @@ def trainer(case: Case, result: Figures) -> None:
     import torch
 
     from jobs.flops import training_flops, work_of
-    from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
+    from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
     from spct_ray.stages.plan_check import ModelShape, Training
 
     directory = model_dir(case, "qwen", case.size(24, 2))
@@ -563,8 +563,8 @@ def grpo(case: Case, result: Figures) -> None:
     """A GRPO update with prompts shared, repeated, and padded as usual: equal losses, and the seconds of each."""
     from jobs.bench.train import Sizes, grpo_ours, grpo_padded
     from spct_ray.learn.batch import BatchSize
-    from spct_ray.learn.config import PolicyLoss
-    from spct_ray.learn.grpo_update import update_policy
+    from spct_ray.learn.policy import objective_of, update_policy
+    from spct_ray.learn.train_config import PolicyLoss
 
     directory, micro_tokens = model_dir(case, "qwen", case.size(24, 2)), case.size(16384, 512)
     prompts, completion = case.size(16, 3), case.size(260, 12)
@@ -574,7 +574,7 @@ def grpo(case: Case, result: Figures) -> None:
         size = BatchSize(4 * prompts, 4 * prompts * completion)
         numbers: list[dict[str, float]] = []
 
-        update = functools.partial(update_policy, trained, rows, PolicyLoss(beta=0.0), size)
+        update = functools.partial(update_policy, trained, rows, objective_of(PolicyLoss(beta=0.0), completion), size)
         result[f"seconds_{name}"] = case.seconds(functools.partial(_call, update, numbers), repeats=3, warm=1)
         result[f"loss_{name}"], result[f"tokens_{name}"] = numbers[-1]["loss"], numbers[-1]["tokens_trained"]
         result[f"grad_norm_{name}"] = numbers[-1]["grad_norm"]
@@ -641,8 +641,8 @@ def lora(case: Case, result: Figures) -> None:
     """Adapters of rank 32: seconds and memory of an update, and the reference that is the policy without them."""
     import torch
 
-    from spct_ray.learn.config import LoraConfig, TrainResources
-    from spct_ray.learn.reference import Reference
+    from spct_ray.learn.policy import Reference
+    from spct_ray.learn.train_config import LoraConfig, TrainResources
 
     directory, micro_tokens = model_dir(case, "qwen", case.size(24, 2)), case.size(16384, 512)
     rows = judge_rows(case, case.size(6, 3), True, micro_tokens)
@@ -653,7 +653,7 @@ def lora(case: Case, result: Figures) -> None:
         losses = [sft_step(trained, rows)["loss"] for _ in range(2)]
         seconds = case.seconds(lambda: losses.append(sft_step(trained, rows)["loss"]), repeats=2, warm=0)
     reference = Reference(directory, trained, TrainResources(gpus_per_worker=int(case.on_gpu)))
-    (without,) = reference.logprobs(rows[:1], 1)
+    without = reference.logprobs(rows[0])
     gap = float((without.cpu() - before).abs().max())
     with torch.no_grad():
         moved = float((trained.logprobs(rows[0]).cpu() - before).abs().max())

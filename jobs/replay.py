@@ -7,7 +7,6 @@ run had, so sums are equal up to rounding. Prints loss, KL and gradient norm of 
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,9 @@ from spct_ray.errors import DataError
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import step_directory
 from spct_ray.graph.step import StepContext
-from spct_ray.stages.grpo import GrpoConfig, GrpoResources, policy_trainer, update
-from spct_ray.stages.phases import Phases
-from spct_ray.stages.rollout_dump import RolloutDump
+from spct_ray.learn.metrics_file import read_metrics
+from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Phases, policy_trainer, update
+from spct_ray.stages.rollouts import RolloutDump
 
 NAMES = ("loss", "kl", "grad_norm")
 
@@ -42,11 +41,12 @@ def replay(context: StepContext, config: GrpoConfig, resources: GrpoResources) -
     Raises DataError when nothing can be replayed, and whatever the updates raise.
     """
     from spct_ray.learn.checkpoint import complete_steps
-    from spct_ray.learn.reference import Reference
+    from spct_ray.learn.policy import Reference
 
     dump, checkpoints = RolloutDump(context.out), f"{context.out}/checkpoints"
-    dumped = dump.steps()
-    step = min((start for start in (0, *complete_steps(checkpoints)) if start in dumped), default=None)
+    dumped, num_updates = dump.steps(), config.updates_per_batch
+    starts = [0, *(updates // num_updates for updates in complete_steps(checkpoints))]
+    step = min((start for start in starts if start in dumped), default=None)
     if step is None:
         raise DataError(
             f"{context.out}: no checkpoint is followed by dumped rollouts (dumped steps: {dumped or 'none'}); run with "
@@ -55,19 +55,13 @@ def replay(context: StepContext, config: GrpoConfig, resources: GrpoResources) -
     model = str(Path(context.inputs["rft"]) / "model")
     trainer = policy_trainer(model, config, resources.train, context.seed)
     if step > 0:
-        trainer.resume(checkpoints, step)
+        trainer.resume(checkpoints, step * num_updates)
     reference = Reference(model, trainer, resources.train) if config.beta > 0 else None
-    logged = _logged(Path(context.out, "metrics.jsonl"))
+    logged = {line["step"]: line for line in read_metrics(context.out)}
     while step in dumped:
         numbers = update(trainer, reference, dump.read(step), config, resources.train.micro_tokens, Phases())
         yield ReplayedStep(step, _chosen(numbers), _chosen(logged.get(step, {})))
         step += 1
-
-
-def _logged(path: Path) -> dict[int, dict[str, float]]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    parsed = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    return {line["step"]: line for line in parsed}
 
 
 def _chosen(numbers: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib
 import math
 import os
 import types
@@ -82,6 +83,18 @@ def _read(path: str, above: tuple[str, ...] = (), other: str | None = None) -> D
         raise ConfigError(f"{path}: base: expected the path of a configuration file, found {base!r}")
     below = os.path.normpath(os.path.join(os.path.dirname(path), base))
     return typing.cast(DictConfig, OmegaConf.merge(_read(below, (*above, path)), tree))
+
+
+def imported(path: str, key: str) -> Any:
+    """The object at the import path `module:name`. Raises ConfigError, which names the setting `key`."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{key}: {path!r} cannot be imported ({error}); it has the form module:name, and the module must be "
+            "importable on every node (installed, or on PYTHONPATH)"
+        ) from error
 
 
 def to_plain(value: Any) -> Any:

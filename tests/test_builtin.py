@@ -23,9 +23,8 @@ from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.parse import Scale, has_three_parts, parse_scores
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct
-from spct_ray.learn.nano import NanoConfig, write_nano
 from spct_ray.records import Item
-from spct_ray.stages.nano import phrases
+from spct_ray.stages.nano import NanoConfig, phrases, write_nano
 
 JUDGE = JudgeConfig(template="compact")
 FOXES = "The 4 red foxes often waited!"

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -30,7 +31,9 @@ from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.parse import Failure
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct, is_ordered
-from spct_ray.learn.config import OptimConfig
+from spct_ray.learn.batch import BatchSize
+from spct_ray.learn.policy import MiniBatch, objective_of
+from spct_ray.learn.train_config import OptimConfig, PolicyLoss
 from spct_ray.records import Completion, Item, Message
 from spct_ray.stages.grpo import (
     GrpoConfig,
@@ -40,12 +43,13 @@ from spct_ray.stages.grpo import (
     trained_groups,
     with_advantages,
 )
-from spct_ray.stages.rollout_dump import RolloutDump
-from spct_ray.stages.rollout_engines import fitting_items, parity_prompts
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
+    RolloutDump,
+    fitting_items,
     has_signal,
+    parity_prompts,
     request_of,
     rollout_metrics,
     sample_groups,
@@ -334,9 +338,18 @@ def test_metrics_of_a_step_counted_by_hand() -> None:
 def test_samples_without_signal_are_left_out_only_where_they_have_no_gradient() -> None:
     mixed = [make_rollout("correct"), make_rollout("wrong")]
     same = [make_rollout("wrong"), make_rollout("no_box")]
-    assert [s.advantage for s in with_advantages([mixed, same], "grpo", keep_all=True)] == [1, -1, 0, 0]
-    assert [s.advantage for s in with_advantages([mixed, same], "grpo", keep_all=False)] == [1, -1]
-    assert [s.advantage for s in with_advantages([same], "grpo", keep_all=False)] == [0, 0]
+    objective = objective_of(PolicyLoss(), 99)
+    assert [s.advantage for s in with_advantages([mixed, same], objective)] == [1, -1, 0, 0]
+    rank: Any = SimpleNamespace(rank=0, world_size=1)
+    for groups, beta, trained, size in (
+        ([mixed, same], 0.1, [1, -1, 0, 0], BatchSize(4, 8)),
+        ([mixed, same], 0.0, [1, -1], BatchSize(4, 8)),
+        ([same], 0.0, [0, 0], BatchSize(2, 4)),
+    ):
+        batch = MiniBatch(with_advantages(groups, objective), rank, 999, beta)
+        (row,) = batch.rows
+        assert [values_N[0].item() for values_N in row.split(row.extras["advantages"])] == trained
+        assert batch.size == size
 
 
 def test_too_long_prompts_are_dropped_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,10 @@ from spct_ray.errors import ParityError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.learn.batch import make_batch
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.records import Item, Message
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Rollouts, run
-from spct_ray.stages.rollout_dump import RolloutDump
+from spct_ray.stages.rollouts import RolloutDump
 
 pytestmark = pytest.mark.slow
 

@@ -18,14 +18,22 @@ from transformers import AutoConfig, AutoTokenizer
 from spct_ray.errors import ConfigError
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn.batch import BatchSize, make_batch
-from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
-from spct_ray.learn.grpo_update import Sample, add_reference, rank_micro_batches, update_policy
-from spct_ray.learn.reference import Reference
+from spct_ray.learn.policy import (
+    Reference,
+    Sample,
+    add_logprobs,
+    mini_batches,
+    objective_of,
+    sample_rows,
+    train_on,
+    update_policy,
+)
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.trainer import Trainer
 
 OPTIM = OptimConfig(lr=1e-2, schedule="constant", betas=(0.0, 0.9), grad_clip=0.5, dtype="float32")
 BETA, CAP, NUM_SEQUENCES = 0.3, 1.1, 8
-LOSS, SIZE = PolicyLoss(beta=BETA, tis_cap=CAP), BatchSize(NUM_SEQUENCES, 99)
+OBJECTIVE, SIZE = objective_of(PolicyLoss(beta=BETA, tis_cap=CAP), 99), BatchSize(NUM_SEQUENCES, 99)
 NUM_SAMPLES = (7, 1)  # of each update; of one sample, the second of two ranks has nothing to train on
 LORA = LoraConfig(rank=4)
 
@@ -53,11 +61,9 @@ def train(
     reference = Reference(model_dir, trainer, resources)
     numbers = []
     for num_samples in NUM_SAMPLES:
-        batches, num_passes = rank_micro_batches(
-            make_samples(num_samples), trainer.rank, trainer.world_size, micro_tokens
-        )
-        batches = add_reference(batches, num_passes, reference)
-        numbers.append(update_policy(trainer, batches, LOSS, SIZE))
+        rows, num_passes = sample_rows(make_samples(num_samples), trainer.rank, trainer.world_size, micro_tokens)
+        rows = add_logprobs("ref_logp", reference.logprobs, rows, num_passes)
+        numbers.append(update_policy(trainer, rows, OBJECTIVE, SIZE))
     trainer.export(out)
     return numbers
 
@@ -95,6 +101,32 @@ def train_in_plain_torch(model_dir: str, lora: bool = False) -> dict[str, torch.
         optimiser.step()
     whole = policy.merge_and_unload() if lora else policy
     return {name: weight.detach() for name, weight in whole.named_parameters()}
+
+
+def clipped_updates_in_plain_torch(model_dir: str, samples: list[Sample], clip: float) -> dict[str, torch.Tensor]:
+    """GRPO without KL on parts of 1, 2, 2 and 2 samples, with ratios to the policy before the first update."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=0.0)
+
+    def logprobs(sample: Sample) -> torch.Tensor:
+        ids = torch.tensor(sample.token_ids)
+        logps = policy(ids[None]).logits[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        return logps[sample.num_prompt_tokens - 1 :]
+
+    old = {sample: logprobs(sample).detach() for sample in samples}
+    for part in (samples[:1], samples[1:3], samples[3:5], samples[5:]):
+        optimiser.zero_grad()
+        for sample in part:
+            logp, advantage = logprobs(sample), sample.advantage
+            ratio = (logp - old[sample]).exp()
+            importance = (logp.detach() - torch.tensor(sample.engine_logprobs)).exp().clamp(max=CAP)
+            gain = importance * torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+            (-gain.mean() / len(part)).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIM.grad_clip)
+        optimiser.step()
+    return {name: weight.detach() for name, weight in policy.named_parameters()}
 
 
 def assert_moved_alike(model_dir: str, policy: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -177,9 +209,9 @@ def test_updates_after_a_resume_are_bit_equal(model_dir: str, tmp_path: Path) ->
         first = (trainer.resume(checkpoints) or {"step": 0})["step"]
         reference = Reference(model_dir, trainer, resources)
         for step in range(first, first + num_updates):
-            batches, num_passes = rank_micro_batches(make_samples(7 - step), 0, 1, resources.micro_tokens)
-            batches = add_reference(batches, num_passes, reference)
-            update_policy(trainer, batches, LOSS, SIZE)
+            rows, num_passes = sample_rows(make_samples(7 - step), 0, 1, resources.micro_tokens)
+            rows = add_logprobs("ref_logp", reference.logprobs, rows, num_passes)
+            update_policy(trainer, rows, OBJECTIVE, SIZE)
         trainer.export(out)
         trainer.save(checkpoints, {"step": first + num_updates})
 
@@ -191,6 +223,23 @@ def test_updates_after_a_resume_are_bit_equal(model_dir: str, tmp_path: Path) ->
     assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items())
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert not any(torch.equal(weight, half[name]) for name, weight in straight.items())
+
+
+@pytest.mark.slow
+def test_the_clip_acts_on_several_updates_of_a_batch(model_dir: str, tmp_path: Path) -> None:
+    """The same batch in 4 updates with a narrow and a wide clip: other weights, each as plain torch has them."""
+    samples, weights, shares = make_samples(7), dict[float, dict[str, torch.Tensor]](), dict[float, float]()
+    for clip in (0.01, 0.9):
+        resources = TrainResources(micro_tokens=50, threads=1)
+        trainer = Trainer(model_dir, head="lm", optim=OPTIM, resources=resources, total_steps=4, seed=0)
+        loss = PolicyLoss(beta=0.0, tis_cap=CAP, clip=clip, updates_per_batch=4)
+        numbers = train_on(trainer, mini_batches(samples, trainer, 50, loss), objective_of(loss, 99))
+        trainer.export(str(tmp_path / str(clip)))
+        shares[clip] = numbers["clip_share"]
+        weights[clip] = clipped_updates_in_plain_torch(model_dir, samples, clip)
+        assert_moved_alike(model_dir, tmp_path / str(clip), weights[clip])
+    assert shares[0.01] > shares[0.9]
+    assert all((weights[0.01][name] - weight).abs().max() > 1e-3 for name, weight in weights[0.9].items())
 
 
 @pytest.mark.slow

@@ -24,14 +24,14 @@ from spct_ray.learn import attention, checkpoint
 from spct_ray.learn import model as learn_model
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.checkpoint import Fragment
-from spct_ray.learn.config import OptimConfig, lr_factor
-from spct_ray.learn.examples import Example, ExampleFile, ExampleFiles, MixedOrder, make_example, write_examples
-from spct_ray.learn.fit import one_ahead
-from spct_ray.learn.meta import MetaScorer, encode_judgement, score_judgements
+from spct_ray.learn.examples import Example, ExampleFiles, MixedOrder, make_example, write_examples
 from spct_ray.learn.metrics_file import MetricsFile
 from spct_ray.learn.model import TokenLogprobs, load_model
+from spct_ray.learn.scorers import MetaScorer, encode_judgement
+from spct_ray.learn.train_config import OptimConfig, lr_factor
 from spct_ray.records import Message
 from spct_ray.serve.backends import LocalMeta
+from spct_ray.stages.supervised import one_ahead
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> Non
     tokenizer = make_tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     talks = [(Message("user", f"Score {i}"), Message("assistant", "Analysis: " + "good " * i)) for i in range(6)]
-    together = score_judgements(str(tmp_path), talks)
+    together = MetaScorer(str(tmp_path)).score(talks)
     alone = MetaScorer(str(tmp_path), micro_tokens=1)
     assert together == pytest.approx([alone.score([talk])[0] for talk in talks], abs=0.02)
     ids, prompt_length = encode_judgement(tokenizer, talks[2])
@@ -210,8 +210,7 @@ def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> No
     examples = [Example(list(range(2 + n % 50)), n % 7, float(n % 2)) for n in range(9000)]  # three blocks of the file
     path = str(tmp_path / "examples.arrow")
     assert write_examples(path, iter(examples)) == len(examples)
-    file = ExampleFile(path)
-    assert file.lengths == [len(e.ids) for e in examples]
+    file = ExampleFiles(path)
     for example, found in zip(examples, map(file.__getitem__, range(len(file))), strict=True):
         assert isinstance(found.ids, np.ndarray)
         assert not found.ids.flags.owndata
@@ -219,7 +218,7 @@ def test_examples_come_back_from_disk_as_views_of_the_file(tmp_path: Path) -> No
     with pytest.raises(IndexError, match="example 9000 of 9000"):
         file[9000]
     write_examples(str(tmp_path / "more.arrow"), examples[:3])
-    files = ExampleFiles([path, str(tmp_path / "more.arrow")])
+    files = ExampleFiles(path, str(tmp_path / "more.arrow"))
     assert files.sizes == [9000, 3]
     assert all(same(files[i], example) for i, example in enumerate([*examples, *examples[:3]]))
 
@@ -259,7 +258,7 @@ def test_an_example_ends_with_the_assistant_s_turn() -> None:
 def test_metrics_file_forgets_steps_that_are_done_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.5}\n{"step": 2, "lo')
-    file = MetricsFile(path, 1)
+    file = MetricsFile(tmp_path, 1)
     file.append({"step": 1, "loss": 1.4})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 0, "loss": 2.0},

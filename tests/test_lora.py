@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from spct_ray.errors import ConfigError
 from spct_ray.learn.batch import make_batch
-from spct_ray.learn.config import LoraConfig
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import TokenLogprobs, load_model
+from spct_ray.learn.train_config import LoraConfig
 from spct_ray.stages.grpo import GrpoConfig
 
 SEQUENCES, PROMPTS = [[5, 9, 11, 200, 3, 40], [7, 8, 9], [30, 31, 32, 33, 34, 35, 36, 37, 38]], [2, 1, 4]

@@ -18,9 +18,9 @@ from spct_ray.data.store import write_items
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
-from spct_ray.learn.config import OptimConfig, TrainResources
-from spct_ray.learn.examples import ExampleFile
-from spct_ray.learn.meta import score_judgements
+from spct_ray.learn.examples import ExampleFiles
+from spct_ray.learn.scorers import MetaScorer
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Item, Message, Trajectory
 from spct_ray.stages import meta, meta_scores
 
@@ -82,7 +82,7 @@ def test_heldout_items_share_no_item_with_training(root: Path) -> None:
     counts = meta.write_training_files(make_context(root, "split"), replace(CONFIG, ties=False))
     assert counts["train"] + counts["heldout"] == 72
     assert counts["train"] % 3 == counts["heldout"] % 3 == 0  # three judgements an item stay together
-    assert len(ExampleFile(str(root / "split" / "heldout.arrow"))) == counts["heldout"]
+    assert len(ExampleFiles(str(root / "split" / "heldout.arrow"))) == counts["heldout"]
     ids = [f"item-{i}" for i in range(4000)]
     assert 0.27 < sum(meta.is_heldout(i, 0.3, 3) for i in ids) / len(ids) < 0.33
 
@@ -115,7 +115,7 @@ def test_meta_rm_learns_and_scores_evaluated_judgements(root: Path, ray_session:
     base = write_trajectories(root / "evaluate_base", [*judged, trajectory(ITEMS[3], 5, False, "truncated")])
     grpo = write_trajectories(root / "evaluate_grpo", judged[:3])
     context = make_context(root, "scores", meta=str(root / "meta"), evaluate_base=base, evaluate_grpo=grpo)
-    assert meta_scores.run(context, meta_scores.MetaScoresConfig(), meta_scores.MetaScoresResources()) == {
+    assert meta_scores.run(context, {}, meta_scores.MetaScoresResources()) == {
         "judgements": 51,
         "distinct": 2,  # all items have one query and one pair of responses; the judgement is right or wrong
     }
@@ -124,6 +124,6 @@ def test_meta_rm_learns_and_scores_evaluated_judgements(root: Path, ray_session:
     logits = {(row["model"], row["key"]): row["logit"] for row in rows}
     assert ("base", "item-3/s5") not in logits
     talks = [meta_messages(item, t.order, t.text) for item, t in zip(ITEMS, judged[::2], strict=True)]
-    alone = score_judgements(str(root / "meta" / "model"), talks)
+    alone = MetaScorer(str(root / "meta" / "model")).score(talks)
     assert [logits["base", t.key] for t in judged[::2]] == pytest.approx(alone, abs=0.05)
     assert min(alone) > max(logits["base", t.key] for t in judged[1::2])

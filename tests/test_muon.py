@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.learn.trainer import Trainer
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,7 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.model import TokenLogprobs, load_model
-from spct_ray.learn.nano import NanoConfig, write_nano
-from spct_ray.stages.nano import phrases
+from spct_ray.stages.nano import NanoConfig, phrases, write_nano
 
 
 @pytest.mark.slow

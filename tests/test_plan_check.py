@@ -16,8 +16,8 @@ from jobs.capacity import grpo_seconds, on_gpus, tables
 from spct_ray.cli import main
 from spct_ray.config import load
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.learn.lora import add_adapters
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.stages.plan_check import KNOWN, Training, beside, check, checkpoints, engine_memory, shape_of, trainings
 from spct_ray.stages.recipe import Recipe
 

@@ -19,8 +19,8 @@ from tiny import make_tiny_model
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.learn.config import OptimConfig, TrainResources
-from spct_ray.learn.examples import ExampleFile
+from spct_ray.learn.examples import ExampleFiles
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.stages import rft
 from spct_ray.stages.select import SFT_SCHEMA
 from spct_ray.stages.supervised import SupervisedConfig, data_order
@@ -79,7 +79,7 @@ def test_only_short_examples_are_kept_and_general_ones_are_mixed_in(tmp_path: Pa
     counts = rft.write_training_file(context, config)
     assert counts == {"judgements": 20, "general": 25, "general_too_long": 20}
     files = [tmp_path / "rft" / name for name in ("examples.arrow", "general.arrow")]
-    assert [len(ExampleFile(str(file))) for file in files] == [20, 25]
+    assert [len(ExampleFiles(str(file))) for file in files] == [20, 25]
     first = [file.read_bytes() for file in files]
     assert rft.write_training_file(context, config) == counts
     assert [file.read_bytes() for file in files] == first

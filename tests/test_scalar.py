@@ -18,10 +18,11 @@ from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.batch import BatchSize
-from spct_ray.learn.config import OptimConfig
-from spct_ray.learn.examples import ExampleFile, make_pair
+from spct_ray.learn.examples import ExampleFiles, make_pair
+from spct_ray.learn.losses import bradley_terry_loss, pair_rows
 from spct_ray.learn.model import LastTokenScore, load_model
-from spct_ray.learn.scalar import RewardModel, bradley_terry_loss, pair_rows
+from spct_ray.learn.scorers import RewardModel
+from spct_ray.learn.train_config import OptimConfig
 from spct_ray.records import Item, Message
 from spct_ray.stages import bradley_terry, scalar
 from spct_ray.stages.meta_scores import MetaScoresResources
@@ -102,7 +103,7 @@ def test_pairs_are_the_best_with_each_other(tmp_path: Path) -> None:
     here = StepContext("bradley_terry", 1, str(tmp_path), inputs, "spct run x")
     counts = bradley_terry.write_training_file(here, bradley_terry.BradleyTerryConfig(max_tokens=300))
     assert counts == {"pairs": 2, "single_responses": 1, "too_long": 1}
-    tokenizer, file = make_tiny_tokenizer(), ExampleFile(str(tmp_path / "pairs.arrow"))
+    tokenizer, file = make_tiny_tokenizer(), ExampleFiles(str(tmp_path / "pairs.arrow"))
     for pair, other in zip([file[0], file[1]], (RESPONSES[0], RESPONSES[2]), strict=True):
         assert same(pair, make_pair(tokenizer, ASKED, RESPONSES[1], other))
     write_items(str(tmp_path / "items" / "train.parquet"), items[1:2])
@@ -139,7 +140,7 @@ def test_a_baseline_is_trained_on_ranks_and_scores_items(tmp_path: Path, ray_ses
     assert losses[-1] < 0.2
     inputs = {"items": str(tmp_path / "items"), "judge": str(tmp_path / "bradley_terry")}
     there = StepContext("scalar", 1, str(tmp_path / "scalar"), inputs, "spct evaluate x", str(tmp_path / "log"))
-    assert scalar.run(there, scalar.ScalarConfig(), MetaScoresResources(num_replicas=2)) == {
+    assert scalar.run(there, {}, MetaScoresResources(num_replicas=2)) == {
         "items": 8,
         "responses": 16,
     }

@@ -17,11 +17,11 @@ from spct_ray.engines.checksums import HeldTensor, checksum, compare
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ParityError
 from spct_ray.learn.batch import make_batch
-from spct_ray.learn.config import LoraConfig
 from spct_ray.learn.lora import add_adapters, whole_weights
 from spct_ray.learn.model import TokenLogprobs, load_model
+from spct_ray.learn.train_config import LoraConfig
 from spct_ray.records import Message
-from spct_ray.stages.rollout_engines import adapter_rank
+from spct_ray.stages.rollouts import adapter_rank
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 SEQUENCES = [[5, 60, 99, 7, 200, 3, 42, 17], [1, 87, 85, 259, 201, 42]]

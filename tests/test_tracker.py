@@ -15,8 +15,7 @@ import pytest
 from spct_ray.config import load
 from spct_ray.errors import ConfigError
 from spct_ray.graph.fingerprint import step_ids
-from spct_ray.learn.metrics_file import MetricsFile
-from spct_ray.learn.tracker import require
+from spct_ray.learn.metrics_file import MetricsFile, require_tracker
 from spct_ray.stages.recipe import Recipe, build_steps
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +87,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def train(path: Path, first: int, last: int, tracker: Any, shift: float = 0.0) -> MetricsFile:
     """An attempt that begins at `first`; whole values, which event files keep exactly."""
-    file = MetricsFile(path, first, tracker)
+    file = MetricsFile(path.parent, first, tracker)
     for step in range(first, last):
         file.append({"step": step, "loss": 10.0 - step + shift, "tokens": 7})
     return file
@@ -132,13 +131,13 @@ def test_a_tracker_with_a_server_is_given_each_step_once_over_restarts(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    require("tensorboard")
+    require_tracker("tensorboard")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"tracker is wandb, but the package wandb is not installed: pip install wandb"
     ):
-        require("wandb")
-    require("none")
+        require_tracker("wandb")
+    require_tracker("none")
 
 
 def test_one_key_sets_the_tracker_of_every_step_that_trains_and_changes_no_id() -> None:

@@ -16,7 +16,7 @@ from tiny import make_tiny_model
 from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.engines.vllm_transfer import PoolClient, WeightTransfer, ipc_buffer_bytes, weight_source
 from spct_ray.errors import ConfigError, EngineError
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, run
 
 

@@ -32,20 +32,18 @@ from jobs.bench.compare import (
 )
 from jobs.flops import Work, training_flops, work_of
 from spct_ray.learn.batch import BatchSize
-from spct_ray.learn.config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.examples import Example
-from spct_ray.learn.fit import rank_rows
-from spct_ray.learn.grpo import importance_N, policy_loss, token_weights
-from spct_ray.learn.grpo_update import Sample, rank_micro_batches, update_policy
+from spct_ray.learn.losses import rank_rows, sft_loss
 from spct_ray.learn.model import LogprobHead
-from spct_ray.learn.sft import sft_loss
+from spct_ray.learn.policy import Sample, TokenLogps, objective_of, policy_loss, sample_rows, update_policy
+from spct_ray.learn.train_config import OptimConfig, PolicyLoss, TrainResources
 from spct_ray.learn.trainer import Trainer
 from spct_ray.precision import resolve
 from spct_ray.stages.plan_check import ModelShape
 
 T = TypeVar("T")
 OPTIM = OptimConfig(lr=1e-5, schedule="constant")
-LOSS = PolicyLoss(beta=0.0)
+OBJECTIVE = objective_of(PolicyLoss(beta=0.0), max_tokens=1024)
 SHORTEST = 0.5  # of the longest prompt or completion
 
 
@@ -167,8 +165,8 @@ def grpo_ours(model_dir: str, sizes: Sizes) -> Side:
     size = BatchSize(len(samples), sum(len(s.engine_logprobs) for s in samples))
 
     def repeat() -> Repeat:
-        batches, _ = rank_micro_batches(samples, 0, 1, sizes.micro_tokens)
-        numbers = update_policy(trainer, batches, LOSS, size)
+        batches, _ = sample_rows(samples, 0, 1, sizes.micro_tokens)
+        numbers = update_policy(trainer, batches, OBJECTIVE, size)
         return Repeat(numbers["loss"], int(numbers["tokens_trained"]), training_flops(trainer.model.config, batches))
 
     return repeat
@@ -200,9 +198,9 @@ def grpo_padded(model_dir: str, sizes: Sizes) -> Side:
             torch.tensor(lengths, device=device)
         )
         engine_N = torch.tensor([lp for s in row for lp in s.engine_logprobs], device=device)
-        weights_N = token_weights(LOSS, lengths, size).to(device)
-        tis_N = importance_N(logp_N, engine_N, LOSS.tis_cap)
-        return policy_loss(logp_N, logp_N.detach(), None, advantages, weights_N, LOSS, tis_N), ids, length + 1
+        weights_N = OBJECTIVE.token_weights(lengths, size).to(device)
+        token_logps = TokenLogps(logp_N, logp_N.detach(), engine_N)
+        return policy_loss(OBJECTIVE, token_logps, advantages, weights_N), ids, length + 1
 
     longest = max(len(s.token_ids) for s in samples)
     return _plain_repeat(model, optimiser, lambda: map(row_loss, _rows(samples, sizes.micro_tokens // longest)))

@@ -38,13 +38,12 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.learn.batch import make_batch
-from spct_ray.learn.config import TrainResources
 from spct_ray.learn.examples import Example
-from spct_ray.learn.reference import Reference
+from spct_ray.learn.policy import Reference
+from spct_ray.learn.train_config import TrainResources
 from spct_ray.precision import resolve
 from spct_ray.records import Message
-from spct_ray.stages.grpo import GrpoConfig, update
-from spct_ray.stages.phases import Phases
+from spct_ray.stages.grpo import GrpoConfig, Phases, update
 from spct_ray.stages.rollouts import Rollout
 
 SEED = 1

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spct_ray.errors import SpctError, StepError
-from spct_ray.learn.config import TrainResources
-from spct_ray.learn.tracker import require
+from spct_ray.learn.metrics_file import require_tracker
+from spct_ray.learn.train_config import TrainResources
 
 _COLLECTIVE_TIMEOUT_S = 6 * 3600  # ranks wait for each other while rank 0 starts engines (30 min a wave) or samples
 
@@ -37,7 +37,7 @@ def run_ranks(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-    require(resources.tracker)  # a missing package is no reason to start ranks again
+    require_tracker(resources.tracker)  # a missing package is no reason to start ranks again
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker

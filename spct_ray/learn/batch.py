@@ -1,14 +1,14 @@
 """Packed rows: many sequences in one row without padding, each prompt once, and which sequences go together.
 
 A judge's prompt is several times its completion, and all completions of a group share it. A row therefore holds trees:
-a trunk (the prompt) and the branches (its completions), each of which attends to the trunk and to itself. Leaves out
-the loss, which its caller normalises over the whole update: how sequences are spread over rows and ranks never changes
-it; and attention (see `attention.py`).
+a trunk (the prompt) and the branches (its completions), each of which attends to the trunk and to itself (see
+`attention.py`). Losses are normalised over the whole update, so how sequences are spread over rows and ranks never
+changes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ class Batch:
         return replace(self, **moved, extras={name: value.to(device) for name, value in self.extras.items()})
 
     def split(self, values_N: Tensor) -> tuple[Tensor, ...]:
-        """Values of trained tokens, one tensor a sequence."""
+        """Values of trained tokens, one tensor per sequence."""
         return torch.split(values_N, list(self.num_trained))
 
 
@@ -82,16 +82,6 @@ def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share
     last, end = [0] * len(ids_B), 0
     for group in _groups(ids_B, trunks, share_prompts):
         trunk = trunks[group[0]]
-        if len(group) == 1:  # trunk and branch in one piece: plain causal attention is the fastest
-            (index,) = group
-            num = len(ids_B[index])
-            ids.append(ids_B[index])
-            positions.append(np.arange(num))
-            sources[index] = np.arange(end + trunk - 1, end + num - 1)
-            end += num
-            last[index] = end - 1
-            trees.append(Tree(num))
-            continue
         ids.append(ids_B[group[0]][:trunk])
         positions.append(np.arange(trunk))
         end += trunk
@@ -106,7 +96,8 @@ def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share
             end += len(branch)
             last[index] = end - 1 if len(branch) else trunk_end
             branches.append(len(branch))
-        trees.append(Tree(trunk, tuple(branches)))
+        # A sequence alone is one trunk: plain causal attention is the fastest.
+        trees.append(Tree(trunk, tuple(branches)) if len(group) > 1 else Tree(trunk + branches[0]))
     num_trained = tuple(map(len, sources))
     targets = [ids[trunk:] for ids, trunk in zip(ids_B, trunks, strict=True)]
     return Batch(
@@ -120,6 +111,28 @@ def make_batch(sequences: Sequence[Tokens], prompt_lengths: Sequence[int], share
         num_trained=num_trained,
         num_naive=sum(map(len, ids_B)),
     )
+
+
+def packed_rows(
+    sequences: Sequence[Tokens],
+    prompt_lengths: Sequence[int],
+    micro_tokens: int,
+    ranks: tuple[int, int] = (0, 1),
+    share_prompts: bool = True,
+) -> tuple[list[tuple[list[int], Batch]], int]:
+    """The rows of one rank, each with the indices of its sequences, and how many rows the rank with the most has.
+
+    `ranks` are this rank and their number. See `plan_rows`.
+    """
+    rank, num_ranks = ranks
+    plan = plan_rows(
+        sequences, prompt_lengths, micro_tokens=micro_tokens, num_ranks=num_ranks, share_prompts=share_prompts
+    )
+    rows = [
+        (row, make_batch([sequences[i] for i in row], [prompt_lengths[i] for i in row], share_prompts))
+        for row in plan[rank]
+    ]
+    return rows, max(map(len, plan))
 
 
 def plan_rows(
@@ -183,6 +196,14 @@ def _arrays(sequences: Sequence[Tokens]) -> list[npt.NDArray[np.int32]]:
 
 def _joined(parts: Sequence[npt.NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+
+
+@torch.no_grad()
+def forward_rows(forward: Callable[[Batch], Tensor], rows: Sequence[Batch], num_passes: int) -> list[Tensor]:
+    """`forward` of each row, without gradients. Every rank makes `num_passes` passes, if need be of an empty row:
+    ZeRO-3 gathers weights in each of them. Collective."""
+    outputs = [forward(row) for row in [*rows, *[EMPTY] * (num_passes - len(rows))]]
+    return outputs[: len(rows)]
 
 
 EMPTY = make_batch([[0, 0]], [1])  # one trained token, for ranks that keep others company without work of their own

@@ -3,14 +3,13 @@ pickle.
 
 Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns
 under its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint
-is `step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Leaves out
-learning-rate and random state: both are functions of the step number.
+is `step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Learning
+rate and random state are functions of the step number and not in it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spct_ray.errors import DataError
+from spct_ray.files import write_atomically
 
 _KEEP = 2
 _FILE_NUMEL = 1 << 28  # elements a file (1 GiB): bounds the copies made while writing
@@ -79,9 +79,7 @@ def complete(directory: str, step: int, content: dict[str, Any]) -> None:
     """Make the checkpoint count, by writing `checkpoint.json`, and delete all but the newest two."""
     path = checkpoint_dir(directory, step)
     content = {**content, "step": step, "files": sorted(f.name for f in path.glob("*.safetensors"))}
-    temporary = path / "checkpoint.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path / "checkpoint.json")
+    write_atomically(path / "checkpoint.json", json.dumps(content, indent=1).encode())
     for old in complete_steps(directory)[:-_KEEP]:
         (checkpoint_dir(directory, old) / "checkpoint.json").unlink()
         shutil.rmtree(checkpoint_dir(directory, old))

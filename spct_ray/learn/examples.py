@@ -1,14 +1,12 @@
 """Tokenised training examples on disk, shared by all ranks through memory mapping, and the order they are drawn in.
 
-The step number alone decides the batch, so a resumed run neither repeats nor skips data. Leaves out where the text
-comes from; see `stages`.
+The step number alone decides the batch, so a resumed run neither repeats nor skips data.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from spct_ray.chat import encode_example
+from spct_ray.files import replacing
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Message
 
@@ -31,7 +30,7 @@ _ROWS = 4096  # rows written at once
 @dataclass(frozen=True, slots=True)
 class Example:
     """Token ids whose first `prompt_length` are not trained on; `label` is 0 or 1 for the meta RM, for a pair (see
-    `spct_ray.learn.scalar`) the length of the chosen response, else 0."""
+    `make_pair`) the length of the chosen response, else 0."""
 
     ids: Tokens
     prompt_length: int
@@ -52,34 +51,28 @@ def make_pair(tokenizer: Any, messages: Sequence[Message], chosen: str, rejected
     return Example(joined, prompt_length, float(len(ids) - prompt_length))
 
 
-class ExampleFile:
-    """Examples of one Arrow file, read on demand: `ids` are views of the mapped file."""
+class ExampleFiles:
+    """The examples of Arrow files, one file after the other, read on demand: `ids` are views of the mapped files."""
 
-    def __init__(self, path: str) -> None:
-        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        ids, prompt_lengths, labels = table.columns
-        self._values = [chunk.values.to_numpy() for chunk in ids.chunks]  # [tokens of the chunk]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in ids.chunks]
-        self._starts = np.cumsum([0, *map(len, ids.chunks)])
-        self._prompt_lengths, self._labels = prompt_lengths.to_numpy(), labels.to_numpy()
-        self.lengths: list[int] = [n for offsets in self._offsets for n in np.diff(offsets).tolist()]
+    def __init__(self, *paths: str) -> None:
+        tables = [pa.ipc.open_file(pa.memory_map(path)).read_all() for path in paths]
+        self.sizes: list[int] = [table.num_rows for table in tables]
+        self._ids, self._prompt_lengths, self._labels = pa.concat_tables(tables).columns
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return sum(self.sizes)
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        chunk = int(np.searchsorted(self._starts, index, "right")) - 1
-        place = index - self._starts[chunk]
-        start, stop = self._offsets[chunk][place : place + 2]
-        return Example(self._values[chunk][start:stop], int(self._prompt_lengths[index]), float(self._labels[index]))
+        ids = self._ids[index].values.to_numpy()
+        return Example(ids, self._prompt_lengths[index].as_py(), self._labels[index].as_py())
 
 
 def write_examples(path: str, examples: Iterable[Example]) -> int:
-    """Write an Arrow file, whole or not at all; gives the number of examples."""
-    temporary, count, stream = f"{path}.tmp", 0, iter(examples)
-    with pa.ipc.new_file(temporary, _SCHEMA) as writer:
+    """Write an Arrow file, whole or not at all; returns the number of examples."""
+    count, stream = 0, iter(examples)
+    with replacing(path) as temporary, pa.ipc.new_file(temporary, _SCHEMA) as writer:
         while rows := list(itertools.islice(stream, _ROWS)):
             ids = [np.asarray(example.ids, np.int32) for example in rows]
             offsets = np.cumsum([0, *map(len, ids)])
@@ -90,23 +83,7 @@ def write_examples(path: str, examples: Iterable[Example]) -> int:
             ]
             writer.write_batch(pa.record_batch(columns, _SCHEMA))
             count += len(rows)
-    os.replace(temporary, path)
     return count
-
-
-class ExampleFiles:
-    """The examples of several files, one file after the other."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._files = [ExampleFile(path) for path in paths]
-        self.sizes = [len(file) for file in self._files]
-
-    def __getitem__(self, index: int) -> Example:
-        for file in self._files:
-            if index < len(file):
-                return file[index]
-            index -= len(file)
-        raise IndexError(index)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 The trunk's linear layers compute W x + (alpha / rank) B A x, of which A and B alone are trained; embeddings and output
 layer stay as they are, and a new scalar head is trained in full. What leaves the trainer (weights for engines, exports)
-is the sum W + (alpha / rank) B A under the names of the model without adapters, or A and B alone. Leaves out ranks and
-gathering.
+is the sum W + (alpha / rank) B A under the names of the model without adapters, or A and B alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig
+from spct_ray.learn.train_config import LoraConfig
 
 _ADAPTER = "default"  # peft's name of the one adapter
 

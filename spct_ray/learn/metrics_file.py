@@ -1,36 +1,62 @@
-"""metrics.jsonl: one JSON object a training step, without gaps or duplicates over restarts; and its copies.
+"""metrics.jsonl, the record of a training run: one JSON object per step, without gaps or duplicates over restarts.
 
-A tracker is told of each step as it comes, and metrics.parquet has them all in the end.
+metrics.parquet holds a copy of it in the end, and a tracker (TensorBoard, Weights & Biases, MLflow, Trackio) follows
+it step by step. accelerate's trackers do not serve: they log nothing without accelerate's process-wide PartialState,
+which chooses the CUDA device itself, and none of them says which steps a resumed run already has.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from spct_ray.learn.config import TrackerName
-from spct_ray.learn.tracker import open_tracker
+from spct_ray.errors import ConfigError
+from spct_ray.files import replacing, write_atomically
+from spct_ray.learn.train_config import TrackerName
+
+PROJECT = "spct-ray"
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """The lines of the metrics.jsonl in a step's directory, but for half a line that a killed process left; none where
+    there is no such file."""
+    path = Path(directory, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def mean_of_last_tenth(lines: Sequence[Mapping[str, float]], name: str) -> float:
+    """The mean of one metric over the last tenth of the steps, at least one."""
+    return statistics.fmean(line[name] for line in lines[-max(1, len(lines) // 10) :])
 
 
 class MetricsFile:
-    """One line a step, numbered from 0: opened at `first_step`, it forgets the lines of that and later steps.
+    """The metrics.jsonl of a step's directory, opened at `first_step`: it forgets the lines of that and later steps.
 
     The tracker is told of what it has missed. Raises ConfigError where its package is not installed.
     """
 
-    def __init__(self, path: Path, first_step: int, tracker: TrackerName = "none") -> None:
-        self._path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
-        kept = [line for line in whole if json.loads(line)["step"] < first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self._tracker = open_tracker(tracker, path.parent)
-        for line in kept:
-            self._track(json.loads(line))
+    def __init__(self, directory: str | Path, first_step: int, tracker: TrackerName = "none") -> None:
+        self._path = Path(directory, "metrics.jsonl")
+        lines = [line for line in read_metrics(directory) if line["step"] < first_step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._tracker = open_tracker(tracker, Path(directory))
+        for line in lines:
+            self._track(line)
+
+    @classmethod
+    def on_rank_0(cls, rank: int, directory: str, first_step: int, tracker: TrackerName) -> MetricsFile | None:
+        """The file for rank 0, None for the other ranks."""
+        return cls(directory, first_step, tracker) if rank == 0 else None
 
     def append(self, line: Mapping[str, float]) -> None:
         """Write one line through to the disk. Raises ValueError for a number that is not finite."""
@@ -46,14 +72,124 @@ class MetricsFile:
             self._tracker.log(step, {name: value for name, value in line.items() if name != "step"})
 
     def close(self) -> None:
-        """Write metrics.parquet beside the lines, whole or not at all, and close the tracker."""
+        """Write metrics.parquet beside the lines and close the tracker."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+        lines = read_metrics(self._path.parent)
         names = dict.fromkeys(name for line in lines for name in line)
-        temporary = self._path.with_suffix(".parquet.tmp")
-        pq.write_table(pa.table({name: [line.get(name) for line in lines] for name in names}), temporary)
-        os.replace(temporary, self._path.with_suffix(".parquet"))
+        with replacing(self._path.with_suffix(".parquet")) as temporary:
+            pq.write_table(pa.table({name: [line.get(name) for line in lines] for name in names}), temporary)
         if self._tracker is not None:
             self._tracker.close()
+
+
+class Tracker(Protocol):
+    """An open tracker of one training step of the graph, which is given each of its steps once, also over restarts."""
+
+    next_step: int  # the first step that it does not have
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+def require_tracker(name: TrackerName) -> None:
+    """Raise ConfigError where the tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(_PACKAGES[name]) is None:
+        raise ConfigError(
+            f"resources.tracker is {name}, but the package {_PACKAGES[name]} is not installed: pip install "
+            f"{_PACKAGES[name]}, or set resources.tracker to none or another of {', '.join(_PACKAGES)}"
+        )
+
+
+def open_tracker(name: TrackerName, directory: Path) -> Tracker | None:
+    """The tracker of the training step in `directory`, the same run of it when opened again; None for "none"."""
+    require_tracker(name)
+    kinds: dict[str, Callable[[Path], Tracker]] = {
+        "tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio,
+    }  # fmt: skip
+    return kinds[name](directory) if name in kinds else None
+
+
+class _TensorBoard:
+    """Event files in tensorboard/. Event files only grow, so they are made anew when opened again."""
+
+    next_step = 0
+
+    def __init__(self, directory: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+        self._writer: Any = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run of the project `PROJECT`; account, server and offline mode by W&B's own environment variables."""
+
+    def __init__(self, directory: Path) -> None:
+        import wandb
+
+        run_id = _remembered(directory / "wandb_run", lambda: uuid.uuid4().hex)
+        self._run: Any = wandb.init(project=PROJECT, name=directory.name, id=run_id, resume="allow", dir=str(directory))
+        self.next_step: int = self._run.step
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Mlflow:
+    """A run of the experiment `PROJECT` on the server that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, directory: Path) -> None:
+        from mlflow import MlflowClient
+
+        self._client: Any = MlflowClient()
+        self._run = _remembered(directory / "mlflow_run", lambda: self._create(directory.name))
+        history = self._client.get_metric_history(self._run, "loss")
+        self.next_step: int = max((metric.step + 1 for metric in history), default=0)
+
+    def _create(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(PROJECT)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(PROJECT)
+        run_id: str = self._client.create_run(number, run_name=name).info.run_id
+        return run_id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run, [Metric(name, value, now, step) for name, value in values.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class _Trackio(_Wandb):
+    """The same by Trackio, whose runs have W&B's interface; directory, Space or server by its environment variables."""
+
+    def __init__(self, directory: Path) -> None:
+        import trackio
+
+        self._run: Any = trackio.init(
+            PROJECT, directory.name, resume="allow", embed=False, auto_log_cpu=False, auto_log_gpu=False
+        )
+        # Trackio has no public name for it, neither for local runs nor for those on a server.
+        self.next_step = self._run._next_step
+
+
+def _remembered(path: Path, make: Callable[[], str]) -> str:
+    """The text of a file, which is made on first use."""
+    if not path.exists():
+        write_atomically(path, make().encode())
+    return path.read_text()

@@ -1,10 +1,11 @@
 """The model under training: loading, and the two heads a Trainer can drive (next-token log-probs, one score).
 
-Leaves out optimisation and distribution (see trainer.py), and any model code of its own: the network is transformers'.
+The network is transformers' own; how it is optimised and distributed is in trainer.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -48,6 +49,20 @@ def load_model(model_dir: str, head: Head, dtype: torch.dtype, on_gpu: bool) -> 
     if on_gpu:
         fuse_layers(model)
     return model
+
+
+@contextlib.contextmanager
+def partitioned_loading(config: dict[str, Any] | None) -> Iterator[None]:
+    """Inside the block, transformers partitions weights as it loads them, for the DeepSpeed `config` of ZeRO stage 3;
+    None changes nothing."""
+    if config is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    active = HfDeepSpeedConfig(config)  # from_pretrained looks for it while this object lives
+    yield
+    del active
 
 
 def fuse_layers(model: Any) -> None:

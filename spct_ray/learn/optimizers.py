@@ -1,6 +1,6 @@
 """Optimizers for DeepSpeed's ZeRO: AdamW, or its Muon for the matrices beside AdamW for the rest.
 
-Leaves out learning rates, which the trainer sets before each update, and checkpoints of the moments.
+The trainer sets learning rates before each update; checkpoints of the moments are in zero_state.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spct_ray.errors import ConfigError, SpctError
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 
 
 def run_muon_eagerly() -> None:

@@ -1,8 +1,8 @@
 """One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU and CUDA.
 
 Weights are bf16 (or fp32) with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the
-number of ranks change an update beyond bf16 rounding of the forward pass. Leaves out losses and data, which the caller
-brings, and starting processes (see `spct_ray.cluster.train`).
+number of ranks change an update beyond bf16 rounding of the forward pass. Losses and data come from the caller; Ray
+Train starts the processes (`spct_ray.cluster.train`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spct_ray.errors import ConfigError, SpctError
+from spct_ray.files import replacing
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.learn import checkpoint
 from spct_ray.learn.batch import EMPTY, Batch
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources, lr_factor
 from spct_ray.learn.lora import add_adapters, whole_weights
-from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model
+from spct_ray.learn.model import Head, LastTokenScore, TokenLogprobs, load_model, partitioned_loading
 from spct_ray.learn.optimizers import make_optimizer, run_muon_eagerly
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources, lr_factor
+from spct_ray.learn.zero_state import ZeroState
 from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
@@ -63,13 +63,7 @@ class Trainer:
         self.dtype: torch.dtype = getattr(torch, resolve(optim.dtype, on_gpu=resources.gpus_per_worker > 0))
         config = _deepspeed_config(optim, resources, self.dtype)
         torch.manual_seed(derive_seed(seed, "weights"))  # a new scalar head is drawn at random, alike on all ranks
-        if resources.zero_stage == 3:
-            from transformers.integrations import HfDeepSpeedConfig
-
-            active = HfDeepSpeedConfig(config)  # makes from_pretrained partition the weights while this object lives
-            self.model = load_model(model_dir, head, self.dtype, self.device.type == "cuda")
-            del active
-        else:
+        with partitioned_loading(config if resources.zero_stage == 3 else None):
             self.model = load_model(model_dir, head, self.dtype, self.device.type == "cuda")
         vocab = self.model.config.get_text_config().vocab_size
         if len(self.tokenizer) > vocab:
@@ -89,9 +83,10 @@ class Trainer:
             deepspeed.utils.set_z3_leaf_module(module.head, True)
         self._optimizer = make_optimizer(module, optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
+        self._state = ZeroState(self._engine, self._optimizer, self.model, resources.zero_stage, self.rank)
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """Log p [N] (fp32) of each trained token; without dropout where no gradient is asked for."""
+        """Log p [N] (fp32) of each trained token; without dropout where gradients are off."""
         return self._forward(batch)
 
     def scores(self, batch: Batch) -> Tensor:
@@ -143,8 +138,8 @@ class Trainer:
         if self.rank == 0:
             checkpoint.remove_incomplete(directory)
         dist.barrier()
-        self._create_moments()
-        checkpoint.write_fragments(path, self.rank, self._fragments())
+        self._state.create_moments()
+        checkpoint.write_fragments(path, self.rank, self._state.fragments())
         dist.barrier()
         if self.rank == 0:
             checkpoint.complete(directory, self.steps_done, {"state": state, "num_ranks": self.world_size})
@@ -160,14 +155,11 @@ class Trainer:
             return None
         path = checkpoint.checkpoint_dir(directory, step)
         content = checkpoint.read_content(path)
-        self._create_moments()
-        for state_of_group in (self._optimizer.state[master] for master in self._masters()):
-            counter = state_of_group.get("step")
-            if counter is not None:
-                state_of_group["step"] = torch.full_like(counter, step) if isinstance(counter, Tensor) else step
+        self._state.create_moments()
+        self._state.set_step(step)
         with torch.no_grad():
-            checkpoint.read_fragments(path, content["files"], self._fragments())
-            self._update_weights()
+            checkpoint.read_fragments(path, content["files"], self._state.fragments())
+            self._state.update_weights()
         self.steps_done = step
         state: dict[str, Any] = content["state"]
         return state
@@ -221,15 +213,9 @@ class Trainer:
             if self.rank == 0:
                 weights[name] = weight.cpu()
         if self.rank == 0:
-            temporary, old = Path(f"{directory}.tmp"), Path(f"{directory}.old")
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            self.model.save_pretrained(temporary, state_dict=weights)
-            self.tokenizer.save_pretrained(temporary)
-            if Path(directory).exists():
-                os.rename(directory, old)
-            os.rename(temporary, directory)
-            shutil.rmtree(old, ignore_errors=True)
+            with replacing(directory) as temporary:
+                self.model.save_pretrained(temporary, state_dict=weights)
+                self.tokenizer.save_pretrained(temporary)
         dist.barrier()
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -244,80 +230,6 @@ class Trainer:
     def _empty_loss(self) -> Tensor:
         """A loss of 0 that runs the whole network, for ranks that have fewer micro-batches than others."""
         return self._forward(EMPTY).sum() * 0.0
-
-    def _masters(self) -> list[Tensor]:
-        """The flat fp32 tensors that the optimizer updates (DeepSpeed hides ZeRO-3's from the parameter groups)."""
-        if self._zero_stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    def _muon_masters(self) -> Iterator[tuple[Tensor, list[Any] | None]]:
-        """The masters that Muon updates. DeepSpeed keeps their momentum in the form of the master or, under ZeRO-2 and
-        in fp32 under ZeRO-1, for each whole matrix of which this rank has a part: then with those matrices."""
-        zero = self._engine.optimizer
-        if self._zero_stage == 3:
-            is_muon = getattr(zero, "sub_groups_using_muon", [False] * len(zero.fp16_groups))
-        else:
-            is_muon = [group.get("use_muon", False) for group in self._optimizer.param_groups]
-        whole = getattr(zero, "params_in_partition", [None] * len(is_muon))
-        masters = zip(self._masters(), whole, is_muon, strict=True)
-        return ((master, matrices) for master, matrices, chosen in masters if chosen)
-
-    def _create_moments(self) -> None:
-        """The optimizer's state as it is before the first update, where there is none yet."""
-        for master, matrices in self._muon_masters():
-            numel = len(master) if matrices is None else sum(p.numel() for p in matrices)
-            self._optimizer.state[master].setdefault("momentum_buffer", master.new_zeros(numel, requires_grad=False))
-        for master in self._masters():
-            state = self._optimizer.state[master]
-            if not state:
-                on_cpu = type(self._optimizer).__name__ == "DeepSpeedCPUAdam"
-                state["step"] = 0 if on_cpu else torch.zeros((), device=master.device)
-                state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-        if self._zero_stage < 3:
-            # DeepSpeed links the state of all groups once, after the first one's update, when others may have none.
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _fragments(self) -> Iterator[checkpoint.Fragment]:
-        """Views of the master weights and moments that this rank owns."""
-        zero = self._engine.optimizer
-        momentum = dict[Any, Tensor]()  # of whole matrices
-        for master, matrices in self._muon_masters():
-            if matrices is not None:
-                buffer = self._optimizer.state[master]["momentum_buffer"]
-                momentum.update(zip(matrices, buffer.split([p.numel() for p in matrices]), strict=True))
-        for name, param in self.model.named_parameters():
-            if not param.requires_grad:
-                continue  # as in the model that training began with
-            keys: dict[str, str | None] = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-            if getattr(param, "use_muon", False):
-                keys = {"fp32": None} if param in momentum else {"fp32": None, "momentum_buffer": "momentum_buffer"}
-            if param in momentum:
-                yield checkpoint.Fragment(name, 0, {"momentum_buffer": momentum[param]})
-            if self._zero_stage == 3:
-                start = self.rank * param.partition_numel()
-                length = min(param.partition_numel(), param.ds_numel - start)  # the rest is padding
-                if length > 0:
-                    views = {k: zero._get_fp32_opt_state_partition(param, True, key)[0] for k, key in keys.items()}
-                    yield checkpoint.Fragment(name, start, {k: v.detach()[:length] for k, v in views.items()})
-            elif param._hp_mapping is not None:
-                mapping = param._hp_mapping
-                views = {k: mapping.get_hp_fragment(key) for k, key in keys.items()}
-                start = mapping.lp_fragment_address.start
-                yield checkpoint.Fragment(name, start, {k: v.detach() for k, v in views.items()})
-
-    def _update_weights(self) -> None:
-        """Copy the master weights into the weights that the forward pass uses."""
-        zero = self._engine.optimizer
-        if self._zero_stage < 3:
-            zero.update_lp_params()
-            return
-        zero.checkpoint_event_prologue()
-        for sub_group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-        zero.checkpoint_event_epilogue()
 
 
 def _import_deepspeed(resources: TrainResources) -> Any:
@@ -338,7 +250,7 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # Else DeepSpeed compiles its own shared-memory all-reduce for CPU ranks on first use.
+    # A private name: nothing public keeps DeepSpeed from compiling its own shared-memory all-reduce for CPU ranks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     if resources.gpus_per_worker:

@@ -90,7 +90,7 @@ class LocalMeta:
     """A meta RM in this process, one batch at a time; warm before the constructor returns."""
 
     def __init__(self, model_dir: str) -> None:
-        from spct_ray.learn.meta import MetaScorer  # here, so that a gateway does not load torch
+        from spct_ray.learn.scorers import MetaScorer  # here, so that a gateway does not load torch
 
         self._scorer = MetaScorer(model_dir)
         self._scorer.warm_up()

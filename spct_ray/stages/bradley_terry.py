@@ -1,7 +1,7 @@
 """A scalar baseline on the same data with the same trainer: a Bradley-Terry reward model of the training items.
 
-Pairs are the best response of an item and each other one, all that Eq. 10 uses of the rewards. Leaves out measuring it:
-`spct evaluate RUN:bradley_terry`.
+Pairs are the best response of an item and each other one, all that Eq. 10 uses of the rewards. It is
+measured by `spct evaluate RUN:bradley_terry`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
+from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks, train
 
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
@@ -43,17 +43,13 @@ def run(context: StepContext, config: BradleyTerryConfig, resources: TrainResour
 
 def train_loop(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> None:
     """On every rank: load, resume, train, export."""
-    from spct_ray.learn.scalar import bradley_terry_loss, pair_rows
+    from spct_ray.learn.losses import bradley_terry_loss, pair_rows
 
-    train(
-        context, config, resources, init="init", head="scalar", loss_fn=bradley_terry_loss, examples=["pairs.arrow"],
-        make_rows=pair_rows,
-    )  # fmt: skip
+    train(context, config, resources, Task("init", "scalar", bradley_terry_loss, pair_rows, ("pairs.arrow",)))
 
 
 def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dict[str, int]:
     """Tokenise pairs.arrow; counts of pairs kept and dropped, and of items without a pair."""
-    from spct_ray.cluster.tokenise import encode_all
     from spct_ray.data.store import read_items
     from spct_ray.learn.examples import write_examples
 
@@ -64,18 +60,14 @@ def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dic
         best = item.responses[item.best]
         others = [response for place, response in enumerate(item.responses) if place != item.best]
         pairs += [(item.messages, best, other) for other in others]
-    examples = []
-    for example in encode_all(str(Path(context.inputs["init"]) / "model"), _encode, pairs):
-        fits = len(example.ids) <= config.max_tokens
-        counts["pairs" if fits else "too_long"] += 1
-        if fits:
-            examples.append(example)
-    if not examples:
+    model_dir = str(Path(context.inputs["init"]) / "model")
+    kept = (example for _, example in encoded(model_dir, _encode, pairs, config.max_tokens, counts))
+    counts["pairs"] = write_examples(f"{context.out}/pairs.arrow", kept)
+    if not counts["pairs"]:
         raise DataError(
             f"{context.name}: no pair of responses to train on, counts {dict(counts)}; bradley_terry.max_tokens is "
             f"{config.max_tokens}, for query and both responses"
         )
-    write_examples(f"{context.out}/pairs.arrow", examples)
     return dict(counts)
 
 

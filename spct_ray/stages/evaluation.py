@@ -261,8 +261,8 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         if judge.config is None:
             if asked.suite == "robustness":
                 raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
-            unset, demand = scalar.ScalarConfig(), Demand.of_replicas(judge.scoring)
-            scored.append(Step(name, scalar.run, scalar.VERSION, unset, judge.scoring, demand, inputs))
+            demand = Demand.of_replicas(judge.scoring)
+            scored.append(Step(name, scalar.run, scalar.VERSION, {}, judge.scoring, demand, inputs))
             read |= {name: name}
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
@@ -278,8 +278,7 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             scorers, demand = judge.scoring, Demand.of_replicas(judge.scoring)
             models.append(_model_step(meta, judge.meta, one))
             inputs = {"items": "benchmarks", "meta": meta, name: name}
-            nothing = meta_scores.MetaScoresConfig()
-            scored.append(Step(scores, meta_scores.run, meta_scores.VERSION, nothing, scorers, demand, inputs))
+            scored.append(Step(scores, meta_scores.run, meta_scores.VERSION, {}, scorers, demand, inputs))
             read |= {scores: scores, meta: meta}
     steps += [*models, *judged, *scored]  # evaluations follow each other at once, so that they share engines
     names = tuple(judge.name for judge in judges)

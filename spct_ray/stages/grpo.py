@@ -2,15 +2,15 @@
 
 `train_loop` is the method. Rank 0 owns the rollout engines and asks them; every rank trains on its share. The engines
 die with rank 0's process, so a restarted loop starts new ones, and each step begins by giving them the trainer's
-weights: no sample ever comes from other weights than those being trained. Leaves out the loss (`learn/grpo.py`), the
-prompts and rewards of a step (`rollouts.py`), and placement (`cluster/`).
+weights: no sample ever comes from other weights than those being trained. Prompts, rewards and engines are in
+`rollouts.py`, the loss and its objectives in `learn/policy.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,22 +20,21 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.learn.config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
+from spct_ray.learn.metrics_file import MetricsFile, mean_of_last_tenth, read_metrics
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, PolicyLoss, TrainResources
 from spct_ray.placement import check_engine
-from spct_ray.stages.phases import Phases
-from spct_ray.stages.rollout_dump import RolloutDump
-from spct_ray.stages.rollout_engines import Rollouts, fitting_items
 from spct_ray.stages.rollouts import (
     RewardRule,
     Rollout,
+    RolloutDump,
+    Rollouts,
+    fitting_items,
     rollout_metrics,
     with_signal,
 )
 
 if TYPE_CHECKING:
-    from spct_ray.learn.batch import BatchSize
-    from spct_ray.learn.grpo_update import Sample
-    from spct_ray.learn.reference import Reference
+    from spct_ray.learn.policy import Grpo, Reference, Sample
     from spct_ray.learn.trainer import Trainer
 
 VERSION = 2
@@ -44,19 +43,18 @@ _ORDER_SLACK = 16  # tokens that a prompt may grow by when its responses are sho
 
 
 @dataclass(frozen=True)
-class GrpoConfig:
+class GrpoConfig(PolicyLoss):
     """The paper's values (27B): lr 4e-7, 900 steps, batch 512, G = 4, beta 0.08. The rest is ours.
 
-    `prompts_per_step` x `group_size` rollouts make one update. An item whose prompt exceeds `max_prompt_tokens` is
-    dropped at the start, with a count. `tis_cap` bounds the importance weights that correct for the engine's
-    arithmetic and for older weights. `parity_mean` and `parity_p99` bound |dlogp| between trainer and engine after a
-    sync, in nats: twice what two correct programs in bf16 are expected to differ by (its logits of 16 to 32 have
-    neighbours 0.125 away). They are about arithmetic; stale weights are found by checksums, in any dtype.
-    `reward` and `format_weight` are explained in `stages.rollouts.to_groups`, `objective`, `kl`, `clip` and `clip_high`
-    in `learn.config.PolicyLoss`. `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal alone, after at
-    most R further rounds that ask for as many items as are missing (see `stages.rollouts.sample_groups`). With
-    `max_staleness` 1 the engines sample a step's rollouts while the step before is trained on, so from weights that are
-    one update old.
+    A step samples `prompts_per_step` x `group_size` rollouts and trains on them in `updates_per_batch` updates;
+    `optim.warmup_steps` counts updates. An item whose prompt exceeds `max_prompt_tokens` is dropped at the start
+    and counted. `parity_mean` and `parity_p99` bound |dlogp| between trainer and engine after a sync, in nats:
+    twice what two correct programs in bf16 are expected to differ by (its logits of 16 to 32 have neighbours 0.125
+    away). They are about arithmetic; stale weights are found by checksums, in any dtype. `reward` and
+    `format_weight` are explained in `stages.rollouts.to_groups`, the settings of the loss in `PolicyLoss`.
+    `dynamic_sampling` 0 trains on all groups; R > 0 on those with signal alone, after at most R further rounds that
+    ask for as many items as are missing (see `stages.rollouts.sample_groups`). With `max_staleness` 1 the engines
+    sample a step's rollouts while the step before is trained on, so from weights that are one step old.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-7, schedule="constant"))
@@ -68,12 +66,6 @@ class GrpoConfig:
     reward: RewardRule = "best"
     format_weight: float = 0.0
     dynamic_sampling: int = 0
-    objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    beta: float = 0.08
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    clip: float = 0.2
-    clip_high: float | None = None
-    tis_cap: float = 2.0
     max_staleness: Literal[0, 1] = 0
     max_prompt_tokens: int = 3000
     parity_mean: float = 0.02
@@ -81,6 +73,7 @@ class GrpoConfig:
     checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompts_per_step % self.orders_per_item:
             raise ConfigError(
                 f"prompts_per_step is {self.prompts_per_step}; reward both_orders asks for each item in two orders, so "
@@ -95,6 +88,12 @@ class GrpoConfig:
             raise ConfigError(
                 f"dynamic_sampling is {self.dynamic_sampling}; it is a number of further rounds, 0 for none"
             )
+        fewest = self.group_size * (self.orders_per_item if self.dynamic_sampling else self.prompts_per_step)
+        if self.updates_per_batch > fewest:
+            raise ConfigError(
+                f"updates_per_batch is {self.updates_per_batch}, but a step may train on as few as {fewest} rollouts: "
+                "lower it, or raise group_size or prompts_per_step"
+            )
         if not 0 <= self.format_weight < 2:
             raise ConfigError(
                 f"format_weight is {self.format_weight}; it must be at least 0 and below 2, the reward of being right"
@@ -108,13 +107,6 @@ class GrpoConfig:
     def orders_per_item(self) -> int:
         """Prompts of one item within a step."""
         return 2 if self.reward == "both_orders" else 1
-
-    @property
-    def loss(self) -> PolicyLoss:
-        """The part that the loss needs."""
-        return PolicyLoss(
-            self.objective, self.beta, self.kl, self.clip, self.clip_high, self.tis_cap, self.judge.budget
-        )
 
 
 @dataclass(frozen=True)
@@ -158,6 +150,7 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
     Raises ConfigError, DataError (no item fits), ParityError, SpctError (diverged).
     """
     from spct_ray.cluster.train import run_ranks
+    from spct_ray.learn.policy import objective_of
 
     needed = config.max_prompt_tokens + config.judge.budget + _ORDER_SLACK
     if needed > resources.engine.max_model_len:
@@ -168,26 +161,24 @@ def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> d
         )
     if config.max_staleness and resources.engine.transfer == "ipc":
         raise ConfigError("max_staleness is 1, but an engine on the trainer's GPU sleeps while it trains: set it to 0")
+    objective_of(config, config.judge.budget)  # an import path that is wrong fails here, before any rank starts
     fitting_items(context, config)  # which ranks then read
     run_ranks(train_loop, (context, config, resources), resources.train, context)
-    lines = [json.loads(line) for line in Path(context.out, "metrics.jsonl").read_text().splitlines()]
-    tail = lines[-max(1, len(lines) // 10) :]
-    return {"steps": len(lines), "reward_last_tenth": sum(line["reward"] for line in tail) / len(tail)}
+    lines = read_metrics(context.out)
+    return {"steps": len(lines), "reward_last_tenth": mean_of_last_tenth(lines, "reward")}
 
 
 def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> None:
     """The method, on every rank; collective throughout."""
     from spct_ray.learn.checkpoint import complete_steps
-    from spct_ray.learn.metrics_file import MetricsFile
-    from spct_ray.learn.reference import Reference
+    from spct_ray.learn.policy import Reference
 
     start_model, out = str(Path(context.inputs["rft"]) / "model"), Path(context.out)
     trainer = policy_trainer(start_model, config, resources.train, context.seed)
     first = (trainer.resume(str(out / "checkpoints")) or {"step": 0})["step"]
     reference = Reference(start_model, trainer, resources.train) if config.beta > 0 else None
     with contextlib.closing(Rollouts(trainer, start_model, context, config, resources)) as rollouts:
-        path = out / "metrics.jsonl"
-        metrics = MetricsFile(path, first, resources.train.tracker) if trainer.rank == 0 else None
+        metrics = MetricsFile.on_rank_0(trainer.rank, context.out, first, resources.train.tracker)
         dump = RolloutDump(out) if trainer.rank == 0 and resources.dump_rollouts else None
         phase = Phases()
         for step in range(first, config.steps):
@@ -214,7 +205,8 @@ def train_loop(context: StepContext, config: GrpoConfig, resources: GrpoResource
                 with phase("checkpoint"):
                     trainer.save(str(out / "checkpoints"), {"step": step + 1})
                 if dump is not None:
-                    dump.prune([0, *complete_steps(str(out / "checkpoints"))][-2])
+                    updates = [0, *complete_steps(str(out / "checkpoints"))][-2]
+                    dump.prune(updates // config.updates_per_batch)
     if metrics is not None:
         metrics.close()
     trainer.export(str(out / "model"))
@@ -229,7 +221,7 @@ def policy_trainer(start_model: str, config: GrpoConfig, resources: TrainResourc
         head="lm",
         optim=config.optim,
         resources=resources,
-        total_steps=config.steps,
+        total_steps=config.steps * config.updates_per_batch,
         seed=seed,
         lora=config.lora,
     )
@@ -243,20 +235,20 @@ def update(
     micro_tokens: int,
     phase: Phases,
 ) -> dict[str, float]:
-    """One update from all groups of a step: advantages, the reference's log-probs, an optimiser step. Collective.
+    """The updates from all groups of a step: advantages, the reference's log-probs, optimiser steps. Collective.
 
-    Returns what `learn.grpo_update.update_policy` does, and the numbers of groups asked for and trained on.
+    Returns what `learn.policy.train_on` does, and the numbers of groups asked for and trained on.
     """
-    from spct_ray.learn.grpo_update import add_reference, rank_micro_batches, update_policy
+    from spct_ray.learn.policy import mini_batches, objective_of, train_on
 
-    trained = trained_groups(groups, config)
-    samples = with_advantages(trained, config.objective, keep_all=config.beta > 0)
-    batches, num_passes = rank_micro_batches(samples, trainer.rank, trainer.world_size, micro_tokens)
+    objective, trained = objective_of(config, config.judge.budget), trained_groups(groups, config)
+    batches = mini_batches(with_advantages(trained, objective), trainer, micro_tokens, config)
     if reference is not None:
         with phase("reference"):
-            batches = add_reference(batches, num_passes, reference)
+            for batch in batches:
+                batch.add("ref_logp", reference.logprobs)
     with phase("train"):
-        numbers = update_policy(trainer, batches, config.loss, size_of(trained))
+        numbers = train_on(trainer, batches, objective)
     return {**numbers, "groups_asked": len(groups), "groups_trained": len(trained)}
 
 
@@ -268,33 +260,53 @@ def trained_groups(groups: Sequence[Sequence[Rollout]], config: GrpoConfig) -> S
     return with_signal(groups, config.orders_per_item) or groups[: config.prompts_per_step]
 
 
-def with_advantages(groups: Sequence[Sequence[Rollout]], objective: str, keep_all: bool) -> list[Sample]:
-    """Samples to train on. Those with advantage 0 have no gradient and are left out, unless they count for the KL term
-    (`keep_all`) or nothing else is there: an update is made in every step."""
+def with_advantages(groups: Sequence[Sequence[Rollout]], objective: Grpo) -> list[Sample]:
+    """All rollouts, group after group, as samples to train on."""
     import torch
 
-    from spct_ray.learn.grpo import advantages
-    from spct_ray.learn.grpo_update import Sample
+    from spct_ray.learn.policy import Sample
 
     rewards_MG = torch.tensor([[rollout.reward for rollout in group] for group in groups])
-    advantages_MG = advantages(rewards_MG, scaled=objective != "dr_grpo").tolist()
-    samples = [
+    return [
         Sample(rollout.token_ids, rollout.num_prompt_tokens, rollout.engine_logprobs, advantage)
-        for group, advantages_G in zip(groups, advantages_MG, strict=True)
+        for group, advantages_G in zip(groups, objective.advantages(rewards_MG).tolist(), strict=True)
         for rollout, advantage in zip(group, advantages_G, strict=True)
     ]
-    return samples if keep_all else [sample for sample in samples if sample.advantage] or samples
-
-
-def size_of(groups: Sequence[Sequence[Rollout]]) -> BatchSize:
-    """Rollouts and completion tokens that one update's loss is a mean over, also of those left out of training."""
-    from spct_ray.learn.batch import BatchSize
-
-    rollouts = [rollout for group in groups for rollout in group]
-    return BatchSize(len(rollouts), sum(len(rollout.engine_logprobs) for rollout in rollouts))
 
 
 def progress_note(line: dict[str, float]) -> str:
     """What a person watching wants to see of one step."""
     kl = f", KL {line['kl']:.2g}" if "kl" in line else ""
     return f"reward {line['reward']:+.3f}, correct {line['share_correct']:.0%}{kl}"
+
+
+class Phases:
+    """Seconds of one step by phase. A checkpoint is written after its step's line, so it counts for the next one."""
+
+    def __init__(self) -> None:
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._started = time.monotonic()
+        self._seconds = dict.fromkeys(("checkpoint", "sync", "parity", "rollout", "reference", "train"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[name] += time.monotonic() - started
+
+    def finish_step(self, groups: Sequence[Sequence[Rollout]], rollout_seconds: float) -> dict[str, float]:
+        """Seconds by phase and in all, and completion tokens per second; the next step begins here.
+
+        `rollout_seconds` is what the engines took, also beside other phases.
+        """
+        all_seconds, seconds = time.monotonic() - self._started, self._seconds
+        tokens = sum(len(rollout.engine_logprobs) for group in groups for rollout in group)
+        self._begin_step()
+        return {
+            **{f"seconds_{name}": round(value, 4) for name, value in seconds.items()},
+            "seconds_step": round(all_seconds, 4),
+            "tokens_per_second": round(tokens / all_seconds, 1),
+            "rollout_tokens_per_second": round(tokens / rollout_seconds, 1),
+        }

@@ -7,7 +7,6 @@ their judgements, is held out; AUC, accuracy and calibration are measured on the
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.errors import DataError
+from spct_ray.files import write_atomically
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
 from spct_ray.judge.rule import is_correct, is_tied
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
+from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks, train
 
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
@@ -78,33 +78,28 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
 
 def train_loop(context: StepContext, config: MetaConfig, resources: TrainResources) -> None:
     """On every rank: load, resume, train, export, score the held-out judgements."""
-    from spct_ray.learn.examples import ExampleFile
-    from spct_ray.learn.meta import meta_loss, score_over_ranks
+    from spct_ray.learn.examples import ExampleFiles
+    from spct_ray.learn.losses import meta_loss, rank_rows
+    from spct_ray.learn.scorers import score_over_ranks
 
-    trainer = train(context, config, resources, init="init", head="scalar", loss_fn=meta_loss, examples=["train.arrow"])
-    held = ExampleFile(f"{context.out}/heldout.arrow")
+    trainer = train(context, config, resources, Task("init", "scalar", meta_loss, rank_rows, ("train.arrow",)))
+    held = ExampleFiles(f"{context.out}/heldout.arrow")
     heldout = [held[i] for i in range(len(held))]
     logits = score_over_ranks(trainer, heldout, resources.micro_tokens)
     if trainer.rank == 0:
         content = {"logits": logits, "labels": [int(e.label) for e in heldout]}
-        temporary = Path(context.out, "heldout.json.tmp")
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, Path(context.out, "heldout.json"))
+        write_atomically(Path(context.out, "heldout.json"), json.dumps(content).encode())
 
 
 def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, int]:
     """Tokenise to train.arrow and heldout.arrow, split by item; counts by what became of the judgements."""
-    from spct_ray.cluster.tokenise import encode_all
     from spct_ray.learn.examples import write_examples
 
     model_dir = str(Path(context.inputs["init"]) / "model")
     counts: Counter[str] = Counter()
     parts: dict[str, list[Example]] = {"train": [], "heldout": []}
     judgements = list(labelled_judgements(context, counts, config.data, config.ties))
-    for judgement, example in zip(judgements, encode_all(model_dir, _encode, judgements), strict=True):
-        if len(example.ids) > config.max_tokens:
-            counts["too_long"] += 1
-            continue
+    for judgement, example in encoded(model_dir, _encode, judgements, config.max_tokens, counts):
         part = "heldout" if is_heldout(judgement.item_id, config.heldout_share, context.seed) else "train"
         counts[part] += 1
         parts[part].append(example)

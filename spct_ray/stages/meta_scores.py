@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,6 @@ _BLOCK = 256  # judgements sent to a scorer at once
 
 
 @dataclass(frozen=True)
-class MetaScoresConfig:
-    """Nothing to choose: the meta RM and the judgements are inputs."""
-
-
-@dataclass(frozen=True)
 class MetaScoresResources:
     """Scorers side by side and what each takes; null GPUs: one on a cluster with GPUs, else none."""
 
@@ -31,40 +25,44 @@ class MetaScoresResources:
     gpus_per_replica: float | None = 0
 
 
-def run(context: StepContext, config: MetaScoresConfig, resources: MetaScoresResources) -> dict[str, Any]:
+def run(context: StepContext, _: Mapping[str, Any], resources: MetaScoresResources) -> dict[str, Any]:
     """Score the judgements of all inputs "evaluate_*" with input "meta"; writes logits.parquet (model, key, logit)."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
-    import ray
 
-    from spct_ray.learn.meta import MetaScorer
+    from spct_ray.data.store import write_rows
+    from spct_ray.learn.scorers import MetaScorer
 
     rows = list(judgements(context))
     distinct = list(dict.fromkeys(messages for _, _, messages in rows))  # a confident judge often says the same again
-    scorer = ray.remote(MetaScorer).options(
-        num_cpus=resources.cpus_per_replica, num_gpus=resources.gpus_per_replica, max_restarts=2, max_task_retries=2
-    )
-    model = str((Path(context.inputs["meta"]) / "model").resolve())
     blocks = [distinct[i : i + _BLOCK] for i in range(0, len(distinct), _BLOCK)]
-    replicas = [scorer.remote(model) for _ in range(min(resources.num_replicas, len(blocks)))]
-    pool = ray.util.ActorPool(replicas)
     logits: list[float] = []
-    for answer in pool.map(lambda actor, block: actor.score.remote(block), blocks):
+    for answer in score_in_actors(MetaScorer, context.inputs["meta"], blocks, resources):
         logits += answer
         context.progress(len(logits), len(distinct), "distinct judgements")
+    logit_of = dict(zip(distinct, logits, strict=True))
+    write_rows(
+        f"{context.out}/logits.parquet",
+        [{"model": model, "key": key, "logit": logit_of[messages]} for model, key, messages in rows],
+        pa.schema([("model", pa.string()), ("key", pa.string()), ("logit", pa.float64())]),
+    )
+    return {"judgements": len(rows), "distinct": len(distinct)}
+
+
+def score_in_actors(
+    scorer: type[Any], step: str, blocks: Sequence[Any], resources: MetaScoresResources
+) -> Iterator[Any]:
+    """`score(block)` for each block, in order, by actors of `scorer` that hold the model of the finished step in the
+    directory `step`."""
+    import ray
+
+    model = str((Path(step) / "model").resolve())
+    kind = ray.remote(scorer).options(
+        num_cpus=resources.cpus_per_replica, num_gpus=resources.gpus_per_replica, max_restarts=2, max_task_retries=2
+    )
+    replicas = [kind.remote(model) for _ in range(min(resources.num_replicas, len(blocks)))]
+    yield from ray.util.ActorPool(replicas).map(lambda actor, block: actor.score.remote(block), blocks)
     for replica in replicas:
         ray.kill(replica)
-    logit_of = dict(zip(distinct, logits, strict=True))
-    table = pa.table(
-        {
-            "model": pa.array([model for model, _, _ in rows], pa.string()),
-            "key": pa.array([key for _, key, _ in rows], pa.string()),
-            "logit": pa.array([logit_of[messages] for _, _, messages in rows], pa.float64()),
-        }
-    )
-    pq.write_table(table, f"{context.out}/logits.parquet.tmp")
-    os.replace(f"{context.out}/logits.parquet.tmp", f"{context.out}/logits.parquet")
-    return {"judgements": len(rows), "distinct": len(distinct)}
 
 
 def judgements(context: StepContext) -> Iterator[tuple[str, str, tuple[Message, ...]]]:

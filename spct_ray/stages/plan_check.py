@@ -15,7 +15,7 @@ from typing import Any
 
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.stages.recipe import Recipe
 
 GIB = 2**30

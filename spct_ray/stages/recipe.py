@@ -16,7 +16,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.learn.config import TrackerName, TrainResources
+from spct_ray.learn.train_config import TrackerName, TrainResources
 from spct_ray.stages import (
     bradley_terry,
     evaluate,
@@ -113,9 +113,9 @@ def build_steps(recipe: Recipe) -> list[Step]:
     )
     add("items", items, data, items.ItemsResources(), one, {})
     if recipe.nano:
-        judge = add("student", nano, recipe.nano, nano.NanoStudentResources(), one, {})
+        judge = add("student", nano, recipe.nano, None, one, {})
     else:
-        judge = add("student", student, recipe.student, student.StudentResources(), one, {})
+        judge = add("student", student, recipe.student, None, one, {})
     for number in range(1, recipe.rounds + 1):
         end = "" if number == 1 else f"_{number}"
         config = recipe.sample if number == 1 else replace(recipe.sample, sampler=SamplerConfig("student"))
@@ -155,7 +155,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         evaluated[name] = name
     scores = where.meta_scores
     score_inputs = {"items": judged, "meta": "meta", **evaluated}
-    add("meta_scores", meta_scores, meta_scores.MetaScoresConfig(), scores, Demand.of_replicas(scores), score_inputs)
+    add("meta_scores", meta_scores, {}, scores, Demand.of_replicas(scores), score_inputs)
     read = {name: name for name in ("grpo", "meta", "meta_scores")}
     read |= {
         "items": judged,

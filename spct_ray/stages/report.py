@@ -19,6 +19,7 @@ from spct_ray.judge.parse import Scale
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import decide, decide_single, vote
+from spct_ray.learn.metrics_file import read_metrics
 from spct_ray.records import Item, Trajectory
 
 if TYPE_CHECKING:
@@ -202,12 +203,12 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
     if "grpo" in inputs:
         rows = [
             row | {"share_unparsable": sum(v for k, v in row.items() if k.startswith("share_unparsable_"))}
-            for row in _lines(inputs["grpo"])
+            for row in read_metrics(inputs["grpo"])
         ]
         svg = plots.training_curves(rows, GRPO_PANELS, plots.COLOURS["grpo"])
         charts.append(Chart("GRPO", "Each step's value, and its running mean.", svg, wide=True))
     if "rft" in inputs:
-        svg = plots.training_curves(_lines(inputs["rft"]), {"Loss": ("loss",)}, plots.COLOURS["rft"])
+        svg = plots.training_curves(read_metrics(inputs["rft"]), {"Loss": ("loss",)}, plots.COLOURS["rft"])
         charts.append(Chart("Rejective fine-tuning", "Loss a judgement token; each step and its running mean.", svg))
     histograms = {name: block["score_histogram"] for name, block in models.items()}
     charts.append(Chart("Scores given", "Items with two or more responses.", plots.score_histograms(histograms)))
@@ -220,10 +221,6 @@ def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str])
         caption += "".join(f" AUC on {what} {area:.3f}." for what, area in areas.items() if area is not None)
         charts.append(Chart("Meta RM", caption, svg))
     return charts
-
-
-def _lines(directory: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text().splitlines() if line]
 
 
 def _samples(judges: Mapping[str, Judged], num: int, seed: int) -> list[Sample]:

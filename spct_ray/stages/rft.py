@@ -1,6 +1,6 @@
 """Rejective fine-tuning, the cold start: SFT of the student on accepted judgements, mixed with general instructions.
 
-Leaves out which judgements are accepted (`stages.select`) and how training runs (`stages.supervised`).
+Which judgements are accepted is in `stages.select`, how training runs in `stages.supervised`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.learn.config import OptimConfig, TrainResources
+from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, run_on_ranks, train
+from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks, train
 
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
@@ -65,18 +65,10 @@ def run(context: StepContext, config: RftConfig, resources: TrainResources) -> d
 
 def train_loop(context: StepContext, config: RftConfig, resources: TrainResources) -> None:
     """On every rank: load, resume, train, export."""
-    from spct_ray.learn.sft import sft_loss
+    from spct_ray.learn.losses import rank_rows, sft_loss
 
-    train(
-        context,
-        config,
-        resources,
-        init="student",
-        head="lm",
-        loss_fn=sft_loss,
-        examples=["examples.arrow", "general.arrow"],
-        shares=config.general_shares,
-    )
+    files = ("examples.arrow", "general.arrow")
+    train(context, config, resources, Task("student", "lm", sft_loss, rank_rows, files, config.general_shares))
 
 
 def write_training_file(context: StepContext, config: RftConfig) -> dict[str, int]:
@@ -84,33 +76,27 @@ def write_training_file(context: StepContext, config: RftConfig) -> dict[str, in
     dropped."""
     import pyarrow.parquet as pq
 
-    from spct_ray.cluster.tokenise import encode_all
     from spct_ray.learn.examples import write_examples
 
     model_dir = str(Path(context.inputs["student"]) / "model")
     path = Path(context.inputs["select"]) / "sft.parquet"
     judgements = pq.read_table(path, columns=["prompt", "completion"]).to_pylist()
-    made = exercises(config.general_builtin, config.judge, derive_seed(context.seed, "general"))
-    builtin = (_as_prompt_and_completion(row, "built-in") for row in made)
-    general = itertools.chain(builtin, *map(_general_rows, config.general_paths))
-    counts: Counter[str] = Counter()
-
-    def kept(kind: str, rows: list[dict[str, Any]]) -> Iterator[Example]:
-        for example in encode_all(model_dir, encode, rows):
-            fits = len(example.ids) <= config.max_tokens
-            counts[kind if fits else f"{kind}_too_long"] += 1
-            if fits:
-                yield example
-
-    write_examples(f"{context.out}/examples.arrow", kept("judgements", judgements))
-    write_examples(f"{context.out}/general.arrow", kept("general", list(general)))
+    drawn = exercises(config.general_builtin, config.judge, derive_seed(context.seed, "general"))
+    general = [_as_prompt_and_completion(row, "built-in") for row in drawn]
+    general += itertools.chain.from_iterable(map(_general_rows, config.general_paths))
+    counts: dict[str, int] = {}
+    for kind, file, rows in (("judgements", "examples", judgements), ("general", "general", general)):
+        dropped: Counter[str] = Counter()
+        kept = (example for _, example in encoded(model_dir, encode, rows, config.max_tokens, dropped))
+        counts[kind] = write_examples(f"{context.out}/{file}.arrow", kept)
+        counts |= {f"{kind}_{reason}": number for reason, number in dropped.items()}
     if not counts["judgements"]:
         raise DataError(
             f"{path}: none of {len(judgements)} judgements has at most {config.max_tokens} tokens; raise rft.max_tokens"
         )
     if any(config.general_shares) and not counts["general"]:
         raise DataError(f"no general instruction has at most {config.max_tokens} tokens; raise rft.max_tokens")
-    return dict(counts)
+    return counts
 
 
 def encode(tokenizer: Any, row: Mapping[str, Any]) -> Example:

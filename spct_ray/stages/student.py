@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spct_ray.errors import ConfigError
+from spct_ray.files import replacing
 from spct_ray.graph.step import StepContext
 
 VERSION = 1
@@ -35,27 +36,19 @@ class StudentConfig:
     chat_template_from: str = ""
 
 
-@dataclass(frozen=True)
-class StudentResources:
-    """One process prepares the model."""
-
-
-def run(context: StepContext, config: StudentConfig, _: StudentResources) -> dict[str, Any]:
+def run(context: StepContext, config: StudentConfig, _: None) -> dict[str, Any]:
     """Write model/. Raises ConfigError where the source cannot be had."""
     model = Path(context.out) / "model"
-    with tempfile.TemporaryDirectory(dir=context.out) as scratch:
-        fresh = Path(scratch) / "model"
-        if not config.model:
-            raise ConfigError(f"student.source is {config.source}, but student.model is empty")
-        fetch = _from_package if config.source == "package" else _from_hub
+    if not config.model:
+        raise ConfigError(f"student.source is {config.source}, but student.model is empty")
+    fetch = _from_package if config.source == "package" else _from_hub
+    with replacing(model) as fresh:
         fetch(config.model, fresh)
         if config.chat_template_from:
             from transformers import AutoTokenizer
 
             AutoTokenizer.from_pretrained(config.chat_template_from).save_pretrained(fresh)
         _check(fresh, config)
-        shutil.rmtree(model, ignore_errors=True)
-        fresh.rename(model)
     return {"bytes": sum(f.stat().st_size for f in model.iterdir())}
 
 

@@ -1,32 +1,37 @@
-"""What the two supervised stages share: RFT and the meta RM differ in head, loss and data, not in how they train.
+"""Supervised training, as RFT, the meta RM and the Bradley-Terry baseline share it: they differ in head, loss and data.
 
-Ranks are Ray Train workers with DeepSpeed; the data order is a function of (seed, step), so a killed run goes on where
-its newest checkpoint was.
+Ranks are Ray Train workers with DeepSpeed. The data order is a function of (seed, step), so a killed run goes on from
+its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spct_ray.errors import ConfigError
-from spct_ray.graph.record import write_atomically
+from spct_ray.files import write_atomically
 from spct_ray.graph.step import StepContext
-from spct_ray.learn.config import LoraConfig, OptimConfig, TrainResources
+from spct_ray.learn.metrics_file import MetricsFile, mean_of_last_tenth, read_metrics
+from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spct_ray.learn.examples import MixedOrder
-    from spct_ray.learn.fit import RowMaker
+    from spct_ray.learn.batch import Batch, BatchSize
+    from spct_ray.learn.examples import Example, MixedOrder
     from spct_ray.learn.model import Head
     from spct_ray.learn.trainer import Trainer
 
+R = TypeVar("R")
+T = TypeVar("T")
 TrainLoop = Callable[[StepContext, Any, TrainResources], None]  # runs on every rank
 Counts = dict[str, int]
 
@@ -48,6 +53,22 @@ class SupervisedConfig:
     checkpoint_every: int = 50
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained: the model of the input `init`, with `head` and `loss_fn(trainer, row, size of the update)`, on
+    the first of the files `examples`, and with `shares` of a second one, see `learn.examples.MixedOrder`.
+
+    `make_rows(examples, rank, ranks, micro_tokens)` packs one rank's share, see `learn.losses.rank_rows`.
+    """
+
+    init: str
+    head: Head
+    loss_fn: Callable[[Trainer, Batch, BatchSize], Tensor]
+    make_rows: Callable[[Sequence[Example], int, int, int], list[Batch]]
+    examples: tuple[str, ...]
+    shares: tuple[float, ...] = (0.0,)
+
+
 def run_on_ranks(
     context: StepContext,
     config: Any,
@@ -55,7 +76,7 @@ def run_on_ranks(
     train_loop: TrainLoop,
     write: Callable[[StepContext, Any], Counts],
 ) -> dict[str, Any]:
-    """`write` the training files, train, and give the counts with `summary_of_metrics`.
+    """`write` the training files, train, and return the counts with `summary_of_metrics`.
 
     Files are written once, before any rank starts: a resumed step finds `counts.json` beside them.
     """
@@ -63,58 +84,86 @@ def run_on_ranks(
 
     written = Path(context.out, "counts.json")
     if not written.exists():
-        write_atomically(str(written), json.dumps(write(context, config)).encode())
+        write_atomically(written, json.dumps(write(context, config)).encode())
     counts: Counts = json.loads(written.read_text())
     context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
     run_ranks(train_loop, (context, config, resources), resources, context)
     return {**counts, **summary_of_metrics(context.out)}
 
 
-def train(
-    context: StepContext,
-    config: SupervisedConfig,
-    resources: TrainResources,
-    *,
-    init: str,
-    head: Head,
-    loss_fn: Callable[..., Tensor],
-    examples: Sequence[str],
-    shares: Sequence[float] = (0.0,),
-    make_rows: RowMaker | None = None,
-) -> Trainer:
-    """On every rank: load `init`, resume, train on the first of the files `examples` with `loss_fn`, export to model/.
+def encoded(
+    model_dir: str, encode: Callable[[Any, R], Example], rows: Sequence[R], max_tokens: int, too_long: Counter[str]
+) -> Iterator[tuple[R, Example]]:
+    """Each row with its example, encoded by the tokenizer of `model_dir`. Rows of more than `max_tokens` tokens are
+    dropped and counted in `too_long`."""
+    from spct_ray.cluster.tokenise import encode_all
 
-    `shares` are of examples of the second file, see `learn.examples.MixedOrder`.
+    for row, example in zip(rows, encode_all(model_dir, encode, rows), strict=True):
+        if len(example.ids) <= max_tokens:
+            yield row, example
+        else:
+            too_long["too_long"] += 1
+
+
+def train(context: StepContext, config: SupervisedConfig, resources: TrainResources, task: Task) -> Trainer:
+    """On every rank: train until the data order is used up, from the newest checkpoint on, and export to model/.
+
+    Writes metrics.jsonl: step (from 0), loss, grad_norm, lr, tokens (trained on), tokens_per_second (real tokens,
+    prompts included) and seconds.
     """
+    from spct_ray.learn.batch import BatchSize
     from spct_ray.learn.examples import ExampleFiles
-    from spct_ray.learn.fit import fit
     from spct_ray.learn.trainer import Trainer
 
-    files = ExampleFiles([f"{context.out}/{name}" for name in examples])
-    order = data_order(files.sizes, config, context.seed, shares)
+    examples = ExampleFiles(*(f"{context.out}/{name}" for name in task.examples))
+    order = data_order(examples.sizes, config, context.seed, task.shares)
     trainer = Trainer(
-        str(Path(context.inputs[init]) / "model"),
-        head=head,
+        str(Path(context.inputs[task.init]) / "model"),
+        head=task.head,
         optim=config.optim,
         resources=resources,
         total_steps=order.num_steps,
         seed=context.seed,
         lora=config.lora,
     )
-    fit(
-        trainer,
-        files,
-        order,
-        partial(loss_fn, trainer),
-        out=context.out,
-        micro_tokens=resources.micro_tokens,
-        checkpoint_every=config.checkpoint_every,
-        tracker=resources.tracker,
-        progress=context.progress,
-        make_rows=make_rows,
-    )
+    trainer.resume(f"{context.out}/checkpoints")
+    metrics = MetricsFile.on_rank_0(trainer.rank, context.out, trainer.steps_done, resources.tracker)
+
+    def prepare(step: int) -> tuple[list[Batch], BatchSize, int]:
+        batch = [examples[i] for i in order.batch(step)]
+        num_tokens = sum(len(e.ids) for e in batch)
+        size = BatchSize(len(batch), num_tokens - sum(e.prompt_length for e in batch))
+        return task.make_rows(batch, trainer.rank, trainer.world_size, resources.micro_tokens), size, num_tokens
+
+    steps = range(trainer.steps_done, order.num_steps)
+    started = time.monotonic()
+    for step, (rows, size, num_tokens) in zip(steps, one_ahead(prepare, steps), strict=True):
+        numbers = trainer.step(rows, lambda row, size=size: task.loss_fn(trainer, row, size))  # type: ignore[misc]
+        if metrics is not None:
+            seconds = time.monotonic() - started
+            rates = {"tokens_per_second": round(num_tokens / seconds, 1), "seconds": round(seconds, 4)}
+            metrics.append({"step": step, **numbers, "tokens": size.num_tokens, **rates})
+            context.progress(step + 1, order.num_steps, "steps", f"loss {numbers['loss']:.4f}")
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == order.num_steps:
+            trainer.save(f"{context.out}/checkpoints", {})
+        started = time.monotonic()
+    if metrics is not None:
+        metrics.close()
     trainer.export(f"{context.out}/model")
     return trainer
+
+
+def one_ahead(make: Callable[[int], T], steps: Sequence[int]) -> Iterator[T]:
+    """`make(step)` for each step, made in a thread while the caller works on the one before. Raises what `make` does,
+    when that step's turn comes."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque[Future[T]]()
+        for step in steps:
+            ahead.append(thread.submit(make, step))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        for last in ahead:
+            yield last.result()
 
 
 def data_order(
@@ -132,10 +181,9 @@ def data_order(
 
 def summary_of_metrics(out: str) -> dict[str, Any]:
     """Steps, the mean loss of the last tenth of them, and the median speed, from metrics.jsonl."""
-    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    tail = lines[-max(1, len(lines) // 10) :]
+    lines = read_metrics(out)
     return {
         "steps": len(lines),
-        "loss_last_tenth": statistics.fmean(line["loss"] for line in tail),
+        "loss_last_tenth": mean_of_last_tenth(lines, "loss"),
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
     }

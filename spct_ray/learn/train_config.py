@@ -1,4 +1,4 @@
-"""Settings of a training run: how (OptimConfig, method) and where (TrainResources). Loads no torch."""
+"""Settings of a training run: how it trains (method) and where it runs (resources). Loads no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from spct_ray.errors import ConfigError
 from spct_ray.precision import Precision
 
-TrackerName = Literal["tensorboard", "wandb", "mlflow", "none"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,49 @@ class LoraConfig:
             )
 
 
-@dataclass(frozen=True)
-class PolicyLoss:
-    """What one GRPO update minimises; see `learn.grpo` for the objectives and the KL estimators.
+OBJECTIVES = {
+    name: f"spct_ray.learn.policy:{kind}"
+    for name, kind in {"grpo": "Grpo", "dr_grpo": "DrGrpo", "dapo": "Dapo"}.items()
+}
 
-    Ratios are clipped to 1 - `clip` .. 1 + `clip_high` (None: `clip`; DAPO's clip-higher takes 0.28). `tis_cap` bounds
-    the importance weights that correct for the engine's arithmetic. `max_tokens` is dr_grpo's divisor.
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """What an update of the policy minimises; see `learn.policy` for the objectives and the KL estimators.
+
+    `objective` is a name in `OBJECTIVES` or the import path `module:Class` of a subclass of `learn.policy.Grpo`. A
+    batch of rollouts is split into `updates_per_batch` updates of equal size, whose ratios are to the policy before the
+    first of them and are clipped to [1 - `clip`, 1 + `clip_high`] (None: `clip`; DAPO's clip-higher is 0.28).
+    `tis_cap` bounds the importance weights that correct for the engine's arithmetic.
     """
 
-    objective: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    objective: str = "grpo"
     beta: float = 0.08
-    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl: Literal["k2", "k3"] = "k3"
     clip: float = 0.2
     clip_high: float | None = None
     tis_cap: float = 2.0
-    max_tokens: int = 1024
+    updates_per_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES and ":" not in self.objective:
+            raise ConfigError(
+                f"objective is {self.objective!r}; it is one of {', '.join(OBJECTIVES)}, or the import path "
+                "module:Class of your own"
+            )
+        if self.updates_per_batch < 1:
+            raise ConfigError(f"updates_per_batch is {self.updates_per_batch}; a batch of rollouts is for 1 or more")
+        if self.updates_per_batch == 1 and (self.clip, self.clip_high) != (PolicyLoss.clip, PolicyLoss.clip_high):
+            raise ConfigError(
+                f"clip is {self.clip} and clip_high {self.clip_high}, but updates_per_batch is 1: the one update of a "
+                "batch starts at the policy that its ratios are to, so every ratio is 1 and no clip can act. Set "
+                "updates_per_batch above 1, or leave both at their defaults"
+            )
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Smallest and largest ratio that is not clipped."""
+        return 1 - self.clip, 1 + (self.clip if self.clip_high is None else self.clip_high)
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,7 @@ class TrainResources:
     """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a packed row.
 
     `offload_optimizer` keeps master weights and moments in CPU memory (compiles DeepSpeedCPUAdam on first use).
-    `tracker` is set for the whole run by `resources.tracker`, see `learn.tracker`.
+    `tracker` is set for the whole run by `resources.tracker`, see `learn.metrics_file`.
     """
 
     num_workers: int = 1
