@@ -179,7 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--api-key-env", default="", metavar="VARIABLE", help="of an endpoint: the environment variable with its key"
     )
-    command.add_argument("--benchmarks", required=True, metavar="A,B=PATH", help="names, from the hub or with a file")
+    command.add_argument("--benchmarks", metavar="A,B=PATH", help="names, from the hub or with a file")
+    command.add_argument(
+        "--stored",
+        action="store_true",
+        help="generate nothing: put judges of finished runs side by side from what their own evaluations stored",
+    )
     command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
     command.add_argument(
         "--suite", choices=("benchmarks", "robustness"), default="benchmarks",
@@ -191,13 +196,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--root", help="where steps and report go (default: <run>/evaluation, or runs/evaluation)")
     command.add_argument("--config", metavar="FILE", help="a YAML file: judge (prompt of a model directory), resources")
     command.set_defaults(handler=_evaluate)
-    words = "put judges of finished runs side by side, from what their own evaluations stored; generates nothing"
-    command = subparsers.add_parser("compare", help=words, description=words)
-    command.add_argument("targets", nargs="+", metavar="RUN", help="a run's root (its last judge), RUN:base, RUN:rft")
-    command.add_argument("--k", default="1,2,4,8", help="numbers of samples to vote with (default: 1,2,4,8)")
-    command.add_argument("--seed", type=int, default=1)
-    command.add_argument("--out", default="runs/comparison", help="where the report goes (default: runs/comparison)")
-    command.set_defaults(handler=_compare)
     from spct_ray.serve.commands import add_parsers
 
     add_parsers(subparsers)
@@ -211,6 +209,11 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     overrides = [word for word in parsed.targets if re.match(r"\w+(\.\w+)*=", word)]
     config = override(config, [word for word in overrides if not word.startswith(("evaluate.", "meta_scores."))])
     targets = [word for word in parsed.targets if word not in overrides]
+    if parsed.stored:
+        _evaluate_stored(targets, parsed)
+        return
+    if not parsed.benchmarks:
+        raise ConfigError("spct evaluate: say on what, --benchmarks NAME or NAME=PATH, or --stored")
     if not targets:
         raise ConfigError("spct evaluate: name at least one run, model directory or endpoint, not only key=value")
     benchmarks = evaluation.specs(parsed.benchmarks, targets)
@@ -227,13 +230,13 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     run_graph(steps, root, parsed.seed, config.cluster, command)
 
 
-def _compare(parsed: argparse.Namespace) -> None:
-    from spct_ray.stages.stored import compare_stored
+def _evaluate_stored(targets: list[str], parsed: argparse.Namespace) -> None:
+    from spct_ray.stages.stored import report_stored
 
-    words = [f"--k={parsed.k}", f"--seed={parsed.seed}", f"--out={parsed.out}"]
-    command = shlex.join(["spct", "compare", *parsed.targets, *words])
-    _say(compare_stored(parsed.targets, _ks(parsed.k), parsed.seed, parsed.out, command))
-    _say(os.path.join(parsed.out, "index.html"))
+    root = parsed.root or "runs/evaluation_stored"
+    command = shlex.join(["spct", "evaluate", "--stored", *targets, f"--k={parsed.k}", f"--seed={parsed.seed}"])
+    _say(report_stored(targets, _ks(parsed.k), parsed.seed, root, command))
+    _say(os.path.join(root, "index.html"))
 
 
 def _ks(text: str) -> tuple[int, ...]:
