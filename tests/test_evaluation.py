@@ -585,7 +585,7 @@ def test_two_judges_on_one_real_engine_and_a_command_that_is_killed(tmp_path: Pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{done} " not in again.stdout
     assert f"{resumed} starts engines\n" in again.stdout
-    assert "official score of 6 rows" in again.stdout
+    assert "official score in % of 6 questions" in again.stdout
     summary = json.loads((tmp_path / "out/report/summary.json").read_text())
     assert summary["judges"]["two"]["weights"] > 1000
     failures = summary["benchmarks"]["rewardbench"]["models"]["two"]["failures"]
