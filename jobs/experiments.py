@@ -23,10 +23,15 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spct_ray.cluster.sampling import read_trajectories
 from spct_ray.data.store import read_items
-from spct_ray.evaluation import curves
-from spct_ray.records import Item
+from spct_ray.evaluation import judgements, votes
+from spct_ray.evaluation.judgements import ScoreTable, Sheet, best_credit
+from spct_ray.evaluation.results import meta_block
+from spct_ray.records import Item, Trajectory
 from spct_ray.stages.report import judge_logits
 
 DEMO = "demo"
@@ -215,35 +220,43 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
     items = _items(run_root, set_name)
     by_id = {item.id: item for item in items}
     judged = [t for t in read_trajectories(str(_step(run_root, f"evaluate_{judge}"))) if t.item_id in by_id]
-    greedy = curves.tabulate(items, curves.in_all_orders([t for t in judged if not t.temperature]), 0.5)
+    greedy = judgements.tabulate(items, judgements.in_all_orders([t for t in judged if not t.temperature]), 0.5)
     try:
         logits = judge_logits({"meta_scores": str(_step(run_root, "meta_scores"))}, judge)
     except FileNotFoundError:
         logits = None
     sampled = [t for t in judged if t.temperature]
-    table = curves.tabulate(items, sampled, 0.5, logits)
+    table, sheet = judgements.tabulate(items, sampled, 0.5, logits), Sheet.of(items)
     found = {
-        "greedy": curves.vote_curve_point(greedy, 1).accuracy_I.mean(),
-        "one sample": curves.vote_curve_point(table, 1).accuracy_I.mean(),
+        "greedy": vote_accuracy(greedy, sheet, 1).mean(),
+        "one sample": vote_accuracy(table, sheet, 1).mean(),
         "parsed": table.used_IK.mean(),
-        "position consistency": curves.position_consistency(greedy) or math.nan,
-        "tied": curves.tie_rate(table) or 0.0,
+        "position consistency": judgements.position_consistency(greedy) or math.nan,
+        "tied": judgements.tie_rate(table) or 0.0,
         "pairs in order": _pairs_in_order(by_id, sampled),
     }
     for k in [k for k in (8, 16, 32) if k <= table.num_samples]:
-        votes = curves.vote_curve_point(table, k).accuracy_I
-        found[f"vote@{k}"] = votes.mean()
+        right_I = vote_accuracy(table, sheet, k)
+        found[f"vote@{k}"] = right_I.mean()
         of_three = table.num_responses_I == 3
-        found[f"n = 3, vote@{k}"] = votes[of_three].mean() if of_three.any() else math.nan
+        found[f"n = 3, vote@{k}"] = right_I[of_three].mean() if of_three.any() else math.nan
         if logits is not None:
             for way, share in (("meta 1/4", 0.25), ("meta", 0.5), ("meta 3/4", 0.75)):
-                found[f"{way}@{k}"] = curves.vote_curve_point(table, k, max(1, int(k * share))).accuracy_I.mean()
-            found[f"weighted@{k}"] = curves.vote_curve_point(table, k, weighted=True).accuracy_I.mean()
+                found[f"{way}@{k}"] = vote_accuracy(table, sheet, k, "meta_top", max(1, int(k * share))).mean()
+            found[f"weighted@{k}"] = vote_accuracy(table, sheet, k, "meta_weighted").mean()
     if logits is not None:
-        from spct_ray.evaluation.summary import meta_block
-
         found["AUC without ties"] = meta_block(table)["auc_without_ties"] or math.nan
     return {name: float(value) for name, value in found.items()}
+
+
+def vote_accuracy(table: ScoreTable, sheet: Sheet, k: int, way: str = "sum", k_meta: int = 1) -> NDArray[np.float64]:
+    """[I] mean over all full blocks of k successive samples of the chance that their vote is right. Blocks share no
+    sample and keep the balanced orders of a run of k samples."""
+    place = np.arange(table.num_samples)
+    block_BK = place[None, :] // k == place[: table.num_samples // k, None]
+    take_IBK = np.broadcast_to(block_BK, (len(table.used_IK), *block_BK.shape))
+    decisions = votes.decide(way, table, take_IBK, k_meta)
+    return np.asarray(np.mean([best_credit(sheet, decision.scores_IO) for decision in decisions], axis=0))
 
 
 def _step(run_root: Path, name: str) -> Path:
@@ -264,7 +277,7 @@ def _items(run_root: Path, set_name: str) -> list[Item]:
     return sorted(read_items(str(file)), key=lambda item: item.id)
 
 
-def _pairs_in_order(items: Mapping[str, Item], sampled: Sequence[curves.Trajectory]) -> float:
+def _pairs_in_order(items: Mapping[str, Item], sampled: Sequence[Trajectory]) -> float:
     """Share of pairs of responses with unequal rewards that a sample puts in their order; a tie counts as half."""
     hits = [
         0.0 if t.failure else 0.5 if t.scores[i] == t.scores[j] else float(t.scores[i] > t.scores[j])

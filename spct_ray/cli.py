@@ -138,7 +138,14 @@ def evaluate(
             "evaluate.gpus_per_replica=2",
         ),
     ],
-    benchmarks: Annotated[str, typer.Option(metavar="A,B=PATH", help="names, from the hub or with a file")],
+    benchmarks: Annotated[str, typer.Option(metavar="A,B=PATH", help="names, from the hub or with a file")] = "",
+    stored: Annotated[
+        bool,
+        typer.Option(
+            "--stored",
+            help="generate nothing: put judges of finished runs side by side from what their own evaluations stored",
+        ),
+    ] = False,
     k: Ks = "1,2,4,8",
     suite: Annotated[
         Literal["benchmarks", "robustness"],
@@ -165,6 +172,15 @@ def evaluate(
     overrides = [word for word in targets if re.match(r"\w+(\.\w+)*=", word)]
     settings = override(settings, [word for word in overrides if not word.startswith(("evaluate.", "meta_scores."))])
     names = [word for word in targets if word not in overrides]
+    if stored:
+        from spct_ray.stages.stored import report_stored
+
+        root = root or "runs/evaluation_stored"
+        _say(report_stored(names, _ks(k), seed, root, ctx.obj))
+        _say(os.path.join(root, "index.html"))
+        return
+    if not benchmarks:
+        raise ConfigError("spct evaluate: say on what, --benchmarks NAME or NAME=PATH, or --stored")
     if not names:
         raise ConfigError("spct evaluate: name at least one run, model directory or endpoint, not only key=value")
     chosen = evaluation.Evaluation(evaluation.specs(benchmarks, names), _ks(k), suite, limit, temperature)
@@ -175,23 +191,6 @@ def evaluate(
     judges = [evaluation.resolve(target, settings, endpoint) for target in names]
     steps = evaluation.build_steps([evaluation.on_resources(judge, settings, overrides) for judge in judges], chosen)
     run_graph(steps, root, seed, settings.cluster, ctx.obj)
-
-
-@app.command()
-def compare(
-    ctx: typer.Context,
-    targets: Annotated[
-        list[str], typer.Argument(metavar="RUN", help="a run's root (its last judge), RUN:base, RUN:rft")
-    ],
-    k: Ks = "1,2,4,8",
-    seed: int = 1,
-    out: Annotated[str, typer.Option(help="where the report goes")] = "runs/comparison",
-) -> None:
-    """Put judges of finished runs side by side, from what their own evaluations stored; generates nothing."""
-    from spct_ray.stages.stored import compare_stored
-
-    _say(compare_stored(targets, _ks(k), seed, out, ctx.obj))
-    _say(os.path.join(out, "index.html"))
 
 
 app.command("serve")(commands.serve)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.evaluation import aggregate
-from spct_ray.evaluation.aggregate import FILTERS, GUIDED, PLAIN
-from spct_ray.evaluation.curves import ScoreTable, tabulate
+from spct_ray.evaluation import votes
+from spct_ray.evaluation.judgements import ScoreTable, tabulate
+from spct_ray.evaluation.votes import FILTERS, GUIDED, PLAIN
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.vote import vote
 from spct_ray.records import Item, Message, Trajectory
@@ -56,7 +56,7 @@ def by_hand(name: str, ts: list[Trajectory], logits: dict[str, float], k_meta: i
 def test_aggregators_are_what_their_names_say(name: str) -> None:
     for seed in range(5):
         table, made, logits = make(seed, (2, 3, 4))
-        (decision,) = aggregate.decide(name, table, aggregate.draw(table, 8, 1, 0), 3)
+        (decision,) = votes.decide(name, table, votes.draw(table, 8, 1, 0), 3)
         for i, ts in enumerate(made.values()):
             if all(t.failure for t in ts):
                 assert np.isnan(decision.scores_IO[i]).all()
@@ -67,8 +67,8 @@ def test_aggregators_are_what_their_names_say(name: str) -> None:
 
 def test_sum_and_meta_top_are_the_votes_of_the_method() -> None:
     table, made, logits = make(3)
-    take = aggregate.draw(table, 8, 1, 0)
-    (plain,), (guided,) = (aggregate.decide(name, table, take, 4) for name in ("sum", "meta_top"))
+    take = votes.draw(table, 8, 1, 0)
+    (plain,), (guided,) = (votes.decide(name, table, take, 4) for name in ("sum", "meta_top"))
     for i, (item_id, ts) in enumerate(made.items()):
         n = len(ts[0].order)
         if n == 1:
@@ -81,13 +81,13 @@ def test_sum_and_meta_top_are_the_votes_of_the_method() -> None:
 def test_single_responses_get_a_mean_rating() -> None:
     table, made, _ = make(1, (1,))
     used = [t.scores[0] for t in made["i0"] if not t.failure]
-    (decision,) = aggregate.decide("sum", table, aggregate.draw(table, 8, 1, 0), 4)
+    (decision,) = votes.decide("sum", table, votes.draw(table, 8, 1, 0), 4)
     assert decision.scores_IO[0] == pytest.approx([5.5, sum(used) / len(used)])
 
 
 def test_orders_are_told_apart() -> None:
     table, made, _ = make(2, (2,))
-    (decision,) = aggregate.decide("sum", table, aggregate.draw(table, 8, 1, 0), 4)
+    (decision,) = votes.decide("sum", table, votes.draw(table, 8, 1, 0), 4)
     for scores, first in ((decision.forward_IO, 0), (decision.backward_IO, 1)):
         kept = [t.scores for t in made["i0"] if not t.failure and t.order[0] == first]
         assert scores[0] == pytest.approx(np.sum(kept, axis=0))
@@ -96,20 +96,20 @@ def test_orders_are_told_apart() -> None:
 def test_draws_are_balanced_fair_and_of_the_right_size() -> None:
     table, _, _ = make(0, (2, 4, 2), 8)
     for k in (1, 2, 3, 4, 8):
-        take = aggregate.draw(table, k, 200, 5)
+        take = votes.draw(table, k, 200, 5)
         assert (take.sum(axis=-1) == k).all()
         if k % 2 == 0:  # n = 2: whole rounds, each order equally often
             first = np.where(take[0], table.first_IK[0][None], 0).sum(axis=-1)
             assert (first == k / 2).all()
         assert np.abs(take.mean(axis=1) - k / 8).max() < 0.15  # each sample equally often
     with pytest.raises(ConfigError, match="k = 9"):
-        aggregate.draw(table, 9, 1, 0)
+        votes.draw(table, 9, 1, 0)
 
 
 def test_the_mean_over_draws_of_one_sample_is_the_mean_over_samples() -> None:
     table, _, _ = make(4, (2,) * 20, 8)
     table = replace(table, used_IK=np.ones_like(table.used_IK))
-    decisions = aggregate.decide("sum", table, aggregate.draw(table, 1, 2000, 0), 1)
+    decisions = votes.decide("sum", table, votes.draw(table, 1, 2000, 0), 1)
     estimate = np.mean([d.scores_IO for d in decisions], axis=0)
     assert np.abs(estimate - table.scores_IKO.mean(axis=1)).max() < 0.35
 
@@ -117,17 +117,17 @@ def test_the_mean_over_draws_of_one_sample_is_the_mean_over_samples() -> None:
 def test_guided_aggregators_need_a_meta_rm() -> None:
     table, _, _ = make(0)
     for name in (*GUIDED, *FILTERS):
-        take = aggregate.draw(table, 4, 2, 0)
+        take = votes.draw(table, 4, 2, 0)
         if name in GUIDED:
             with pytest.raises(DataError, match=name):
-                aggregate.decide(name, replace(table, logits_IK=None), take, 2)
+                votes.decide(name, replace(table, logits_IK=None), take, 2)
         else:
-            assert len(aggregate.decide(name, replace(table, logits_IK=None), take, 2)) == 2
+            assert len(votes.decide(name, replace(table, logits_IK=None), take, 2)) == 2
 
 
 def test_a_meta_vote_may_keep_another_number_of_samples_of_each_item() -> None:
     table, made, logits = make(6, (2, 3, 4))
-    (decision,) = aggregate.decide("meta_top", table, aggregate.draw(table, 8, 1, 0), np.array([1, 2, 4]))
+    (decision,) = votes.decide("meta_top", table, votes.draw(table, 8, 1, 0), np.array([1, 2, 4]))
     for i, (k_meta, ts) in enumerate(zip((1, 2, 4), made.values(), strict=True)):
         expected = by_hand("meta_top", ts, logits, k_meta)
         assert decision.scores_IO[i, : len(expected)] == pytest.approx(expected)

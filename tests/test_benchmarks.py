@@ -12,10 +12,10 @@ import pytest
 
 from spct_ray.data.validate import Limits
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.evaluation import official
-from spct_ray.evaluation.readers import facts_of
-from spct_ray.evaluation.registry import BENCHMARKS, BenchmarkSpec, find, parse_spec, read_benchmark
-from spct_ray.evaluation.sheet import Decision, Sheet
+from spct_ray.evaluation.benchmarks import BENCHMARKS, BenchmarkSpec, find, own, parse_spec, read_benchmark
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark
+from spct_ray.evaluation.judgements import Decision, Sheet, facts_of
+from spct_ray.evaluation.statistics import auc
 from spct_ray.records import Item
 
 
@@ -261,7 +261,7 @@ def test_weights_are_the_same_as_repeated_items(tmp_path: Path) -> None:
     scores, positive = rng.integers(0, 4, 40).astype(float), rng.random(40) < 0.5
     pairs = [(a, b) for a in scores[positive] for b in scores[~positive]]
     expected = np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs])
-    assert official.weighted_auc(scores, positive, np.ones(40)) == pytest.approx(expected)
+    assert auc(scores, positive, np.ones(40)) == pytest.approx(expected)
 
 
 def test_own_shape_serves_any_benchmark_of_pairs(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_unknown_benchmarks_suggest(tmp_path: Path) -> None:
         parse_spec("reward-bnch")
     with pytest.raises(ConfigError, match="did you mean 'ppe_preference'"):
         parse_spec("ppe-preferences")
-    with pytest.raises(ConfigError, match="known are rewardbench,"):
+    with pytest.raises(ConfigError, match="known are heldout, judgebench,"):
         parse_spec("zzz=file")
     with pytest.raises(ConfigError, match="llmbar=PATH"):
         parse_spec("llmbar")
@@ -318,3 +318,22 @@ def test_limit_keeps_whole_questions_and_the_same_ones(tmp_path: Path) -> None:
     assert len(few) == 18
     assert few == read_benchmark(spec, Limits(max_item_chars=9), 2, 7)[0]
     assert len({facts_of(item)["question"] for item in few}) == 2
+
+
+OUTSIDE = Benchmark("Outside", (), own.read, own.accuracy)
+
+
+def test_a_benchmark_from_outside_the_package_goes_by_its_import_path(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"id": "a", "messages": [{"role": "user", "content": "q"}], "responses": ["x", "y"], "rewards": [1, 0]}
+    file.write_text(json.dumps(row) + "\n")
+    name = f"{__name__}:OUTSIDE"
+    spec = parse_spec(f"{name}={file}")
+    assert (spec.name, spec.label) == (name, "OUTSIDE")
+    items, _ = read_benchmark(spec, Limits(), None, 1)
+    assert [item.id for item in items] == ["OUTSIDE:a"]
+    assert find(name) is OUTSIDE
+    with pytest.raises(ConfigError, match="has no attribute 'MISSING'"):
+        find(f"{__name__}:MISSING")
+    with pytest.raises(ConfigError, match="is a type, expected a Benchmark"):
+        find("pathlib:Path")

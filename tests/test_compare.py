@@ -1,4 +1,4 @@
-"""`spct compare` on roots made by hand, and what balanced orders save, against numbers worked out by hand."""
+"""`spct evaluate --stored` on roots made by hand, and what balanced orders save, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from spct_ray.cli import main
 from spct_ray.config import to_plain
 from spct_ray.data.builtin import BuiltinConfig
 from spct_ray.data.store import judged_files, read_items, write_items
-from spct_ray.evaluation.curves import tabulate
-from spct_ray.evaluation.orders import compare_orders, draw_independent
-from spct_ray.evaluation.sheet import Sheet
+from spct_ray.evaluation.judgements import Sheet, tabulate
+from spct_ray.evaluation.votes import compare_orders, draw_independent
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item, Message, Trajectory
@@ -36,8 +35,8 @@ def pairs(num: int = NUM, single: int = 0) -> list[Item]:
 def make_run(
     root: Path, skill: float, items_id: str = "items0000000", k: int = 8, sets: dict[str, BuiltinConfig] | None = None
 ) -> Path:
-    """A root with what `spct compare` reads of a finished run: one judge, and a meta RM that knows what is right; with
-    `sets`, the step that adds them stands for the items."""
+    """A root with what `spct evaluate --stored` reads of a finished run: one judge, and a meta RM that knows what is
+    right; with `sets`, the step that adds them stands for the items."""
 
     def record(name: str, step_id: str, inputs: dict[str, str], config: Any) -> Path:
         sources = {role: {"step": role, "id": one} for role, one in inputs.items()}
@@ -77,11 +76,11 @@ def make_run(
 
 def test_runs_stand_side_by_side_from_what_they_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weak, strong = make_run(tmp_path / "weak", 0.6), make_run(tmp_path / "strong", 0.9)
-    assert main(["compare", str(weak), f"{strong}:grpo", "--out", str(tmp_path / "out")]) == 0
+    assert main(["evaluate", "--stored", str(weak), f"{strong}:grpo", "--root", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     block = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["heldout"]
     assert list(block["models"]) == ["weak_grpo", "strong_grpo"]
-    assert block["paired"]["strong_grpo - weak_grpo"]["sum@8"]["difference"] > 0.1
+    assert block["paired"]["strong_grpo - weak_grpo, vote@8"]["difference"] > 0.1
     model = block["models"]["weak_grpo"]
     assert model["meta_rm"]["auc"] == 1.0  # its own logits, not those of the other judge with the same keys
     assert model["k_meta"]["1"]["score"] > model["k_meta"]["8"]["score"] == model["vote"]["8"]["score"]
@@ -95,29 +94,30 @@ def test_runs_stand_side_by_side_from_what_they_stored(tmp_path: Path, capsys: p
     for early in model["adaptive"].values():
         assert early["differ_ci"][0] <= early["differ_from_k_max"] <= early["differ_ci"][1]
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "How many samples the meta vote keeps" in page
-    assert "Balanced orders" in page
+    assert "how many of the samples it keeps" in page
+    assert "Orders of pairs at equal k" in page
 
 
 def test_unseen_sets_stand_beside_the_held_out_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     three = BuiltinConfig(0, 12, (3,), (1.0,))
     root = make_run(tmp_path / "run", 0.9, k=3, sets={"three": three})
-    assert main(["compare", str(root), "--k", "1,3", "--out", str(tmp_path / "out")]) == 0
+    assert main(["evaluate", "--stored", str(root), "--k", "1,3", "--root", str(tmp_path / "out")]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     found = summary["benchmarks"]
     assert {label: block["num_questions"] for label, block in found.items()} == {"heldout": 10, "three": 12}
-    assert found["three"]["chance"] == pytest.approx(1 / 3, abs=0.05)  # by drawing
-    assert set(found["three"]["models"]["run_grpo"]["by_subset"]) == {"3 responses"}
+    assert found["three"]["chance"] == pytest.approx(1 / 3)
+    assert set(found["three"]["models"]["run_grpo"]["by_subset"]) == {"n = 3", "3 responses"}
     assert [block["in_distribution"] for block in found.values()] == [True, False]
     assert set(summary["meta_rm"]["run_grpo"]) == {"heldout", "three"}
-    assert "own items (three): official score of 12 rows" in capsys.readouterr().out
+    assert "own items (three): official score in % of 12 questions" in capsys.readouterr().out
 
 
 def test_many_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     roots = [make_run(tmp_path / name, 0.7, k=2) for name in ("a", "b", "c", "d")]
-    assert main(["compare", *map(str, roots), "--k", "1,2", "--out", str(tmp_path / "out")]) == 0
+    assert main(["evaluate", "--stored", *map(str, roots), "--k", "1,2", "--root", str(tmp_path / "out")]) == 0
     block = json.loads((tmp_path / "out" / "summary.json").read_text())["benchmarks"]["heldout"]
-    assert list(block["paired"]) == ["b_grpo - a_grpo", "c_grpo - a_grpo", "d_grpo - a_grpo"]
+    pairs = [name.partition(",")[0] for name in block["paired"] if name.endswith(", greedy")]
+    assert pairs == ["b_grpo - a_grpo", "c_grpo - a_grpo", "d_grpo - a_grpo"]
 
 
 def test_what_cannot_be_compared_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_says_why(tmp_path: Path, capsys: pytest.Capture
         ([f"{one}:rft"], "no finished evaluation of rft"),
         ([str(tmp_path)], "is no run"),
     ):
-        assert main(["compare", *arguments, "--out", str(tmp_path / "out")]) == 2
+        assert main(["evaluate", "--stored", *arguments, "--root", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -23,11 +23,10 @@ from spct_ray.config import to_plain
 from spct_ray.data.store import judged_files, read_items, write_items
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
+from spct_ray.evaluation.benchmarks import BenchmarkSpec, find
 from spct_ray.evaluation.compute import Rates, cost, count_weights, pareto
-from spct_ray.evaluation.curves import tabulate
-from spct_ray.evaluation.evaluation import Counting, Judged, Task, judge_block, weights
-from spct_ray.evaluation.registry import BenchmarkSpec, find
-from spct_ray.evaluation.sheet import Sheet
+from spct_ray.evaluation.judgements import Sheet, tabulate
+from spct_ray.evaluation.results import Counting, Judged, Task, judge_block, weights
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.room import placed
@@ -36,7 +35,8 @@ from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.placement import Nodes
 from spct_ray.records import Item, Message, Trajectory
-from spct_ray.stages import benchmarks, compare, evaluation
+from spct_ray.stages import benchmarks, evaluation
+from spct_ray.stages import report as report_stage
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
 from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, on_resources, resolve
 from spct_ray.stages.meta_scores import MetaScoresResources
@@ -77,6 +77,9 @@ def judgements(directory: Path, items_dir: str, skill: float, k: int, fails: flo
     rows = [{"key": t.key, **t.to_row()} for t in made]
     pq.write_table(pa.Table.from_pylist(rows, schema=TRAJECTORY_SCHEMA), directory / "trajectories" / "0.parquet")
     (directory / "timing.json").write_text(json.dumps({"engine_seconds": 5.0, "judgements": 100}))
+    if not (directory / "record.json").exists():
+        config = to_plain(EvaluateConfig(PROMPT, "scale", k))
+        write_record(str(directory), StepRecord(f"evaluate_{name}", name, "f", 1, 1, config, {}, {}))
 
 
 def judgement(task: JudgeTask, right: bool, fails: bool, name: str, rng: random.Random) -> Any:
@@ -121,11 +124,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "meta_scores_strong" / "logits.parquet")
     make_model(tmp_path / "meta_strong" / "model")
     inputs |= {f"{role}_strong": str(tmp_path / f"{role}_strong") for role in ("meta_scores", "meta")}
-    config = compare.CompareConfig(
-        ("weak", "strong"), (PROMPT, PROMPT), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"),
-        (1, 2, 4, 8), resamples=100,
-    )  # fmt: skip
-    metrics = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())
+    config = report_stage.ReportConfig((1, 2, 4, 8), resamples=100)
+    metrics = report_stage.run(context(tmp_path / "out", "report", inputs), config, report_stage.ReportResources())
     return json.loads((tmp_path / "out" / "summary.json").read_text()), tmp_path / "out", metrics
 
 
@@ -158,11 +158,11 @@ def test_failures_are_named_and_differences_paired(report: Any) -> None:
     block = report[0]["benchmarks"]["rewardbench"]
     assert set(block["models"]["weak"]["failures"]) == {"no_box"}
     assert block["models"]["strong"]["failures"] == {}
-    found = block["paired"]["strong - weak"]["sum@8"]
+    found = block["paired"]["strong - weak, vote@8"]
     weak, strong = (block["models"][name]["vote"]["8"]["score"] for name in ("weak", "strong"))
     assert found["difference"] == pytest.approx(strong - weak)
     assert found["won"] + found["lost"] + found["equal"] + found["undecided"] == 30
-    greedy = block["paired"]["strong - weak"]["greedy"]  # undecided in either of the two orders
+    greedy = block["paired"]["strong - weak, greedy"]  # undecided in either of the two orders
     rate = block["models"]["weak"]["greedy"]["undecided_rate"]
     assert 30 * rate <= greedy["undecided"] <= 60 * rate
     assert block["models"]["weak"]["greedy"]["k"] == 1
@@ -204,11 +204,11 @@ def test_the_meta_rm_stands_side_by_side_in_and_out_of_its_distribution(report: 
     for label in ("rewardbench", "realmistake"):
         assert summary["meta_rm"]["strong"][label]["auc"] == 1
         assert summary["benchmarks"][label]["in_distribution"] is False
-    assert "rewardbench: AUC (never trained on)" in (out / "index.html").read_text()
-    model = {"models": {"m": {"meta_rm": dict.fromkeys(
-        ("auc", "auc_within_item", "ece", "accuracy", "share_right", "num_samples"), 0.5)}}}  # fmt: skip
+    assert "never trained on" in (out / "index.html").read_text()
+    keys = ("auc", "auc_without_ties", "auc_within_item", "ece", "accuracy", "share_right", "num_samples")
+    model = {"models": {"m": {"meta_rm": dict.fromkeys(keys, 0.5)}}}
     blocks = {"llmbar": model | {"in_distribution": False}, "heldout": model | {"in_distribution": True}}
-    assert list(compare._transfer(blocks)["m"]) == ["heldout", "llmbar"]
+    assert list(report_stage._transfer(blocks)["m"]) == ["heldout", "llmbar"]
 
 
 def test_held_out_items_of_a_run_are_a_benchmark(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_costs_grow_with_samples_and_the_front_is_one(report: Any) -> None:
     assert votes["1"]["cost"]["prefill_flops"] == pytest.approx(2 * 6 * 100)
     assert votes["1"]["cost"]["seconds"] == pytest.approx(0.05)
     page = (report[1] / "index.html").read_text()
-    for axis, title in (("tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
+    for axis, title in (("tokens", "tokens"), ("flops", "flops"), ("seconds", "seconds")):
         front = summary["pareto"]["rewardbench"][axis]
         assert [p[axis] for p in front] == sorted(p[axis] for p in front)
         assert [p["score"] for p in front] == sorted(p["score"] for p in front)
@@ -251,7 +251,8 @@ def test_every_sample_is_kept_and_the_table_is_printed(report: Any) -> None:
     assert {r["outcome"] for r in rows if r["failure"]} == {"no_box"}
     assert {r["outcome"] for r in rows if not r["failure"]} == {"right", "wrong"}
     text = metrics["summary_text"]
-    assert "RewardBench (rewardbench): official score of 30 rows, 0 dropped" in text
+    assert "RewardBench (rewardbench): official score in % of 30 questions" in text
+    assert max(map(len, text.splitlines())) <= 100
     assert "best by meta" in text
     assert "strong - weak, vote@8" in text
 
@@ -285,7 +286,7 @@ def test_the_page_is_whole_self_contained_and_escapes_what_it_shows(report: Any)
     assert tags.events == []
     assert all(source.startswith("data:image/svg+xml;base64,") for source in tags.sources)
     assert "&lt;script&gt;alert" in page
-    for words in ("data-outcome='failure'", "data-outcome='right'", "sortable", "Meta RM", "By subset", "adaptive"):
+    for words in ('data-outcome="failure"', 'data-outcome="right"', "sortable", "Meta RM", "By kind", "Adaptive"):
         assert words in page
 
 
@@ -460,12 +461,10 @@ def test_a_scalar_reward_model_is_compared_on_the_same_items(tmp_path: Path, rep
     (tmp_path / "evaluate_rm" / "timing.json").write_text(json.dumps({"engine_seconds": 3.6, "items": 36}))
     make_model(tmp_path / "model_rm" / "model")
     inputs |= {f"{role}_rm": str(tmp_path / f"{role}_rm") for role in ("evaluate", "model")}
-    config = compare.CompareConfig(
-        ("rm", "weak"), (None, PROMPT), ("rewardbench", "realmistake"), ("rewardbench", "realmistake"), (1, 2),
-        resamples=50,
-    )  # fmt: skip
-    text = compare.run(context(tmp_path / "out", "report", inputs), config, compare.CompareResources())["summary_text"]
-    assert "weak - rm, vote@2" in text
+    config = report_stage.ReportConfig((1, 2), resamples=50)
+    out = context(tmp_path / "out", "report", inputs)
+    text = report_stage.run(out, config, report_stage.ReportResources())["summary_text"]
+    assert "rm - weak, vote@2" in text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     model = summary["benchmarks"]["rewardbench"]["models"]["rm"]
     assert model["greedy"]["score"] == pytest.approx(0.75)
@@ -488,7 +487,6 @@ def test_a_classifier_is_a_scalar_reward_model(tmp_path: Path) -> None:
     judge = resolve(str(model), EvaluationConfig())
     steps = {step.name: step for step in build_steps([judge], Evaluation(specs, (1, 4)))}
     assert steps["evaluate_rm"].function_name == "spct_ray.stages.scalar:run"
-    assert steps["report"].config.prompts == (None,)
     with pytest.raises(ConfigError, match="no judge modes"):
         resolve(f"{model}@best", EvaluationConfig())
     with pytest.raises(ConfigError, match="robustness suite"):
@@ -526,7 +524,7 @@ def test_greedy_judgements_come_in_both_orders(tmp_path: Path) -> None:
 
 def evaluation_items(spec: BenchmarkSpec) -> Any:
     from spct_ray.data.validate import Limits
-    from spct_ray.evaluation.registry import read_benchmark
+    from spct_ray.evaluation.benchmarks import read_benchmark
 
     return read_benchmark(spec, Limits(), None, 0)[0]
 
@@ -586,7 +584,7 @@ def test_two_judges_on_one_real_engine_and_a_command_that_is_killed(tmp_path: Pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"{done} " not in again.stdout
     assert f"{resumed} starts engines\n" in again.stdout
-    assert "official score of 6 rows" in again.stdout
+    assert "official score in % of 6 questions" in again.stdout
     summary = json.loads((tmp_path / "out/report/summary.json").read_text())
     assert summary["judges"]["two"]["weights"] > 1000
     failures = summary["benchmarks"]["rewardbench"]["models"]["two"]["failures"]

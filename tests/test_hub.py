@@ -99,7 +99,7 @@ def hub() -> Iterator[str]:
 
 READ = """
 import json
-from spct_ray.evaluation.registry import parse_spec, read_benchmark
+from spct_ray.evaluation.benchmarks import parse_spec, read_benchmark
 from spct_ray.data.sources import SourceConfig, read_source, rows
 from spct_ray.data.validate import Limits
 from spct_ray.errors import DataError

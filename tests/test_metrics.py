@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.evaluation import curves, metrics
+from spct_ray.evaluation import judgements, statistics, votes
+from spct_ray.evaluation.judgements import ScoreTable, Sheet, best_credit, decided
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.parse import Scale
 from spct_ray.judge.rule import is_correct
@@ -62,6 +64,22 @@ def make_samples(item: Item, num: int, single: Scale, rng: random.Random, failin
     return made
 
 
+def block_votes(
+    items: list[Item], table: ScoreTable, k: int, way: str = "sum", k_meta: int = 1
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """[I] share right, tied and undecided, over all full blocks of k successive samples."""
+    place = np.arange(table.num_samples)
+    take_BK = place[None, :] // k == place[: table.num_samples // k, None]
+    made = votes.decide(way, table, np.broadcast_to(take_BK, (len(items), *take_BK.shape)), k_meta)
+    tied = [judgements.winners(table.option_IO, d.scores_IO).sum(axis=-1) > 1 for d in made]
+    sheet = Sheet.of(items)
+    return (
+        np.mean([best_credit(sheet, d.scores_IO) for d in made], axis=0),
+        np.mean(tied, axis=0),
+        np.mean([~decided(d.scores_IO) for d in made], axis=0),
+    )
+
+
 @pytest.mark.parametrize("single", ["binary", "scale"])
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 @pytest.mark.parametrize("k_meta", [None, 1, 2])
@@ -71,8 +89,8 @@ def test_votes_equal_the_vote_of_each_block(single: str, k: int, k_meta: int | N
     samples = {item.id: make_samples(item, 6, scale, rng) for item in items}
     flat = [t for ts in samples.values() for t in ts]
     logits = {t.key: rng.gauss(0, 3) for t in flat if not t.failure}
-    table = curves.tabulate(items, rng.sample(flat, len(flat)), (scale.low + scale.high) / 2, logits)
-    votes = curves.vote_curve_point(table, k, k_meta)
+    table = judgements.tabulate(items, rng.sample(flat, len(flat)), (scale.low + scale.high) / 2, logits)
+    credit, tied, undecided = block_votes(items, table, k, "meta_top" if k_meta else "sum", k_meta or 1)
     for i, item in enumerate(items):
         outcomes = {"right": 0.0, "tied": 0, "undecided": 0}
         for start in range(0, 6 - k + 1, k):
@@ -88,31 +106,30 @@ def test_votes_equal_the_vote_of_each_block(single: str, k: int, k_meta: int | N
             outcomes["tied"] += len(decisions) > 1
             outcomes["right"] += (truth in decisions) / max(1, len(decisions))
         blocks = 6 // k
-        assert votes.tied_I[i] * blocks == pytest.approx(outcomes["tied"])
-        assert votes.undecided_I[i] * blocks == pytest.approx(outcomes["undecided"])
-        assert votes.accuracy_I[i] * blocks == pytest.approx(outcomes["right"])
-    assert votes.tokens == pytest.approx(k * np.mean([t.completion_tokens for t in flat]))
+        assert tied[i] * blocks == pytest.approx(outcomes["tied"])
+        assert undecided[i] * blocks == pytest.approx(outcomes["undecided"])
+        assert credit[i] * blocks == pytest.approx(outcomes["right"])
 
 
 def test_correct_samples_and_ties_follow_eq_10() -> None:
     rng = random.Random(1)
     items = make_items(80, rng)
     samples = [make_samples(item, 4, SCALES["binary"], rng) for item in items]
-    table = curves.tabulate(items, [t for ts in samples for t in ts], 0.5)
+    table = judgements.tabulate(items, [t for ts in samples for t in ts], 0.5)
     right_IK = [
         [bool(t.scores) and is_correct(t.scores, i.rewards) for t in ts] for i, ts in zip(items, samples, strict=True)
     ]
-    assert curves.correct_samples(table).tolist() == right_IK
+    assert judgements.correct_samples(table).tolist() == right_IK
     several = [t for ts in samples for t in ts if len(t.scores) > 1]
     shared = [t.scores.count(max(t.scores)) > 1 for t in several]
-    assert curves.tie_rate(table) == pytest.approx(np.mean(shared))
+    assert judgements.tie_rate(table) == pytest.approx(np.mean(shared))
 
 
 def test_position_consistency_equals_pair_counting() -> None:
     rng = random.Random(2)
     items = make_items(40, rng)
     samples = [make_samples(item, 5, SCALES["scale"], rng) for item in items]
-    table = curves.tabulate(items, [t for ts in samples for t in ts], 5.5)
+    table = judgements.tabulate(items, [t for ts in samples for t in ts], 5.5)
 
     def winners(t: Trajectory) -> set[int]:
         return {i for i, s in enumerate(t.scores) if s == max(t.scores)}
@@ -124,15 +141,16 @@ def test_position_consistency_equals_pair_counting() -> None:
         for b in ts[:x]
         if a.scores and b.scores and a.order != b.order
     ]
-    assert curves.position_consistency(table) == pytest.approx(np.mean(pairs))
+    assert judgements.position_consistency(table) == pytest.approx(np.mean(pairs))
 
 
 def test_ties_count_as_their_share_and_undecided_items_as_wrong() -> None:
     item = Item("i", (Message("user", "q"),), ("a", "b", "c"), (0.0, 1.0, 0.0))
 
     def outcome(scores: tuple[int, ...]) -> tuple[float, float, float]:
-        votes = curves.vote_curve_point(curves.tabulate([item], [_one(item, scores)], 5.5), 1)
-        return votes.accuracy_I[0], votes.tied_I[0], votes.undecided_I[0]
+        table = judgements.tabulate([item], [_one(item, scores)], 5.5)
+        credit, tied, undecided = block_votes([item], table, 1)
+        return credit[0], tied[0], undecided[0]
 
     assert outcome((5, 5, 1)) == (1 / 2, 1, 0)
     assert outcome((5, 5, 5)) == (1 / 3, 1, 0)
@@ -145,12 +163,12 @@ def test_a_weighted_vote_sums_scores_times_minus_log_of_the_chance_to_be_wrong()
     item = Item("i", (Message("user", "q"),), ("a", "b", "c"), (0.0, 1.0, 0.0))
     samples = [_one(item, s, k) for k, s in enumerate([(10, 2, 2), (10, 2, 2), (2, 10, 2), ()])]
     logits = {t.key: math.log(p / (1 - p)) for t, p in zip(samples, (0.6, 0.6, 0.9), strict=False)}
-    table = curves.tabulate([item], samples, 5.5, logits)
-    assert curves.meta_weight(table)[0] == pytest.approx([-math.log(0.4), -math.log(0.4), -math.log(0.1), 0])
-    assert curves.vote_curve_point(table, 4).accuracy_I.tolist() == [0]
-    assert curves.vote_curve_point(table, 4, weighted=True).accuracy_I.tolist() == [1]
-    with pytest.raises(DataError, match="meta_scores"):
-        curves.vote_curve_point(curves.tabulate([item], samples, 5.5), 4, weighted=True)
+    table = judgements.tabulate([item], samples, 5.5, logits)
+    assert votes.meta_weight(table)[0] == pytest.approx([-math.log(0.4), -math.log(0.4), -math.log(0.1), 0])
+    assert block_votes([item], table, 4)[0].tolist() == [0]
+    assert block_votes([item], table, 4, "meta_weighted")[0].tolist() == [1]
+    with pytest.raises(DataError, match="meta-RM logits"):
+        block_votes([item], judgements.tabulate([item], samples, 5.5), 4, "meta_weighted")
 
 
 def _one(item: Item, scores: tuple[int, ...], sample: int = 0) -> Trajectory:
@@ -164,73 +182,65 @@ def test_wrong_inputs_are_named() -> None:
     items = [Item(f"i{i}", (Message("user", "q"),), ("a", "b", "c"), (0.0, 1.0, 0.0)) for i in range(2)]
     a, b = (_one(item, (1, 2, 3)) for item in items)
     with pytest.raises(DataError, match="1 items with 0 samples"):
-        curves.tabulate(items, [a], 5.5)
+        judgements.tabulate(items, [a], 5.5)
     with pytest.raises(DataError, match="i0/s0 occurs twice"):
-        curves.tabulate(items, [a, a, b], 5.5)
+        judgements.tabulate(items, [a, a, b], 5.5)
     with pytest.raises(DataError, match="no finite meta-RM logit"):
-        curves.tabulate(items, [a, b], 5.5, {a.key: 1.0})
-    table = curves.tabulate(items, [a, b], 5.5)
-    with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples an item, evaluation drew 1"):
-        curves.vote_curve_point(table, 2)
-    with pytest.raises(DataError, match="meta_scores"):
-        curves.vote_curve_point(table, 1, k_meta=1)
+        judgements.tabulate(items, [a, b], 5.5, {a.key: 1.0})
+    table = judgements.tabulate(items, [a, b], 5.5)
+    with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples an item, but 1 were drawn"):
+        votes.draw(table, 2, 1, 0)
 
 
 def test_paper_votes() -> None:
     """Fig. 3 (vote 17:25, meta keeps samples 1 and 3) and Table 17 (vote 20:27, meta 12:19 with k_meta = 2)."""
     item = Item("i", (Message("user", "q"),), ("a", "b"), (0.0, 1.0))
-    table = curves.tabulate([item], [_one(item, s, k) for k, s in enumerate([(8, 8), (5, 9), (7, 10)])], 5.5)
+    table = judgements.tabulate([item], [_one(item, s, k) for k, s in enumerate([(8, 8), (5, 9), (7, 10)])], 5.5)
     assert table.scores_IKO[0].sum(axis=0).tolist() == [20, 27]
-    assert curves.vote_curve_point(table, 3).accuracy_I.tolist() == [1]
+    assert block_votes([item], table, 3)[0].tolist() == [1]
     # One sample in favour of the wrong response: plain votes go wrong, the meta vote keeps the other two.
     samples = [_one(item, s, k) for k, s in enumerate([(9, 1), (4, 6), (5, 6)])]
     logits = {t.key: x for t, x in zip(samples, (-15.7781, 1.3126, 1.6739), strict=True)}
-    table = curves.tabulate([item], samples, 5.5, logits)
-    assert curves.vote_curve_point(table, 3).accuracy_I.tolist() == [0]
-    assert curves.vote_curve_point(table, 3, k_meta=2).accuracy_I.tolist() == [1]
-
-
-def test_chance() -> None:
-    items = [Item("i", (), ("a",) * n, (1.0,) * n) for n in (1, 2, 4)]
-    assert curves.chance(items).tolist() == [0.5, 0.5, 0.25]
+    table = judgements.tabulate([item], samples, 5.5, logits)
+    assert block_votes([item], table, 3)[0].tolist() == [0]
+    assert block_votes([item], table, 3, "meta_top", 2)[0].tolist() == [1]
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
 def test_auc_equals_pair_counting(rows: list[tuple[int, bool]]) -> None:
     positives, negatives = ([s for s, y in rows if y is wanted] for wanted in (True, False))
     if not positives or not negatives:
-        with pytest.raises(DataError, match="both classes"):
-            metrics.auc([s for s, _ in rows], [y for _, y in rows])
+        assert statistics.auc([s for s, _ in rows], [y for _, y in rows]) is None
         return
     pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positives for n in negatives]
-    assert metrics.auc([s for s, _ in rows], [y for _, y in rows]) == pytest.approx(np.mean(pairs))
+    assert statistics.auc([s for s, _ in rows], [y for _, y in rows]) == pytest.approx(np.mean(pairs))
 
 
 def test_nan_is_refused() -> None:
     with pytest.raises(DataError, match="1 of 2 values are NaN"):
-        metrics.auc([0.0, float("nan")], [0, 1])
+        statistics.auc([0.0, float("nan")], [0, 1])
     with pytest.raises(DataError, match="non-empty"):
-        metrics.bootstrap_ci([], 0)
+        statistics.bootstrap_ci([], 0)
     with pytest.raises(DataError, match="sigmoid"):
-        metrics.ece([0.5, 2.0], [0, 1])
+        statistics.ece([0.5, 2.0], [0, 1])
 
 
 def test_ece_by_hand() -> None:
     # Bin (0.2, 0.3]: 4 predictions of 0.3, half right: gap 0.2. Bin (0.8, 0.9]: 1 of 0.9, right: gap 0.1.
     probabilities, labels = [0.3, 0.3, 0.3, 0.3, 0.9], [1, 1, 0, 0, 1]
-    assert metrics.ece(probabilities, labels) == pytest.approx((4 * 0.2 + 1 * 0.1) / 5)
-    low, high = metrics.reliability(probabilities, labels)
+    assert statistics.ece(probabilities, labels) == pytest.approx((4 * 0.2 + 1 * 0.1) / 5)
+    low, high = statistics.reliability(probabilities, labels)
     assert (low.count, low.mean_probability, low.share_positive) == (4, pytest.approx(0.3), 0.5)
     assert (high.low, high.high, high.count) == (0.8, 0.9, 1)
-    assert [b.count for b in metrics.reliability([0.0, 1.0], [0, 1])] == [1, 1]  # both ends are inside
+    assert [b.count for b in statistics.reliability([0.0, 1.0], [0, 1])] == [1, 1]  # both ends are inside
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6))
 def test_interval_holds_the_mean_and_shrinks(seed: int) -> None:
     values = np.random.default_rng(seed).random(400)
-    low, high = metrics.bootstrap_ci(values, seed)
-    few_low, few_high = metrics.bootstrap_ci(values[:50], seed)
+    low, high = statistics.bootstrap_ci(values, seed)
+    few_low, few_high = statistics.bootstrap_ci(values[:50], seed)
     assert low < values.mean() < high
     assert high - low < few_high - few_low
 
@@ -239,7 +249,7 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(300):
-        low, high = metrics.bootstrap_ci(rng.random(150) < 0.7, trial, num=400)
+        low, high = statistics.bootstrap_ci(rng.random(150) < 0.7, trial, num=400)
         covered += low <= 0.7 <= high
     assert 0.90 < covered / 300 < 0.985
 
@@ -247,15 +257,40 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100() -> None:
 def test_paired_difference() -> None:
     rng = np.random.default_rng(1)
     a = (rng.random(500) < 0.7).astype(float)
-    same = metrics.paired_difference(a, a, 0)
+    same = statistics.paired_difference(a, a, 0)
     assert (same.difference, same.ci, same.p_value) == (0.0, (0.0, 0.0), 1.0)
     b = a.copy()
     b[:60] = 0  # worse on the same items: paired, this is far beyond noise
-    worse = metrics.paired_difference(b, a, 0)
+    worse = statistics.paired_difference(b, a, 0)
     assert worse.difference == pytest.approx(-a[:60].sum() / 500)
     assert worse.ci[1] < 0
     assert worse.p_value == pytest.approx(1 / 1001)
-    p_values = [metrics.paired_difference(rng.random(60), rng.random(60), s, num=300).p_value for s in range(200)]
+    p_values = [statistics.paired_difference(rng.random(60), rng.random(60), s, num=300).p_value for s in range(200)]
     assert 0.01 < np.mean(np.array(p_values) < 0.05) < 0.10  # no difference: about 5 in 100 look like one
     with pytest.raises(DataError, match="500 and 3"):
-        metrics.paired_difference(a, [1, 2, 3], 0)
+        statistics.paired_difference(a, [1, 2, 3], 0)
+
+
+@pytest.mark.parametrize(("n", "num_samples", "k"), [(3, 8, 6), (3, 8, 3), (6, 8, 4), (3, 32, 16)])
+def test_votes_of_fewer_samples_are_those_of_fresh_runs(n: int, num_samples: int, k: int) -> None:
+    """A judge that adds 3 points for whatever stands first: drawing k of K balanced samples votes as k fresh ones."""
+    rng, num = random.Random(n), 3000
+    items = [Item(f"i{i}", (), tuple("abcdef"[:n]), (1.0, *[0.0] * (n - 1))) for i in range(num)]
+
+    def table(count: int) -> ScoreTable:
+        made = [
+            _judged(item, s, order, tuple(4 + 3 * (order[0] == j) + (j == 0) + rng.randint(0, 2) for j in range(n)))
+            for item in items
+            for s, order in enumerate(balanced_orders(n, count, rng.randrange(10**6)))
+        ]
+        return judgements.tabulate(items, made, 5.5)
+
+    def credit(of: ScoreTable) -> float:
+        made = votes.decide("sum", of, votes.draw(of, k, 16, 0), 1)
+        return float(np.mean([best_credit(Sheet.of(items), d.scores_IO) for d in made]))
+
+    assert credit(table(num_samples)) == pytest.approx(credit(table(k)), abs=0.025)
+
+
+def _judged(item: Item, sample: int, order: tuple[int, ...], scores: tuple[int, ...]) -> Trajectory:
+    return Trajectory(item.id, sample, order, "", scores, "", False, False, 0.5, 0, "rft", 0, 5, 9, "stop")

@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_evaluation import make_model
 
 from spct_ray.data.store import write_items
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.evaluation.terminal import WIDTH
+from spct_ray.evaluation.tables import WIDTH
 from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.orders import balanced_orders
@@ -129,6 +130,7 @@ def make_run(root: Path, num_items: int = 24, k_max: int = 4, num_bench: int = 8
             role, str(place), "f", 1, 0, {}, {}, {}, seconds=seconds, finished_at=f"2026-01-0{place + 1}"
         )
         write_record(inputs[role], record)
+        (root / role / "timing.json").write_text(json.dumps({"engine_seconds": 5.0, "judgements": 100}))
     return inputs
 
 
@@ -155,33 +157,64 @@ def whole(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, str]) -> t
 
 def test_summary_has_the_documented_shape(whole: tuple[dict[str, Any], str, str]) -> None:
     summary, _, _ = whole
-    assert list(summary["models"]) == ["base", "rft", "grpo"]
-    for block in (*summary["models"].values(), *summary["benchmarks"]["llmbar"]["models"].values()):
-        assert {"parse_rate", "tie_rate", "position_consistency", "tokens_per_judgement"} <= set(block)
-        assert set(block["vote"]) == set(block["meta_vote"]) == {"1", "2", "4"}
-        for entry in (block["greedy"], *block["vote"].values(), *block["meta_vote"].values()):
+    block = summary["benchmarks"]["heldout"]
+    assert list(block["models"]) == ["base", "rft", "grpo"]
+    for model in (*block["models"].values(), *summary["benchmarks"]["llmbar"]["models"].values()):
+        assert {"parse_rate", "tie_rate", "position_consistency", "tokens_per_judgement"} <= set(model["rates"])
+        assert set(model["vote"]) == set(model["meta_vote"]) == set(model["weighted_vote"]) == {"1", "2", "4"}
+        for entry in (model["greedy"], *model["vote"].values(), *model["meta_vote"].values()):
             low, high = entry["ci"]
-            assert 0 <= low <= entry["accuracy"] <= high <= 1
-    assert summary["num_items"] == 24
-    assert summary["chance"] == pytest.approx((0.5 * 3 + 0.25) / 4)
-    assert 0.5 < summary["meta_rm"]["auc"] <= 1
-    assert 0 <= summary["meta_rm"]["ece"] <= 1
+            assert 0 <= low <= entry["score"] <= high <= 1
+    assert block["num_items"] == 24
+    assert block["chance"] == pytest.approx((0.5 * 3 + 0.25) / 4)
+    assert 0.5 < summary["meta_rm"]["grpo"]["heldout"]["auc"] <= 1
+    assert 0 <= summary["meta_rm"]["grpo"]["heldout"]["ece"] <= 1
     assert summary["seconds"]["grpo"] == 203.4
     assert next(iter(summary["seconds"])) == "items"
     assert summary["missing"] == []
-    assert summary["models"]["grpo"]["by_subset"]["n = 2"]["num_items"] == 12
-    assert "GRPO - RFT, vote@4" in summary["paired"]
-    assert "meta vote@4 - vote@4, GRPO" in summary["paired"]
-    above_chance = summary["paired"]["RFT - chance, greedy"]["difference"]
-    assert above_chance == pytest.approx(summary["models"]["rft"]["greedy"]["accuracy"] - summary["chance"])
+    assert block["models"]["grpo"]["by_subset"]["n = 2"]["num_items"] == 12
+    assert "GRPO - RFT, vote@4" in block["paired"]
+    assert "meta vote@4 - vote@4, GRPO" in block["paired"]
+    above_chance = block["paired"]["RFT - chance, greedy"]["difference"]
+    assert above_chance == pytest.approx(block["models"]["rft"]["greedy"]["score"] - block["chance"])
+
+
+def test_a_run_s_report_and_an_evaluation_print_the_same_digits(
+    tmp_path: Path, inputs: dict[str, str], whole: tuple[dict[str, Any], str, str]
+) -> None:
+    """The same judgements, as `spct evaluate --stored` hands them to the report: with the models as inputs."""
+    roles = {"items": inputs["items"]}
+    for name in SKILL:
+        roles |= {f"evaluate_{name}": inputs[f"evaluate_{name}"], f"meta_scores_{name}": inputs["meta_scores"]}
+        roles |= {f"model_{name}": str(make_model(tmp_path / name / "model").parent)}
+    summary, page, text = run_report(tmp_path / "evaluation", roles)
+    for label, block in summary["benchmarks"].items():
+        of_run = whole[0]["benchmarks"][label]
+        assert block["chance"] == of_run["chance"]
+        for name, model in block["models"].items():
+            for key in ("vote", "meta_vote", "weighted_vote", "aggregators", "by_subset", "rates", "k_meta"):
+                assert _scores(model[key]) == _scores(of_run["models"][name][key])
+            assert model["greedy"]["score"] == of_run["models"][name]["greedy"]["score"]
+    row = next(line for line in whole[2].splitlines() if line.startswith("GRPO "))
+    assert set(row.split()) <= set(text.split())
+    assert f"{100 * of_run['models']['grpo']['vote']['4']['score']:.1f}" in page
+
+
+def _scores(entries: dict[str, Any]) -> dict[str, Any]:
+    """Without costs, which need the sizes of the models."""
+    return {
+        name: {k: v for k, v in e.items() if k != "cost"} if isinstance(e, dict) else e for name, e in entries.items()
+    }
 
 
 def test_rates_are_counted_from_the_samples(inputs: dict[str, str], whole: tuple[dict[str, Any], str, str]) -> None:
     rows = pq.read_table(Path(inputs["evaluate_rft"]) / "trajectories" / "0.parquet").to_pylist()
     sampled = [r for r in rows if r["temperature"] > 0 and r["item_id"].startswith("vif")]
-    block = whole[0]["models"]["rft"]
-    assert block["parse_rate"] == pytest.approx(sum(r["failure"] == "" for r in sampled) / len(sampled))
-    assert block["tokens_per_judgement"] == pytest.approx(sum(r["completion_tokens"] for r in sampled) / len(sampled))
+    block = whole[0]["benchmarks"]["heldout"]["models"]["rft"]
+    assert block["rates"]["parse_rate"] == pytest.approx(sum(r["failure"] == "" for r in sampled) / len(sampled))
+    assert block["rates"]["tokens_per_judgement"] == pytest.approx(
+        sum(r["completion_tokens"] for r in sampled) / len(sampled)
+    )
     assert sum(block["failures"].values()) == sum(r["failure"] != "" for r in sampled)
     assert sum(block["score_histogram"].values()) == sum(len(r["scores"]) for r in sampled if len(r["order"]) > 1)
 
@@ -215,7 +248,7 @@ def test_page_is_self_contained_and_escapes_hostile_text(whole: tuple[dict[str, 
     assert not tags.events
     assert tags.tags.count("img") == len(tags.sources)
     assert all(source.startswith("data:image/svg+xml;base64,") for source in tags.sources)
-    assert "alert(&#x27;x&#x27;)" in page
+    assert "alert(&#39;x&#39;)" in page
     assert "<script>alert" not in page
     for tag in ("section", "table", "article", "div", "ol", "li", "pre"):
         assert page.count(f"<{tag}") == page.count(f"</{tag}>")
@@ -226,23 +259,24 @@ def test_text_is_aligned_and_narrow(whole: tuple[dict[str, Any], str, str]) -> N
     assert max(map(len, text.splitlines())) <= WIDTH
     assert text.startswith("The first held-out item that GRPO judges right")
     assert "The first held-out item that GRPO judges wrong" in text
-    table = text[text.index("Held-out: accuracy on 24 items") :].splitlines()[1:]
-    assert [row.split()[0] for row in table[2:5]] == ["base", "RFT", "GRPO"]
-    assert len({len(row) for row in table[:5]}) == 1
-    assert f"chance {whole[0]['chance']:.3f}" in text
-    for name, difference in whole[0]["paired"].items():
-        lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    block = whole[0]["benchmarks"]["heldout"]
+    table = text[text.index("Held-out items: official score in % of 24 questions") :].splitlines()[1:]
+    assert [row.split()[0] for row in table[2:6]] == ["base", "RFT", "GRPO", "chance"]
+    assert len({len(row) for row in table[:6]}) == 1
+    assert f"{100 * block['chance']:.1f}" in table[5]
+    for name, difference in block["paired"].items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
         beyond = difference["ci"][0] > 0 or difference["ci"][1] < 0
-        assert len(lines) == (0 if "base" in name else 1)
-        assert all(line.endswith("beyond noise" if beyond else "within noise") for line in lines)
+        assert line.endswith("beyond noise" if beyond else "within noise")
 
 
 def test_absent_judges_are_named(tmp_path: Path, inputs: dict[str, str]) -> None:
     some = {role: inputs[role] for role in ("items", "evaluate_rft", "rft")}
     summary, page, text = run_report(tmp_path / "some", some)
-    assert list(summary["models"]) == ["rft"]
-    assert summary["models"]["rft"]["meta_vote"] == {}
-    assert (summary["meta_rm"]["auc"], summary["meta_rm"]["ece"]) == (None, None)
+    models = summary["benchmarks"]["heldout"]["models"]
+    assert list(models) == ["rft"]
+    assert models["rft"]["meta_vote"] == {}
+    assert summary["meta_rm"] == {}
     for lines in (summary["missing"], page, text):
         assert any("judge grpo was not evaluated" in line for line in (lines if isinstance(lines, list) else [lines]))
 
@@ -250,10 +284,10 @@ def test_absent_judges_are_named(tmp_path: Path, inputs: dict[str, str]) -> None
 def test_wrong_inputs_are_named(tmp_path: Path, inputs: dict[str, str]) -> None:
     with pytest.raises(DataError, match="no evaluated judge"):
         run_report(tmp_path / "a", {"items": inputs["items"]})
-    with pytest.raises(ConfigError, match="k = 8 needs at least 8 samples an item, evaluation drew 4"):
+    with pytest.raises(ConfigError, match="k = 8 needs at least 8 samples an item, but 4 were drawn"):
         run_report(tmp_path / "b", inputs, report.ReportConfig(ks=(1, 8)))
     with pytest.raises(ConfigError, match="k_meta_share 0"):
         run_report(tmp_path / "c", inputs, report.ReportConfig(k_meta_share=0.0))
-    other = make_run(tmp_path / "other", num_items=4, num_bench=0)
-    with pytest.raises(DataError, match="judges item 'llm-0', which is in no set of items"):
+    other = make_run(tmp_path / "other", num_items=4, num_bench=1)
+    with pytest.raises(DataError, match="judges item 'llm-1', which is in no set of items"):
         run_report(tmp_path / "d", {**inputs, "items": other["items"]})

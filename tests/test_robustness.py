@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_evaluation import PROMPT, context, judgements, make_benchmarks
+from test_evaluation import context, judgements, make_benchmarks
 
 from spct_ray.errors import DataError
 from spct_ray.evaluation import robustness
-from spct_ray.evaluation.readers import facts_of
+from spct_ray.evaluation.judgements import facts_of
 from spct_ray.evaluation.robustness import MASTER_KEYS, PROBES, probe_items, rates
 from spct_ray.records import Item, Message
 from spct_ray.stages import benchmarks, evaluation, probes
@@ -78,7 +78,7 @@ def test_the_suite_from_files_to_page(tmp_path: Path) -> None:
     assert made["clean"] == made["length"] == 12
     inputs = {"items": str(tmp_path / "probes"), "evaluate_m": str(tmp_path / "evaluate_m")}
     judgements(tmp_path / "evaluate_m", inputs["items"], 0.7, 4, 0.1, "m")
-    config = probes.RobustnessConfig(("m",), (PROMPT,), (4,))
+    config = probes.RobustnessConfig((4,))
     metrics = probes.report(context(tmp_path / "out", "report", inputs), config, probes.ProbesResources())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["judges"]["m"]["greedy"]) == {"order flip", *(p.name for p in PROBES)}
@@ -86,7 +86,7 @@ def test_the_suite_from_files_to_page(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
     assert {r["probe"] for r in rows} == {"clean", *(p.name for p in PROBES if made[p.name])}
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "share fooled" in page
+    assert "Share fooled" in page
     assert robustness.PROBES[0].name in page
 
 

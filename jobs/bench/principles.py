@@ -27,9 +27,8 @@ from spct_ray.data.program import criteria
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Engine
 from spct_ray.errors import ConfigError, RequestError
-from spct_ray.evaluation.curves import options_of
-from spct_ray.evaluation.metrics import bootstrap_ci, paired_difference
-from spct_ray.evaluation.sheet import Sheet, best_credit
+from spct_ray.evaluation.judgements import Sheet, best_credit, options_of
+from spct_ray.evaluation.statistics import bootstrap_ci, paired_difference
 from spct_ray.graph.record import finished_records, local_root, step_directory
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item

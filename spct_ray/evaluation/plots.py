@@ -1,8 +1,4 @@
-"""The report's plots, drawn by matplotlib without a display and returned as SVG text.
-
-Leaves out where the numbers come from (`spct_ray.evaluation.curves`, the steps' metrics) and the page around the plots
-(`spct_ray.evaluation.page`).
-"""
+"""The plots of a report, drawn by matplotlib without a display and returned as SVG text."""
 
 from __future__ import annotations
 
@@ -17,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
-from spct_ray.evaluation.terminal import LABELS
+from spct_ray.evaluation.results import VOTES, label
 
-COLOURS = {"base": "#8a94a6", "rft": "#2f6fde", "grpo": "#e0662b"}
+PALETTE = ("#2f6fde", "#e0662b", "#2a9d6f", "#8a94a6", "#9b5de5", "#d1495b", "#b7791f", "#0f8b8d")
 RIGHT, WRONG, INK, _GRID = "#2a9d6f", "#d1495b", "#3b4454", "#e6e9ef"
 RC = {
     "font.size": 10,
@@ -61,46 +58,126 @@ def new_figure(width: float, height: float, columns: int = 1, **options: Any) ->
     return figure, list(axes[0])
 
 
-def accuracy_curves(models: Mapping[str, Mapping[str, Any]], chance: float, over_tokens: bool) -> str:
-    """Accuracy of vote (solid), meta vote (dashed) and weighted vote (dash-dotted) over k, or over the tokens written
-    per decision, with 95 % bands.
+def colour(place: int) -> str:
+    """Of the judge at this place; colours repeat after eight."""
+    return PALETTE[place % len(PALETTE)]
 
-    `models` has the shape of summary.json's "models". A model that wrote nothing parsable is named, not drawn.
-    """
+
+def score_curves(models: Mapping[str, Any], chance: float | None, over_tokens: bool = False) -> str:
+    """Official score of vote (solid), meta vote (dashed) and weighted vote (dash-dotted) over k, or over the tokens
+    written per decision, with 95 % bands. A judge that wrote nothing parsable is named, not drawn."""
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.9)
-        last_x: list[float] = []
-        for name, block in models.items():
-            if not block["parse_rate"]:
-                axes.plot([], [], color=COLOURS[name], label=f"{LABELS[name]}: nothing parsed")
+        ticks: set[float] = set()
+        for place, (name, model) in enumerate(models.items()):
+            if not model["rates"]["parse_rate"]:
+                axes.plot([], [], color=colour(place), label=f"{label(name)}: nothing parsed")
                 continue
-            for kind, line, marker in (("vote", "-", "o"), ("meta_vote", "--", "D"), ("weighted_vote", "-.", "s")):
-                points = sorted((int(k), entry) for k, entry in block[kind].items())
+            for kind, line, marker in zip(VOTES, ("-", "--", "-."), "oDs", strict=True):
+                points = sorted((int(k), made) for k, made in model[kind].items() if made["ci"])
                 if not points:
                     continue
-                x = [entry["tokens"] if over_tokens else k for k, entry in points]
-                last_x = x
-                low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
-                label = f"{LABELS[name]}, {kind.replace('_', ' ')}"
-                y = [entry["accuracy"] for _, entry in points]
-                axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.13, linewidth=0)
-                axes.plot(
-                    x, y, line, marker=marker, markersize=4 if kind == "vote" else 5.5, color=COLOURS[name], label=label
-                )
-            if over_tokens and (greedy := block["greedy"]):
-                axes.plot(
-                    greedy["tokens"], greedy["accuracy"], "*", markersize=12, color=COLOURS[name], mec=INK, zorder=5
-                )
-        axes.axhline(chance, color=INK, linewidth=1, linestyle=":", label="chance")
-        if over_tokens:
-            axes.plot([], [], "*", color=INK, markersize=9, label="greedy")
+                x = [made["cost"]["tokens"] if over_tokens else k for k, made in points]
+                ticks |= set(x)
+                low, high = zip(*(made["ci"] for _, made in points), strict=True)
+                axes.fill_between(x, low, high, color=colour(place), alpha=0.12, linewidth=0)
+                y = [made["score"] for _, made in points]
+                what = f"{label(name)}, {kind.replace('_', ' ')}"
+                axes.plot(x, y, line, marker=marker, ms=4, color=colour(place), label=what)
+            greedy = model["greedy"]
+            if greedy["score"] is None:
+                continue
+            if over_tokens:
+                axes.plot(greedy["cost"]["tokens"], greedy["score"], "*", ms=12, color=colour(place), mec=INK, zorder=5)
+            else:
+                alone = None if model["vote"] else label(name)
+                axes.axhline(greedy["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)), label=alone)
+        if chance is not None:
+            axes.axhline(chance, color=INK, lw=1, ls=":", label="chance")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(last_x, [f"{x:,.0f}" for x in last_x])
+        axes.set_xticks(sorted(ticks), [f"{x:,.0f}" for x in sorted(ticks)], rotation=30 if over_tokens else 0)
         axes.minorticks_off()
-        axes.margins(x=0.06)
-        axes.set_xlabel("generated tokens per decision" if over_tokens else "samples k")
-        axes.set_ylabel("accuracy")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        axes.set(xlabel="generated tokens per decision (star: greedy)" if over_tokens else "samples k (dotted: greedy)")
+        axes.set_ylabel("official score")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return to_svg(figure)
+
+
+def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], axis: str) -> str:
+    """Every way to decide of every judge, its score over what it costs; the front is the line, its points numbered."""
+    labels = {
+        "tokens": "generated tokens a decision",
+        "flops": "FLOPs a decision (prefill and decode)",
+        "seconds": "engine seconds a decision",
+    }
+    with plt.rc_context(RC):
+        figure, (axes,) = new_figure(5.6, 3.9)
+        for place, name in enumerate(dict.fromkeys(p["judge"] for p in points)):
+            mine = [p for p in points if p["judge"] == name]
+            for guided, marker in ((False, "o"), (True, "D")):
+                shown = [p for p in mine if p[axis] and ("meta" in p["way"]) == guided]
+                axes.scatter(
+                    [p[axis] for p in shown], [p["score"] for p in shown], s=22, marker=marker, alpha=0.75,
+                    color=colour(place), label=f"{label(name)}{', with meta RM' if guided else ''}" if shown else None,
+                )  # fmt: skip
+        x, y = [p[axis] for p in front], [p["score"] for p in front]
+        axes.step(x, y, where="post", color=INK, lw=1.1, label="Pareto front", zorder=0)
+        for number, point in enumerate(front, 1):
+            axes.annotate(
+                str(number), (point[axis], point["score"]), textcoords="offset points", xytext=(-3, 6), fontsize=8,
+                ha="right", color=INK, weight="bold",
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.minorticks_off()
+        axes.margins(x=0.12, y=0.12)
+        axes.set(xlabel=labels[axis], ylabel="official score")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return to_svg(figure)
+
+
+def calibration(models: Mapping[str, Any]) -> str:
+    """Left: share right over the vote's lead, five bins of equal size. Right: the scores that were given."""
+    with plt.rc_context(RC):
+        figure, (left, right) = new_figure(5.6, 3.3, 2)
+        num = len(models)
+        for place, (name, model) in enumerate(models.items()):
+            bins = model["margins"]
+            x, y = [b["lead"] for b in bins], [b["share_right"] for b in bins]
+            if model["vote"]:  # a scalar reward model's lead is on a scale of its own
+                left.plot(x, y, "-o", ms=4, color=colour(place), label=label(name))
+            histogram = model["score_histogram"]
+            total = max(1, sum(histogram.values()))
+            bars = [histogram.get(str(s), 0) / total for s in range(11)]
+            offset = (place - (num - 1) / 2) * 0.8 / num
+            right.bar([s + offset for s in range(11)], bars, width=0.8 / num, color=colour(place))
+        left.set(xlabel="lead of the vote, points a sample", ylabel="share right", ylim=(0, 1.02))
+        left.set_title("Margin calibration")
+        right.set_title("Scores given")
+        right.set(xlabel="score", ylabel="share")
+        right.set_xticks(range(0, 11, 2))
+        right.grid(axis="x", visible=False)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return to_svg(figure)
+
+
+def meta_reliability(models: Mapping[str, Any]) -> str:
+    """Share right over the meta RM's probability, a dot a bin, area by count."""
+    with plt.rc_context(RC):
+        figure, (axes,) = new_figure(5.6, 3.6)
+        axes.plot([0, 1], [0, 1], ":", color=INK, lw=1)
+        for place, (name, model) in enumerate(models.items()):
+            bins = model.get("meta_rm", {}).get("reliability", [])
+            if not bins:
+                continue
+            most = max(b["count"] for b in bins)
+            x, y = [b["mean_probability"] for b in bins], [b["share_positive"] for b in bins]
+            axes.plot(x, y, color=colour(place), lw=1.2, label=label(name))
+            axes.scatter(x, y, s=[12 + 110 * b["count"] / most for b in bins], color=colour(place), alpha=0.7)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
+        axes.set_xticks([0.2, 0.4, 0.6, 0.8, 1.0])
+        axes.legend(loc="best")
         return to_svg(figure)
 
 
@@ -138,43 +215,3 @@ def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequ
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def score_histograms(histograms: Mapping[str, Mapping[str, int]]) -> str:
-    """Share of each score among the parsed samples with n >= 2, a panel a model."""
-    with plt.rc_context(RC):
-        figure, all_axes = new_figure(5.6, 3.0, max(1, len(histograms)), sharey=True)
-        for axes, (name, histogram) in zip(all_axes, histograms.items(), strict=False):
-            total = max(1, sum(histogram.values()))
-            axes.bar(range(1, 11), [histogram.get(str(s), 0) / total for s in range(1, 11)], color=COLOURS[name])
-            axes.set_title(LABELS[name])
-            axes.set_xticks([1, 4, 7, 10])
-            axes.set_xlim(0.3, 10.7)
-            axes.grid(axis="x", visible=False)
-        all_axes[0].set_ylabel("share of scores")
-        figure.supxlabel("score", fontsize=10, color=INK)
-        return to_svg(figure)
-
-
-def meta_reliability(
-    bins: Sequence[Mapping[str, float]], right_logits: Sequence[float], wrong_logits: Sequence[float]
-) -> str:
-    """Left: predicted probability against share right, a dot a bin, area by count. Right: logits by outcome."""
-    with plt.rc_context(RC):
-        figure, (left, right) = new_figure(5.6, 3.2, 2)
-        left.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
-        largest = max((b["count"] for b in bins), default=1)
-        x, y = [b["mean_probability"] for b in bins], [b["share_positive"] for b in bins]
-        left.plot(x, y, color=COLOURS["grpo"], linewidth=1.2)
-        left.scatter(x, y, s=[12 + 110 * b["count"] / largest for b in bins], color=COLOURS["grpo"], alpha=0.75)
-        left.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share right")
-        left.set_xticks([0.2, 0.4, 0.6, 0.8, 1.0])
-        left.set_title("Reliability")
-        if joined := [*right_logits, *wrong_logits]:
-            edges = np.linspace(min(joined), max(joined) + 1e-6, 31).tolist()
-            right.hist(right_logits, edges, color=RIGHT, alpha=0.6, label="right")
-            right.hist(wrong_logits, edges, color=WRONG, alpha=0.6, label="wrong")
-        right.set_title("Logits by outcome")
-        right.set(xlabel="meta-RM logit", ylabel="samples")
-        right.legend(loc="best")
-        return to_svg(figure)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.evaluation.curves import Floats
-from spct_ray.evaluation.metrics import bootstrap_ci
-from spct_ray.evaluation.readers import facts_of
+from spct_ray.evaluation.judgements import Floats, facts_of
+from spct_ray.evaluation.statistics import bootstrap_ci
+from spct_ray.evaluation.tables import Table, percent
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
 
@@ -149,3 +149,28 @@ def rates(
             "undecided": int((known & (decided[probe.name] != 1)).sum()),
         }
     return found
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """A table for each way to decide: a row a probe, the judges side by side."""
+    judges = result["judges"]
+    made = []
+    for way in [way for way in next(iter(judges.values())) if not way.endswith("clean accuracy")]:
+        rows = [["accuracy of the items as they are", *(percent(j[f"{way} clean accuracy"]) for j in judges.values())]]
+        rows[0] += [""] * len(judges)
+        for probe in next(iter(judges.values()))[way]:
+            found = [judge[way][probe] for judge in judges.values()]
+            shares = [_share(one) for one in found]
+            rows.append([f"{probe} ({found[0]['counted']})", *shares, *(_counts(one) for one in found)])
+        head = ("probe", *judges, *(f"{name}: items" for name in judges))
+        note = "In %, with 95 % intervals over items. A tie fools half; items without a decision are counted apart."
+        made.append(Table.of(f"Share fooled, {way}", head, rows, note))
+    return made
+
+
+def _share(made: Mapping[str, Any]) -> str:
+    return "-" if made["rate"] is None else "{} [{}, {}]".format(*map(percent, (made["rate"], *made["ci"])))
+
+
+def _counts(made: Mapping[str, Any]) -> str:
+    return f"{made['num_items']}" + (f" + {made['undecided']} undecided" if made["undecided"] else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spct_ray.data.validate import Limits
-from spct_ray.evaluation.registry import BenchmarkSpec
+from spct_ray.evaluation.benchmarks import BenchmarkSpec
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
 
@@ -38,11 +38,12 @@ class BenchmarksResources:
 
 
 def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
-    """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.evaluation.registry`."""
+    """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.evaluation.benchmarks`."""
     from spct_ray.data.decontaminate import decontaminate
     from spct_ray.data.store import read_items, write_items
-    from spct_ray.evaluation.readers import facts_of, layout
-    from spct_ray.evaluation.registry import find, read_benchmark
+    from spct_ray.evaluation.benchmarks import find, read_benchmark
+    from spct_ray.evaluation.benchmarks.benchmark import layout
+    from spct_ray.evaluation.judgements import facts_of
 
     train = [item for directory in resources.train for item in read_items(str(Path(directory, "train.parquet")))]
     report: dict[str, Any] = {}

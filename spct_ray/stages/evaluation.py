@@ -22,12 +22,12 @@ from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
-from spct_ray.evaluation.registry import BenchmarkSpec, parse_spec, with_digest
+from spct_ray.evaluation.benchmarks import BenchmarkSpec, parse_spec, with_digest
 from spct_ray.graph.record import finished_records, local_root, step_directory
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import benchmarks, compare, evaluate, judge_model, meta_scores, probes, scalar, stored
+from spct_ray.stages import benchmarks, evaluate, judge_model, meta_scores, probes, report, scalar, stored
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
 from spct_ray.stages.meta_scores import MetaScoresResources
 from spct_ray.stages.stored import JUDGES, clean
@@ -281,16 +281,13 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
             scored.append(Step(scores, meta_scores.run, meta_scores.VERSION, {}, scorers, demand, inputs))
             read |= {scores: scores, meta: meta}
     steps += [*models, *judged, *scored]  # evaluations follow each other at once, so that they share engines
-    names = tuple(judge.name for judge in judges)
-    prompts = tuple(None if judge.config is None else judge.config.prompt for judge in judges)
     ks = tuple(sorted(set(asked.ks)))
     if asked.suite == "robustness":
-        fooled = probes.RobustnessConfig(names, tuple(filter(None, prompts)), ks)
+        fooled = probes.RobustnessConfig(ks)
         steps.append(Step("report", probes.report, probes.VERSION, fooled, probes.ProbesResources(), one, read))
         return steps
-    labels = tuple(spec.label for spec in asked.benchmarks)
-    shown = compare.CompareConfig(names, prompts, tuple(spec.name for spec in asked.benchmarks), labels, ks)
-    steps.append(Step("report", compare.run, compare.VERSION, shown, compare.CompareResources(), one, read))
+    shown = report.ReportConfig(ks)
+    steps.append(Step("report", report.run, report.VERSION, shown, report.ReportResources(), one, read))
     return steps
 
 

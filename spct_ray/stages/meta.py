@@ -60,7 +60,7 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
 
     Raises DataError when nothing is left to train on or to hold out, SpctError when training diverges.
     """
-    from spct_ray.evaluation.metrics import auc, ece
+    from spct_ray.evaluation.statistics import auc, ece
 
     trained = run_on_ranks(context, config, resources, train_loop, write_training_files)
     heldout = json.loads(Path(context.out, "heldout.json").read_text())
@@ -69,7 +69,7 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
         "heldout_accuracy": sum((x > 0) == bool(y) for x, y in zip(logits, labels, strict=True)) / len(labels),
         "heldout_share_right": sum(labels) / len(labels),
         "heldout_ece": ece([_sigmoid(x) for x in logits], labels, 10),
-        "heldout_auc": auc(logits, labels) if 0 < sum(labels) < len(labels) else None,  # undefined with one class
+        "heldout_auc": auc(logits, labels),  # None with one class
     }
     shown = {name: None if value is None else round(value, 3) for name, value in measured.items()}
     context.log(", ".join(f"{name} {value}" for name, value in shown.items()))

@@ -8,6 +8,7 @@ index.html.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 from spct_ray.errors import DataError
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.step import StepContext
-from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
 
-VERSION = 3
+VERSION = 4
+_SHOWN = 6  # fooled items of each judge, way and probe on the page
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,8 @@ class ProbesConfig:
 
 @dataclass(frozen=True)
 class RobustnessConfig:
-    """`judges`, their prompts, and the numbers of samples that a vote takes (the largest is reported)."""
+    """The numbers of samples that a vote takes; the largest is reported."""
 
-    judges: tuple[str, ...]
-    prompts: tuple[JudgeConfig, ...]
     ks: tuple[int, ...]
 
 
@@ -55,28 +54,30 @@ def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[
 
 
 def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -> dict[str, Any]:
-    """Write the report; the metrics hold the table for the terminal."""
+    """Write the report; the metrics hold the tables for the terminal."""
+    import numpy as np
+
     from spct_ray.data.store import judged_files, read_items, write_rows
-    from spct_ray.evaluation import aggregate, robustness, robustness_page
-    from spct_ray.evaluation.sheet import Sheet, best_credit, decided
-    from spct_ray.stages.compare import judged_tables
+    from spct_ray.evaluation import page, robustness, votes
+    from spct_ray.evaluation.judgements import Sheet, best_credit, decided
+    from spct_ray.stages.report import judge_names, judged_tables
 
     names = ("clean", *(probe.name for probe in robustness.PROBES))
     files = judged_files(context.inputs["items"]).values()
     items = {name: read_items(str(file)) for name, file in zip(names, files, strict=True)}
     seed, summary, rows = derive_seed(context.seed, "robustness"), dict[str, Any](), list[dict[str, Any]]()
-    for judge, prompt in zip(config.judges, config.prompts, strict=True):
-        tables = judged_tables(context.inputs, judge, {n: made for n, made in items.items() if made}, prompt)
+    for judge in judge_names(context.inputs):
+        tables = judged_tables(context.inputs, judge, {n: made for n, made in items.items() if made})
         ways: dict[str, Any] = {}
         for way in ("greedy", f"vote@{max(config.ks)}"):
-            credit, answered = {n: _none() for n in names}, {n: _none() for n in names}
-            for name, (samples, greedy) in tables.items():
-                table = greedy if way == "greedy" else samples
-                (decision,) = aggregate.decide("sum", table, aggregate.draw(table, table.num_samples, 1, 0), 1)
+            credit, answered = {n: np.zeros(0) for n in names}, {n: np.zeros(0) for n in names}
+            for name, (_made, samples, greedy) in tables.items():
+                table = greedy if way == "greedy" or samples is None else samples
+                (decision,) = votes.decide("sum", table, votes.draw(table, table.num_samples, 1, 0), 1)
                 credit[name] = best_credit(Sheet.of(items[name]), decision.scores_IO)
                 answered[name] = decided(decision.scores_IO).astype(float)
                 rows += _pairs(judge, way, name, items[name], decision.scores_IO, credit[name])
-            flips = {"order flip": _flips(tables["clean"][1], seed)} if way == "greedy" else {}
+            flips = {"order flip": _flips(tables["clean"][2], seed)} if way == "greedy" else {}
             ways[way] = flips | robustness.rates(items, credit, answered, seed)
             ways[f"{way} clean accuracy"] = float(credit["clean"].mean())
         summary[judge] = ways
@@ -84,24 +85,40 @@ def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -
     out = Path(context.out)
     write_rows(str(out / "pairs.parquet"), rows)
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
-    write_atomically(str(out / "index.html"), robustness_page.render(result, rows).encode())
-    return {"summary_text": robustness_page.text(result)}
+    made = robustness.tables(result)
+    about = {"command": context.command, "items": f"{result['num_items']:,}"}
+    sections = [page.Section("Who is fooled", made)]
+    note = "Items that fooled a judge; their scores are sums over its judgements."
+    html = page.render("Robustness", about, sections, _fooled(rows), ("judge", "probe"), samples_note=note)
+    write_atomically(str(out / "index.html"), html.encode())
+    return {"summary_text": "\n\n".join(table.text() for table in made)}
 
 
-def _none() -> Any:
-    import numpy as np
-
-    return np.zeros(0)
+def _fooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first fooled items of each judge, way and probe, as samples of the page; all are in pairs.parquet."""
+    shown, seen = [], Counter[tuple[str, str, str]]()
+    for row in rows:
+        key = (row["judge"], row["way"], row["probe"])
+        if row["probe"] == "clean" or not row["scores"] or row["credit"] == 1 or seen[key] == _SHOWN:
+            continue
+        seen[key] += 1
+        responses = [
+            {"text": text, "score": f"{score:g}", "mark": "best" if i == row["best"] else ""}
+            for i, (text, score) in enumerate(zip(row["responses"], row["scores"], strict=True))
+        ]
+        outcome = "tied" if row["credit"] else "wrong"
+        shown.append({"judge": row["judge"], "probe": row["probe"], "tags": [row["way"]], "outcome": outcome,
+                      "badge": row["probe"], "query": [row["query"]], "responses": responses})  # fmt: skip
+    return shown
 
 
 def _flips(greedy: Any, seed: int) -> dict[str, Any]:
     """Share of items whose greedy winner differs between two orders, both parsed."""
-    import numpy as np
 
-    from spct_ray.evaluation.metrics import bootstrap_ci
+    from spct_ray.evaluation.judgements import winners
+    from spct_ray.evaluation.statistics import bootstrap_ci
 
-    held = np.where(greedy.option_IO[:, None], greedy.scores_IKO, -np.inf)
-    winner = held == held.max(axis=-1, keepdims=True)
+    winner = winners(greedy.option_IO, greedy.scores_IKO)
     both = greedy.used_IK.all(axis=1)
     differ = (winner[:, 0] != winner[:, 1]).any(axis=-1)[both].astype(float)
     return {

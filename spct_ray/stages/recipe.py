@@ -166,7 +166,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         "onpolicy": "onpolicy",
         **evaluated,
     }
-    add("report", report, replace(recipe.report, single=recipe.evaluate.single), report.ReportResources(), one, read)
+    add("report", report, recipe.report, report.ReportResources(), one, read)
     return steps
 
 

@@ -1,21 +1,21 @@
-"""The last step: what the judges are worth on items never trained on, as summary.json, a page, and a table of text.
+"""The report of a run and of `spct evaluate`: every judge on every set of items, from what earlier steps wrote.
 
-Reads only what earlier steps wrote, generates nothing and trains nothing. Any judge may be absent (a run without GRPO,
-say): the report shows what is there and lists what is missing.
+Writes summary.json, samples.parquet (a row a judgement) and index.html; its metrics hold the table for the terminal.
+Generates nothing. A run's report adds what only a run has: training curves, counts of the selection, seconds by step.
+Any judge of a run may be absent: the report shows what is there and lists what is missing.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.judge.parse import Scale
+from spct_ray.graph.record import read_record, write_atomically
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import decide, decide_single, vote
@@ -23,34 +23,35 @@ from spct_ray.learn.metrics_file import read_metrics
 from spct_ray.records import Item, Trajectory
 
 if TYPE_CHECKING:
-    from spct_ray.evaluation.page import Chart, Sample
-    from spct_ray.evaluation.summary import Judged
+    from spct_ray.evaluation.compute import Rates
+    from spct_ray.evaluation.judgements import ScoreTable
+    from spct_ray.evaluation.page import Chart
+    from spct_ray.evaluation.results import Judged, Task
     from spct_ray.graph.step import StepContext
 
-VERSION = 5
-JUDGES = ("base", "rft", "grpo")
+VERSION = 6
+JUDGES = ("base", "rft", "grpo")  # of a run, in the order in which they were trained
 GRPO_PANELS = {
     "Reward": ("reward",),
     "Share of rollouts": ("share_correct", "share_tied", "share_unparsable"),
     "Groups without signal": ("zero_signal_groups",),
     "KL to the RFT judge": ("kl",),
     "Entropy of sampled tokens": ("entropy",),
-    "Tokens a judgement": ("completion_tokens_mean",),
+    "Tokens per judgement": ("completion_tokens_mean",),
 }
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """`ks`: numbers of samples to vote with (1 is always shown); a meta vote keeps `k_meta_share` of them.
-
-    `resamples` is for the bootstrap over items; `single` is the scale for n = 1 that evaluation used.
-    """
+    """`ks`: numbers of samples to vote with; a meta vote keeps `k_meta_share` of them. Numbers that are no exact mean
+    average `num_draws` draws; intervals take `resamples`. `num_examples` judgements of each judge and set of items are
+    on the page."""
 
     ks: tuple[int, ...] = (1, 2, 4, 8)
     k_meta_share: float = 0.5
-    resamples: int = 1000
+    num_draws: int = 16
+    resamples: int = 300
     num_examples: int = 12
-    single: Literal["binary", "scale"] = "scale"
 
 
 @dataclass(frozen=True)
@@ -59,118 +60,218 @@ class ReportResources:
 
 
 def run(context: StepContext, config: ReportConfig, resources: ReportResources) -> dict[str, Any]:
-    """Write index.html and summary.json; the metrics hold `summary_text`, the table for the terminal.
-
-    Raises DataError when the inputs do not fit together, ConfigError when `ks` asks for more samples than were drawn.
-    """
-    from spct_ray.evaluation import curves, page, summary, terminal
+    """Write the report. Raises DataError when the inputs do not fit together, ConfigError when `ks` asks for more
+    samples than were drawn."""
+    from spct_ray.data.store import write_rows
+    from spct_ray.evaluation import page, results, tables
 
     if not 0 < config.k_meta_share <= 1 or min(config.ks, default=0) < 1:
         raise ConfigError(f"report: ks {config.ks} must be >= 1 and k_meta_share {config.k_meta_share} in (0, 1]")
-    seed = derive_seed(context.seed, "report")
-    counting = summary.Counting(tuple(sorted({1, *config.ks})), config.k_meta_share, seed, config.resamples)
-    scale = scale_of(1, JudgeConfig(single=config.single))
-    sets = _item_sets(context.inputs["items"])
-    judged = {
-        name: _judged(context.inputs, name, sets, scale) for name in JUDGES if f"evaluate_{name}" in context.inputs
-    }
-    if not judged:
-        raise DataError(
-            "report: no evaluated judge among the inputs; needs evaluate_base, evaluate_rft or evaluate_grpo"
-        )
-    blocks: dict[str, dict[str, Any]] = {}
-    for set_name, items in sets.items():
-        models: dict[str, Any] = {}
-        accuracies: dict[str, Any] = {}
-        for name, by_set in judged.items():
-            context.progress(len(models), len(judged), "judges", set_name)
-            models[name], accuracies[name] = summary.model_block(by_set[set_name], counting)
-        blocks[set_name] = {
-            "models": models,
-            "paired": summary.paired(accuracies, curves.chance(items), counting),
-            "chance": float(curves.chance(items).mean()),
-            "num_items": len(items),
-        }
-    final = list(judged)[-1]
-    heldout = {name: by_set["heldout"] for name, by_set in judged.items()}
-    result = {
-        **blocks.pop("heldout"),
-        "meta_rm": summary.meta_block(heldout[final].samples)
-        | {"auc_by_judge": {name: summary.meta_block(j.samples)["auc_without_ties"] for name, j in heldout.items()}},
-        "habits": {name: found for name, j in heldout.items() if (found := _habits(j))},
+    inputs, of_run = context.inputs, not any(role.startswith("model_") for role in context.inputs)
+    names = judge_names(inputs)
+    if not names:
+        raise DataError("report: no evaluated judge among the inputs, e.g. evaluate_rft")
+    ks = tuple(sorted({1, *config.ks} if of_run else config.ks))
+    counting = results.Counting(ks, config.k_meta_share, context.seed, config.resamples, config.num_draws)
+    tasks, notes = _tasks(inputs["items"])
+    judged = {name: _judged(inputs, name, {n: t.items for n, t in tasks.items()}) for name in names}
+    blocks: dict[str, Any] = {}
+    against = [name for name in names if of_run and name != "base"]
+    for name, task in tasks.items():
+        context.progress(len(blocks), len(tasks), "sets of items", name)
+        block = results.benchmark_block(task, {n: by[name] for n, by in judged.items()}, counting, against)
+        blocks[name] = {"dropped": {}, "contaminated": None} | notes.get(name, {}) | block
+        blocks[name]["in_distribution"] = name == "heldout"
+    points = _points(blocks)
+    result: dict[str, Any] = {
+        "judges": {name: _about(inputs, name, next(iter(judged[name].values())).rates) for name in names},
+        "ks": list(ks),
+        "brief": of_run,
         "benchmarks": blocks,
-        "seconds": _seconds(context.inputs),
-        "missing": _missing(context.inputs),
+        "meta_rm": _transfer(blocks),
+        "points": points,
+        "pareto": _pareto(points, blocks),
+        "habits": {n: found for n in names if "heldout" in tasks and (found := _habits(tasks, judged[n]))},
+        "seconds": _seconds(inputs) if of_run else {},
+        "missing": _missing(inputs) if of_run else [],
     }
-    selection: dict[str, float] = {}
-    if "select" in context.inputs:
-        selection = json.loads(Path(context.inputs["select"], "select_report.json").read_text())["counts"]
-    samples = _samples(heldout, config.num_examples, seed)
-    html = page.render(result, _charts(result, heldout[final], context.inputs), selection, samples)
-    _write(Path(context.out, "index.html"), html)
-    _write(Path(context.out, "summary.json"), json.dumps(result, indent=2, allow_nan=False) + "\n")
-    examples = _text_examples(final, heldout[final], max(counting.ks), scale, seed)
-    return {"summary_text": terminal.summary_text(result, examples), "num_items": result["num_items"]}
+    rows = _samples(tasks, judged)
+    out = Path(context.out)
+    write_rows(str(out / "samples.parquet"), rows)
+    about = {"command": context.command, "date": _date(inputs), "seed": str(context.seed), "items": inputs["items"]}
+    html = page.render(
+        "Judge report" if of_run else "Evaluation",
+        about,
+        _sections(result, inputs, ks),
+        _shown(rows, tasks, config.num_examples),
+        ("benchmark", "judge", "outcome"),
+        result["missing"],
+        "Right, wrong, tied and failed ones in turn, not in proportion; all are in samples.parquet.",
+    )
+    write_atomically(str(out / "index.html"), html.encode())
+    write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    examples = _examples(names[-1], judged[names[-1]]["heldout"], tasks["heldout"], max(ks)) if of_run else []
+    return {
+        "summary_text": tables.summary_text(result, examples),
+        "num_items": sum(len(t.items) for t in tasks.values()),
+    }
 
 
-def _item_sets(directory: str) -> dict[str, tuple[Item, ...]]:
-    """ "heldout" and each benchmark by its name, items in order of id."""
+def judge_names(inputs: Mapping[str, str]) -> list[str]:
+    """The evaluated judges among the inputs; those of a run in the order in which they were trained."""
+    names = [role.removeprefix("evaluate_") for role in inputs if role.startswith("evaluate_")]
+    return sorted(names, key=lambda name: JUDGES.index(name) if name in JUDGES else len(JUDGES))
+
+
+def _tasks(directory: str) -> tuple[dict[str, Task], dict[str, Any]]:
+    """The sets of items by label, and what the step that read them notes of each benchmark. Items of a run that it has
+    no note of are scored by accuracy."""
     from spct_ray.data.store import judged_files, read_items
+    from spct_ray.evaluation.benchmarks import find
+    from spct_ray.evaluation.judgements import Sheet
+    from spct_ray.evaluation.results import Task
 
-    files = judged_files(directory).items()
-    return {name: tuple(sorted(read_items(str(file)), key=lambda item: item.id)) for name, file in files}
+    noted = Path(directory, "data_report.json")
+    report = json.loads(noted.read_text()) if noted.exists() else {}
+    notes = {name: note for name, note in report.items() if isinstance(note, dict) and "layout" in note}
+    tasks = {}
+    for name, file in judged_files(directory).items():
+        items = tuple(sorted(read_items(str(file)), key=lambda item: item.id) if not notes else read_items(str(file)))
+        kind = notes.get(name, {}).get("name", "heldout" if name == "heldout" else "own")
+        tasks[name] = Task(find(kind), items, Sheet.of(items))
+    return tasks, notes
 
 
-def _judged(
-    inputs: Mapping[str, str], name: str, sets: Mapping[str, Sequence[Item]], scale: Scale
-) -> dict[str, Judged]:
-    """One judge's judgements, told apart by the set of their item, and sampled from greedy by their temperature."""
+def _judged(inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]]) -> dict[str, Judged]:
+    """One judge's judgements of each set of items, or the scores of a scalar reward model."""
+    from spct_ray.evaluation.judgements import tabulate_scores
+    from spct_ray.evaluation.results import Judged
+
+    rates = _rates(inputs, name)
+    if (scored := _scalar_rows(inputs[f"evaluate_{name}"])) is not None:
+        scores = {row["item_id"]: row["scores"] for row in scored}
+        return {n: Judged((), None, tabulate_scores(made, scores), rates, None) for n, made in items.items()}
+    prompt, found = prompt_of(inputs[f"evaluate_{name}"]), judged_tables(inputs, name, items)
+    return {n: Judged(sampled, samples, greedy, rates, prompt) for n, (sampled, samples, greedy) in found.items()}
+
+
+def prompt_of(directory: str) -> JudgeConfig:
+    """The prompt that a finished evaluation judged with."""
+    from spct_ray.stages.evaluate import EvaluateConfig
+
+    record = read_record(directory)
+    if record is None:
+        raise DataError(f"{directory}: no record of a finished evaluation; run the step again")
+    config = record.config
+    return EvaluateConfig(**config | {"judge": JudgeConfig(**config.get("judge", {}))}).prompt
+
+
+def judged_tables(
+    inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[Item]]
+) -> dict[str, tuple[tuple[Trajectory, ...], ScoreTable | None, ScoreTable]]:
+    """One judge's samples, their table (None without samples) and that of its greedy judgements (two orders), for each
+    set of items. Raises DataError for items that it did not judge, or judged that are in no set."""
     from spct_ray.cluster.sampling import read_trajectories
-    from spct_ray.evaluation.curves import in_all_orders, tabulate
-    from spct_ray.evaluation.summary import Judged
+    from spct_ray.evaluation.judgements import in_all_orders, tabulate
 
-    directory, middle, logits = inputs[f"evaluate_{name}"], (scale.low + scale.high) / 2, judge_logits(inputs, name)
-    set_of = {item.id: set_name for set_name, items in sets.items() for item in items}
-    sampled: dict[str, list[Trajectory]] = {set_name: [] for set_name in sets}
-    greedy: dict[str, list[Trajectory]] = {set_name: [] for set_name in sets}
+    directory = inputs[f"evaluate_{name}"]
+    scale, logits = scale_of(1, prompt_of(directory)), judge_logits(inputs, name)
+    middle = (scale.low + scale.high) / 2
+    of_item: dict[str, list[Trajectory]] = {}
     for t in read_trajectories(directory):
-        if t.item_id not in set_of:
-            raise DataError(f"report: {directory} judges item {t.item_id!r}, which is in no set of items")
-        (sampled if t.temperature else greedy)[set_of[t.item_id]].append(t)
+        of_item.setdefault(t.item_id, []).append(t)
+    asked = {item.id for made in items.values() for item in made}
+    if unknown := sorted(set(of_item) - asked):
+        raise DataError(f"report: {directory} judges item {unknown[0]!r}, which is in no set of items")
+    if absent := sorted(asked - set(of_item)):
+        raise DataError(f"evaluation of {name}: no judgement of {len(absent)} items, the first is {absent[0]!r}")
     found = {}
-    for set_name, items in sets.items():
-        table = tabulate(items, in_all_orders(greedy[set_name]), middle)
-        samples = tabulate(items, sampled[set_name], middle, logits) if sampled[set_name] else table
-        found[set_name] = Judged(tuple(items), tuple(sampled[set_name] or greedy[set_name]), samples, table)
+    for label, made in items.items():
+        judged = [t for item in made for t in of_item[item.id]]
+        sampled, greedy = [t for t in judged if t.temperature], [t for t in judged if not t.temperature]
+        table = tabulate(made, sampled, middle, logits) if sampled else None
+        found[label] = (tuple(sampled or greedy), table, tabulate(made, in_all_orders(greedy), middle))
     return found
 
 
-def _habits(judged: Judged) -> dict[str, float | None]:
+def judge_logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
+    """Meta-RM logits of one judge's samples by key; None where the meta RM did not score this judge. A run scores its
+    judges in one step, where they have their names in the run."""
+    import pyarrow.parquet as pq
+
+    role = f"meta_scores_{name}" if f"meta_scores_{name}" in inputs else "meta_scores"
+    if role not in inputs:
+        return None
+    record = read_record(inputs[f"evaluate_{name}"]) if f"evaluate_{name}" in inputs else None
+    model = record.name.removeprefix("evaluate_") if record else name
+    rows = pq.read_table(Path(inputs[role], "logits.parquet")).to_pylist()
+    return {row["key"]: row["logit"] for row in rows if row["model"] == model} or None
+
+
+def _scalar_rows(directory: str) -> list[dict[str, Any]] | None:
+    """What `stages.scalar` wrote; None for a judge that writes."""
+    import pyarrow.parquet as pq
+
+    path = Path(directory, "scores.parquet")
+    rows: list[dict[str, Any]] | None = pq.read_table(path).to_pylist() if path.exists() else None
+    return rows
+
+
+def _rates(inputs: Mapping[str, str], name: str) -> Rates:
+    """Mean cost of one judgement (of an item, by a scalar reward model): tokens as drawn, seconds as the last attempt
+    of the step measured them. Weights are counted where the models are inputs."""
+    from spct_ray.cluster.sampling import read_trajectories
+    from spct_ray.evaluation.compute import Rates, count_weights
+
+    directory = inputs[f"evaluate_{name}"]
+    timing = json.loads(Path(directory, "timing.json").read_text())
+    model, meta = inputs.get(f"model_{name}"), inputs.get(f"meta_{name}")
+    params = count_weights(str(Path(model, "model"))) if model else None
+    if (rows := _scalar_rows(directory)) is not None:
+        tokens = sum(row["tokens"] for row in rows) / len(rows)
+        return Rates(params, 0, tokens, 0.0, timing["engine_seconds"] / len(rows))
+    made = read_trajectories(directory)
+    return Rates(
+        params=params,
+        meta_params=count_weights(str(Path(meta, "model"))) if meta else 0,
+        prompt_tokens=sum(t.prompt_tokens for t in made) / len(made),
+        completion_tokens=sum(t.completion_tokens for t in made) / len(made),
+        seconds=timing["engine_seconds"] / timing["judgements"] if timing["judgements"] else 0.0,
+    )
+
+
+def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]:
+    record = read_record(inputs[f"evaluate_{name}"])
+    return {
+        "weights": rates.params,
+        "meta_weights": rates.meta_params,
+        "prompt_tokens": rates.prompt_tokens,
+        "completion_tokens": rates.completion_tokens,
+        "engine_seconds_per_judgement": rates.seconds,
+        "evaluate": record.config if record else None,
+    }
+
+
+def _habits(tasks: Mapping[str, Task], judged: Mapping[str, Judged]) -> dict[str, float | None]:
     """Of judgements of built-in items; empty where there are none that parsed."""
     from spct_ray.data.builtin import SOURCE
     from spct_ray.data.habits import habits
 
-    items = {item.id: item for item in judged.items if item.source == SOURCE and item.facts}
-    told = [(items[t.item_id], t) for t in judged.trajectories if t.item_id in items and not t.failure]
+    items = {item.id: item for item in tasks["heldout"].items if item.source == SOURCE and item.facts}
+    made = judged["heldout"].trajectories
+    told = [(items[t.item_id], t) for t in made if t.item_id in items and not t.failure]
     return habits(told) if told else {}
-
-
-def judge_logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | None:
-    """Meta-RM logits of one judge's samples by key; None where the meta RM did not score this judge."""
-    import pyarrow.parquet as pq
-
-    if "meta_scores" not in inputs:
-        return None
-    rows = pq.read_table(Path(inputs["meta_scores"], "logits.parquet")).to_pylist()
-    return {row["key"]: row["logit"] for row in rows if row["model"] == name} or None
 
 
 def _seconds(inputs: Mapping[str, str]) -> dict[str, float]:
     """Seconds of each input step by its name, in the order in which they finished."""
-    from spct_ray.graph.record import read_record
-
     records = [record for directory in set(inputs.values()) if (record := read_record(directory))]
     return {r.name: round(float(r.seconds), 1) for r in sorted(records, key=lambda r: (r.finished_at, r.name))}
+
+
+def _date(inputs: Mapping[str, str]) -> str:
+    """When the last of the inputs was finished."""
+    return max((r.finished_at for d in set(inputs.values()) if (r := read_record(d))), default="unknown")
 
 
 def _missing(inputs: Mapping[str, str]) -> list[str]:
@@ -184,92 +285,189 @@ def _missing(inputs: Mapping[str, str]) -> list[str]:
     return [what for role, what in wanted.items() if role not in inputs]
 
 
-def _charts(result: Mapping[str, Any], final: Judged, inputs: Mapping[str, str]) -> list[Chart]:
+def ways(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every way to decide of one judge's block, with its entry."""
+    from spct_ray.evaluation.results import VOTES
+    from spct_ray.evaluation.tables import AGGREGATORS
+
+    found = [("greedy", model["greedy"])]
+    found += [(f"{key.replace('_', ' ')}@{k}", made) for key in VOTES for k, made in model[key].items()]
+    others = ((name, made) for name, made in model["aggregators"].items() if name not in VOTES.values())
+    found += [(AGGREGATORS[name], made) for name, made in others]
+    return found + [(f"adaptive, {name}", made) for name, made in model["adaptive"].items()]
+
+
+def _points(blocks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"benchmark": label, "judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
+        for label, block in blocks.items()
+        for name, model in block["models"].items()
+        for way, made in ways(model)
+        if made["score"] is not None
+    ]
+
+
+def _pareto(points: Sequence[Mapping[str, Any]], blocks: Mapping[str, Any]) -> dict[str, Any]:
+    from spct_ray.evaluation.compute import pareto
+
+    return {
+        label: {
+            axis: pareto([p for p in points if p["benchmark"] == label and p[axis]], axis)
+            for axis in ("tokens", "flops", "seconds")
+        }
+        for label in blocks
+    }
+
+
+def _transfer(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta RM of each judge on each benchmark, those of its training distribution first."""
+    ordered = sorted(blocks.items(), key=lambda named: not named[1]["in_distribution"])
+    keys = ("auc", "auc_without_ties", "auc_within_item", "ece", "accuracy", "share_right", "num_samples")
+    found: dict[str, Any] = {}
+    for label, block in ordered:
+        for name, model in block["models"].items():
+            if "meta_rm" in model:
+                found.setdefault(name, {})[label] = {key: model["meta_rm"][key] for key in keys}
+    return found
+
+
+def _sections(result: Mapping[str, Any], inputs: Mapping[str, str], ks: Sequence[int]) -> list[Any]:
+    from spct_ray.evaluation import tables
+    from spct_ray.evaluation.page import Section
+
+    sections = []
+    for label, block in result["benchmarks"].items():
+        title = "Held-out items" if label == "heldout" else f"{block['title']} ({label})"
+        found = tables.of_benchmark(label, block, ks)
+        charts = _charts(block, [p for p in result["points"] if p["benchmark"] == label], result["pareto"][label])
+        sections.append(Section(title, found, charts, tables.remarks(block, ks)))
+    extra = [tables.habits(result["habits"]), tables.transfer(result["meta_rm"], result["benchmarks"])]
+    if "select" in inputs:
+        counts = json.loads(Path(inputs["select"], "select_report.json").read_text())["counts"]
+        rows = [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
+        extra.append(tables.Table.of("Selection for the cold start", ("reason", "judgements"), rows))
+    rows = [(name, f"{seconds:,.1f}") for name, seconds in result["seconds"].items()]
+    extra.append(tables.Table.of("Seconds by step", ("step", "seconds"), rows))
+    extra = [table for table in extra if table.rows]
+    training = _training_charts(inputs)
+    return [*sections, Section("The run" if training else "Judges", extra, training)] if extra or training else sections
+
+
+def _charts(block: Mapping[str, Any], points: Sequence[Mapping[str, Any]], fronts: Mapping[str, Any]) -> list[Chart]:
     from spct_ray.evaluation import plots
     from spct_ray.evaluation.page import Chart
-    from spct_ray.evaluation.summary import meta_logits
-    from spct_ray.evaluation.terminal import LABELS
 
-    models, chance, meta = result["models"], result["chance"], result["meta_rm"]
-    bands = "Bands are 95 % bootstrap intervals over items."
+    models, chance = block["models"], block["chance"]
+    bands = "Bands: 95 % intervals over questions and draws of k samples."
+    costs = "What a decision costs in written tokens; the meta RM reads but writes none."
     charts = [
-        Chart("Accuracy over samples", f"Votes with k samples. {bands}", plots.accuracy_curves(models, chance, False)),
-        Chart(
-            "Accuracy over generated tokens",
-            f"What a decision costs in written tokens; the meta RM reads but writes none. {bands}",
-            plots.accuracy_curves(models, chance, True),
-        ),
+        Chart("Score over samples", bands, plots.score_curves(models, chance)),
+        Chart("Score over generated tokens", costs, plots.score_curves(models, chance, over_tokens=True)),
+        Chart("Margins and scores", "Is a vote that leads by more more often right?", plots.calibration(models)),
     ]
+    spent = {"tokens": "written tokens", "flops": "2 × weights × tokens, read and written",
+             "seconds": "of the engine as measured, without the meta RM's"}  # fmt: skip
+    for axis, what in spent.items():
+        if front := fronts[axis]:
+            told = "; ".join(f"{n}: {p['judge']}, {p['way']}" for n, p in enumerate(front, 1))
+            svg = plots.pareto_front(points, front, axis)
+            charts.append(Chart(f"Score over {axis}", f"Cost: {what}. Pareto front: {told}.", svg))
+    if any(m.get("meta_rm", {}).get("reliability") for m in models.values()):
+        svg = plots.meta_reliability(models)
+        charts.append(Chart("Meta RM: reliability", "Share right over the predicted probability.", svg))
+    return charts
+
+
+def _training_charts(inputs: Mapping[str, str]) -> list[Chart]:
+    from spct_ray.evaluation import plots
+    from spct_ray.evaluation.page import Chart
+
+    charts = []
     if "grpo" in inputs:
         rows = [
             row | {"share_unparsable": sum(v for k, v in row.items() if k.startswith("share_unparsable_"))}
             for row in read_metrics(inputs["grpo"])
         ]
-        svg = plots.training_curves(rows, GRPO_PANELS, plots.COLOURS["grpo"])
+        svg = plots.training_curves(rows, GRPO_PANELS, plots.colour(2))
         charts.append(Chart("GRPO", "Each step's value, and its running mean.", svg, wide=True))
     if "rft" in inputs:
-        svg = plots.training_curves(read_metrics(inputs["rft"]), {"Loss": ("loss",)}, plots.COLOURS["rft"])
-        charts.append(Chart("Rejective fine-tuning", "Loss a judgement token; each step and its running mean.", svg))
-    histograms = {name: block["score_histogram"] for name, block in models.items()}
-    charts.append(Chart("Scores given", "Items with two or more responses.", plots.score_histograms(histograms)))
-    if meta["num_samples"]:
-        logits, labels = meta_logits(final.samples)
-        svg = plots.meta_reliability(meta["reliability"], logits[labels == 1].tolist(), logits[labels == 0].tolist())
-        areas = {f"{LABELS[name]}'s samples without ties": area for name, area in meta["auc_by_judge"].items()}
-        areas["the final judge's samples of one item, item by item,"] = meta["auc_within_item"]
-        caption = f"{meta['num_samples']:,} parsed samples of the final judge, {meta['share_right']:.0%} of them right."
-        caption += "".join(f" AUC on {what} {area:.3f}." for what, area in areas.items() if area is not None)
-        charts.append(Chart("Meta RM", caption, svg))
+        svg = plots.training_curves(read_metrics(inputs["rft"]), {"Loss": ("loss",)}, plots.colour(1))
+        charts.append(Chart("Rejective fine-tuning", "Loss per judgement token, and its running mean.", svg))
     return charts
 
 
-def _samples(judges: Mapping[str, Judged], num: int, seed: int) -> list[Sample]:
-    """The first sample of each judge on `num` items: right, wrong, tied and failed ones of the last judge in turn."""
-    from spct_ray.evaluation.page import Sample
+def _samples(tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:
+    """One row a judgement: what was asked, written, scored, and its outcome by Eq. 10."""
+    from spct_ray.evaluation.judgements import correct_samples, tied_samples
 
-    outcomes = {name: _outcomes(judged) for name, judged in judges.items()}
-    last = outcomes[list(judges)[-1]]
-    ids = list(last)
-    random.Random(seed).shuffle(ids)
-    kinds = {"right": 0, "wrong": 1, "tied": 2}
-    turn: dict[str, tuple[int, int]] = {}
-    seen = [0, 0, 0, 0]
-    for item_id in ids:
-        kind = kinds.get(last[item_id][1], 3)
-        turn[item_id] = (seen[kind], kind)
-        seen[kind] += 1
-    chosen = sorted(ids, key=turn.__getitem__)[:num]
-    items = {item.id: item for item in next(iter(judges.values())).items}
-    return [Sample(name, items[i], *outcomes[name][i]) for i in chosen for name in judges]
-
-
-def _outcomes(judged: Judged) -> dict[str, tuple[Trajectory, str]]:
-    """Each item's first sample and what became of it."""
-    from spct_ray.evaluation.curves import correct_samples, tied_samples
-
-    right_IK, tied_IK = correct_samples(judged.samples), tied_samples(judged.samples)
-    first: dict[str, Trajectory] = {}
-    for t in sorted(judged.trajectories, key=lambda t: t.sample):
-        first.setdefault(t.item_id, t)
-    return {
-        item.id: (t, t.failure or ("right" if right_IK[i, 0] else "tied" if tied_IK[i, 0] else "wrong"))
-        for i, item in enumerate(judged.items)
-        for t in [first[item.id]]
-    }
+    rows = []
+    for name, by_label in judged.items():
+        for label, found in by_label.items():
+            table = found.votable
+            right_IK, tied_IK = correct_samples(table), tied_samples(table)
+            items = {item.id: (i, item) for i, item in enumerate(tasks[label].items)}
+            place: dict[str, int] = {}
+            for t in sorted(found.trajectories, key=lambda t: (t.item_id, t.sample)):
+                i, item = items[t.item_id]
+                k = place[t.item_id] = place.get(t.item_id, -1) + 1
+                logit = None if table.logits_IK is None or t.failure else float(table.logits_IK[i, k])
+                outcome = t.failure or ("right" if right_IK[i, k] else "tied" if tied_IK[i, k] else "wrong")
+                rows.append(
+                    {"judge": name, "benchmark": label, "subset": item.subset, "outcome": outcome, "logit": logit}
+                    | {"key": t.key, **t.to_row()}
+                )
+    return rows
 
 
-def _text_examples(name: str, judged: Judged, k: int, scale: Scale, seed: int) -> list[str]:
+def _shown(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Task], num: int) -> list[dict[str, Any]]:
+    """First samples of `num` items of each judge and benchmark: right, wrong, tied and failed ones in turn."""
+    items = {(label, item.id): item for label, task in tasks.items() for item in task.items}
+    groups: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        if row["sample"] == 0:
+            kind = row["outcome"] if row["outcome"] in ("right", "wrong", "tied") else "failure"
+            groups.setdefault((row["judge"], row["benchmark"]), {}).setdefault(kind, []).append(row)
+    chosen = []
+    for kinds in groups.values():
+        turns = [(k, r) for turn in itertools.zip_longest(*([(k, r) for r in rs] for k, rs in kinds.items()))
+                 for pair in turn if pair is not None for k, r in [pair]]  # fmt: skip
+        chosen += [_shown_sample(row, kind, items[row["benchmark"], row["item_id"]]) for kind, row in turns[:num]]
+    return chosen
+
+
+def _shown_sample(row: Mapping[str, Any], kind: str, item: Item) -> dict[str, Any]:
+    several = len(item.responses) > 1
+    tags = [tag for tag in (item.subset, f"n = {len(item.responses)}") if tag]
+    tags += [] if row["logit"] is None else [f"meta logit {row['logit']:.2f}"]
+    truth = "truth: right" if item.rewards[0] > 0.5 else "truth: wrong"
+    responses = [
+        {
+            "text": item.responses[i],
+            "score": row["scores"][i] if row["scores"] else "–",
+            "mark": ("best" if item.rewards[i] == max(item.rewards) else "") if several else truth,
+        }
+        for i in row["order"]
+    ]
+    turns = [m.content if len(item.messages) == 1 else f"{m.role}: {m.content}" for m in item.messages]
+    badge = row["outcome"].replace("_", " ")
+    return {"benchmark": row["benchmark"], "judge": row["judge"], "outcome": kind, "badge": badge, "tags": tags,
+            "query": turns, "responses": responses, "text": row["text"]}  # fmt: skip
+
+
+def _examples(name: str, judged: Judged, task: Task, k: int) -> list[str]:
     """The first held-out item that the vote got right, and the first that it got wrong, of those with several responses
     where there are any; each with the first judgement that decides as the vote did, if there is one."""
-    from spct_ray.evaluation.curves import right_option
-    from spct_ray.evaluation.terminal import example
+    from spct_ray.evaluation.judgements import right_option
+    from spct_ray.evaluation.tables import example
 
-    by_item: dict[str, list[Trajectory]] = {item.id: [] for item in judged.items}
+    assert judged.prompt is not None
+    scale = scale_of(1, judged.prompt)
+    by_item: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):
         by_item[t.item_id].append(t)
     found: dict[bool, str] = {}
-    for item in [item for item in judged.items if len(item.responses) > 1] or judged.items:
-        samples = by_item[item.id][:k]
+    for item in [item for item in task.items if len(item.responses) > 1] or task.items:
+        samples, seed = by_item[item.id][:k], derive_seed(0, item.id)
         verdict = vote(item.id, len(item.responses), samples)
         decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
         is_right = decision == right_option(item)
@@ -286,9 +484,3 @@ def _singles_out(t: Trajectory, option: int) -> bool:
     """Whether a judgement alone decides as the vote did."""
     best = [i for i, score in enumerate(t.scores) if score == max(t.scores)]
     return best == [option] if len(t.scores) > 1 else t.scores == (option,)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

@@ -1,4 +1,4 @@
-"""What a finished run has stored of its judges, and `spct compare`: judges side by side from that alone.
+"""What a finished run has stored of its judges, and `spct evaluate --stored`: a report from that alone.
 
 Nothing is generated or scored again, so it takes seconds and needs neither Ray nor an engine; the judges must have been
 evaluated on the same items. Other items, or more samples of them: `spct_ray.stages.evaluation`.
@@ -15,7 +15,7 @@ from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import compare
+from spct_ray.stages import report
 from spct_ray.stages.evaluate import EvaluateConfig
 
 JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
@@ -85,14 +85,12 @@ def clean(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name)
 
 
-def compare_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: str, command: str) -> str:
-    """Write the report of `stages.compare` on the judges' stored judgements to the directory `out`; returns its text.
+def report_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: str, command: str) -> str:
+    """Write the report of `stages.report` on the judges' stored judgements to the directory `out`; returns its text.
 
     Raises ConfigError for targets that are no runs, were evaluated on different items, or with fewer samples than `ks`
     asks for.
     """
-    from spct_ray.data.store import judged_files
-
     found = {judge.name: judge for judge in map(find_target, targets)}
     if len(found) < len(targets):
         raise ConfigError(f"the targets have equal names, rename a root: {', '.join(found)} stand for {len(targets)}")
@@ -113,17 +111,9 @@ def compare_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: st
         if judge.scores and judge.meta_model:
             scores = step_directory(judge.root, judge.scores.name, judge.scores.id)
             inputs |= {f"meta_scores_{name}": scores, f"meta_{name}": judge.meta_model}
-    labels = tuple(judged_files(inputs["items"]))
-    config = compare.CompareConfig(
-        judges=tuple(found),
-        prompts=tuple(judge.config.prompt for judge in found.values()),
-        names=tuple("heldout" if label == "heldout" else "own" for label in labels),
-        labels=labels,
-        ks=tuple(ks),
-    )
     Path(out).mkdir(parents=True, exist_ok=True)
-    context = StepContext("compare", seed, out, inputs, command)
-    return str(compare.run(context, config, compare.CompareResources())["summary_text"])
+    context = StepContext("report", seed, out, inputs, command)
+    return str(report.run(context, report.ReportConfig(tuple(ks)), report.ReportResources())["summary_text"])
 
 
 def _reads(record: StepRecord, source: StepRecord) -> bool:

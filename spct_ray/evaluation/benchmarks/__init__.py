@@ -1,26 +1,27 @@
-"""Benchmarks by name: where each is had, how its rows become Items, and how its authors score it.
+"""Benchmarks by name, one module each, and how their files are read.
 
 A specification is NAME (read from the hub) or NAME=PATH: a file, or a folder of files, in the benchmark's own shape or
-in this project's. `own=PATH` is any file of ours, scored by plain accuracy.
+in this project's. `own=PATH` is any file of ours, scored by plain accuracy. NAME is a module of this package, or
+`module:ATTRIBUTE`, the import path of a `Benchmark` defined elsewhere.
 """
 
 from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from spct_ray.data.shapes import Cells, Row, UnusableRow
 from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
 from spct_ray.data.validate import Limits, Problem, find_problem
 from spct_ray.errors import ConfigError, DataError
-from spct_ray.evaluation import official, readers
-from spct_ray.evaluation.curves import Floats
-from spct_ray.evaluation.official import Scorer
-from spct_ray.evaluation.readers import Reader, facts_of, is_own
-from spct_ray.evaluation.sheet import Sheet, best_credit, strict_credit
+from spct_ray.evaluation.benchmarks import own
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark
+from spct_ray.evaluation.judgements import facts_of
 from spct_ray.records import Item
 
 _SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
@@ -28,67 +29,10 @@ _IDS = ("id", "pair_id", "pair_uid", "bon_uid", "question_id")
 _SEVERAL_RIGHT = {Problem.NO_UNIQUE_BEST}
 
 
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """One benchmark. `hub` is (id, split) pairs, empty where its authors publish files only.
-
-    `several_right` allows more than one right response in an item; `subsets`, if given, are the only ones there are.
-    """
-
-    title: str
-    hub: tuple[tuple[str, str], ...]
-    read: Reader
-    score: Scorer
-    several_right: bool = False
-    credit: Callable[[Sheet, Floats], Floats] = best_credit  # of one item, for paired tests and subset tables
-    both_orders: bool = False  # the score needs a judgement of each order
-    subsets: tuple[str, ...] = ()
-
-
-def _ppe(name: str) -> tuple[str, str]:
-    return (f"lmarena-ai/PPE-{name}-Best-of-K", "train")
-
-
 BENCHMARKS: dict[str, Benchmark] = {
-    "rewardbench": Benchmark(
-        "RewardBench",
-        (("allenai/reward-bench", "filtered"),),
-        readers.reward_bench,
-        official.reward_bench,
-        subsets=tuple(name for counts in official.REWARD_BENCH_COUNTS.values() for name in counts),
-    ),
-    "rewardbench2": Benchmark(
-        "RewardBench 2",
-        (("allenai/reward-bench-2", "test"),),
-        readers.reward_bench_2,
-        official.reward_bench_2,
-        subsets=official.REWARD_BENCH_2_SUBSETS,
-    ),
-    "rmbench": Benchmark(
-        "RM-Bench", (("THU-KEG/RM-Bench", "train"),), readers.rm_bench, official.rm_bench, True, official.cell_credit
-    ),
-    "rmb": Benchmark("RMB", (), readers.rmb, official.rmb, credit=strict_credit),
-    "judgebench": Benchmark(
-        "JudgeBench",
-        (("ScalerLab/JudgeBench", "gpt"), ("ScalerLab/JudgeBench", "claude")),
-        readers.judge_bench,
-        official.judge_bench,
-        both_orders=True,
-    ),
-    "ppe_preference": Benchmark(
-        "PPE preference", (("lmarena-ai/PPE-Human-Preference-V1", "test"),), readers.ppe_preference, official.accuracy
-    ),
-    "ppe_correctness": Benchmark(
-        "PPE correctness",
-        tuple(map(_ppe, ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus"))),
-        readers.ppe_correctness,
-        official.ppe_correctness,
-        several_right=True,
-    ),
-    "realmistake": Benchmark("ReaLMistake", (), readers.realmistake, official.realmistake),
-    "llmbar": Benchmark("LLMBar", (), readers.llmbar, official.llmbar),
-    "heldout": Benchmark("held-out items", (), readers.own, official.accuracy),
-    "own": Benchmark("own items", (), readers.own, official.accuracy),
+    module.name: import_module(f"{__name__}.{module.name}").BENCHMARK
+    for module in iter_modules(__path__)
+    if module.name != "benchmark"
 }
 
 
@@ -104,9 +48,18 @@ class BenchmarkSpec:
 
 
 def find(name: str) -> Benchmark:
-    """The benchmark of that name. Raises ConfigError with the nearest name."""
+    """The benchmark of that name or import path. Raises ConfigError with the nearest name."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
+    module, colon, attribute = name.partition(":")
+    if colon:
+        try:
+            found = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"benchmark {name!r}: {error}") from error
+        if not isinstance(found, Benchmark):
+            raise ConfigError(f"benchmark {name!r} is a {type(found).__name__}, expected a Benchmark")
+        return found
     squeezed = {known.replace("_", ""): known for known in BENCHMARKS}
     wanted = "".join(c for c in name.lower() if c.isalnum())
     close = difflib.get_close_matches(wanted, squeezed, n=1, cutoff=0.5)
@@ -122,7 +75,8 @@ def parse_spec(text: str) -> BenchmarkSpec:
         raise ConfigError(f"benchmark {name!r} is not on the hub: give its file or folder, {name}=PATH")
     if path and not Path(path).exists():
         raise ConfigError(f"benchmark {name!r}: no such file or folder: {path}")
-    label = name if name != "own" else "".join(c if c.isalnum() else "_" for c in Path(path).name.partition(".")[0])
+    named = Path(path).name.partition(".")[0] if name == "own" else name.rpartition(":")[2]
+    label = "".join(c if c.isalnum() else "_" for c in named)
     return BenchmarkSpec(name, path, label)
 
 
@@ -164,7 +118,7 @@ def _items(
 ) -> list[Item]:
     cells = Cells(row, spec.name, where)
     try:
-        read = readers.own if is_own(row) and not benchmark.several_right else benchmark.read
+        read = own.read if own.is_own(row) and not benchmark.several_right else benchmark.read
         found = read(cells, item_id, limits)
     except UnusableRow as unusable:
         dropped.add(unusable.problem, where)

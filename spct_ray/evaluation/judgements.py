@@ -1,20 +1,19 @@
-"""What a judge's samples are worth: accuracy over the number of samples and over tokens, and rates of every failure.
+"""The one data structure of an evaluation: all judgements of one judge as arrays, what is known of their items, and the
+credit of a decision.
 
-Works on arrays, so that 600 items x 32 samples take a fraction of a second; a test holds it to `judge.vote.vote`.
-Axes: I items, K samples, B blocks of k samples, O options of an item.
+Axes: I items, K samples, O options of an item. The options are what a vote chooses between. With n >= 2 they are the
+responses. With n = 1 there is nothing to compare, so the options are "wrong" and "right": each sample gives "right" its
+score and "wrong" the middle of the scale. The response is then held right when the mean of the used scores is above the
+middle (0.5 or 5.5), and the same rule decides n = 1 and n >= 2.
 
-The options are what the vote chooses between. With n >= 2 they are the responses. With n = 1 there is nothing to
-compare, so the options are "wrong" and "right": each sample gives "right" its score and "wrong" the middle of the
-scale. The response is then held right when the mean of the used scores is above the middle (0.5 or 5.5), and the same
-rule decides n = 1 and n >= 2.
-
-Counting: a sample that could not be parsed is left out of the vote, never scored. An item without any usable sample is
-undecided; it counts as wrong, and `undecided_rate` tells how often. A tie of m options counts as 1/m where the right
-option is among them, which is what breaking ties at random gives on average.
+Counting: a sample that could not be parsed takes no part in the vote and is never scored. An item without any usable
+sample is undecided; it counts as wrong. A tie of m options counts 1/m for each of them, the exact mean over random
+breaks of the tie.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spct_ray.errors import ConfigError, DataError
-from spct_ray.evaluation.metrics import bootstrap_ci
+from spct_ray.errors import DataError
 from spct_ray.records import Item, Trajectory
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+
+
+def facts_of(item: Item) -> dict[str, Any]:
+    """The facts that a reader noted, and "question", the row that the item came from."""
+    found = json.loads(item.facts) if item.facts else {}
+    return {"question": item.id, **(found if isinstance(found, dict) else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +57,6 @@ class ScoreTable:
         return int(self.used_IK.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Votes:
-    """Outcome of voting with k samples: expected accuracy, tie and no-decision shares [I], and mean tokens spent."""
-
-    accuracy_I: Floats
-    tied_I: Floats
-    undecided_I: Floats
-    tokens: float
-
-    def summary(self, seed: int, resamples: int) -> dict[str, Any]:
-        """The entry of one vote in summary.json."""
-        return {
-            "accuracy": float(self.accuracy_I.mean()),
-            "ci": list(bootstrap_ci(self.accuracy_I, seed, resamples)),
-            "tie_rate": float(self.tied_I.mean()),
-            "undecided_rate": float(self.undecided_I.mean()),
-            "tokens": self.tokens,
-        }
-
-
 def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
     """What one judgement, or the mean of several, gives to each option of its item (see the top of the file); `middle`
     is used for n = 1."""
@@ -82,11 +66,6 @@ def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
 def right_option(item: Item) -> int:
     """Index of the right option of an item."""
     return item.best if len(item.responses) > 1 else int(item.rewards[0] > 0.5)
-
-
-def chance(items: Sequence[Item]) -> Floats:
-    """Accuracy of a blind guess on each item [I]: 1/n, and 1/2 for n = 1."""
-    return np.array([1 / max(2, len(item.responses)) for item in items])
 
 
 def tabulate(
@@ -180,65 +159,24 @@ def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]
     )  # fmt: skip
 
 
-def _winners(scores: Floats, option_IO: Bools) -> Bools:
-    """True at the options with the highest score; scores [I, anything, O]."""
-    held = np.where(option_IO[:, None, :], scores, -np.inf)
+def winners(option_IO: Bools, scores: Floats) -> Bools:
+    """True at the options with the highest score, all False in a row of NaN; scores [I, O] or [I, anything, O]."""
+    option = option_IO if scores.ndim == 2 else option_IO[:, None, :]
+    held = np.where(option, scores, -np.inf)
     return np.asarray(held == held.max(axis=-1, keepdims=True))
-
-
-def vote_curve_point(table: ScoreTable, k: int, k_meta: int | None = None, weighted: bool = False) -> Votes:
-    """Vote with k of the K samples (Eq. 14); with `k_meta`, sum only the k_meta usable ones of best meta-RM logit;
-    `weighted`, sum all of them, each times `meta_weight`.
-
-    For k < K each item is voted on by every full block of k successive samples, and the outcomes are averaged. Blocks
-    share no sample and keep the balanced orders of a real run of k samples. k = 1 is thus the mean over all samples.
-    """
-    num_samples = table.num_samples
-    if not 1 <= k <= num_samples:
-        raise ConfigError(f"vote with k = {k} needs at least {k} samples an item, evaluation drew {num_samples}")
-    place = np.arange(num_samples)
-    block_BK = place[None, :] // k == place[: num_samples // k, None]
-    take_IBK = block_BK[None] & table.used_IK[:, None, :]
-    if k_meta is not None:
-        if table.logits_IK is None:
-            raise DataError("a meta vote needs meta-RM logits; add the meta_scores step")
-        logits_IBK = np.where(take_IBK, table.logits_IK[:, None, :], -np.inf)
-        best_IBK = np.argsort(np.argsort(-logits_IBK, axis=-1, kind="stable"), axis=-1) < k_meta
-        take_IBK &= best_IBK
-    weight_IBK = take_IBK.astype(np.float64)
-    if weighted:
-        weight_IBK *= meta_weight(table)[:, None]
-    winners_IBO = _winners((weight_IBK @ table.scores_IKO).round(9), table.option_IO)  # equal sums stay equal
-    decided_IB, num_winners_IB = take_IBK.any(axis=-1), winners_IBO.sum(axis=-1)
-    hit_IB = np.take_along_axis(winners_IBO, table.truth_I[:, None, None], axis=-1)[..., 0]
-    right_IB = decided_IB * hit_IB / num_winners_IB
-    tied_IB = decided_IB & (num_winners_IB > 1)
-    tokens = float(table.tokens_IK.mean() * k)
-    return Votes(right_IB.mean(axis=1), tied_IB.mean(axis=1), (~decided_IB).mean(axis=1), tokens)
-
-
-def meta_weight(table: ScoreTable) -> Floats:
-    """[I, K] -log(1 - p) of each usable sample, where p is its chance to be right by the meta RM; 0 for the others.
-
-    Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
-    log-odds where p is large, and never negative.
-    """
-    if table.logits_IK is None:
-        raise DataError("a meta vote needs meta-RM logits; add the meta_scores step")
-    return np.asarray(np.logaddexp(0.0, np.where(table.used_IK, table.logits_IK, -np.inf)))
 
 
 def correct_samples(table: ScoreTable) -> Bools:
     """[I, K] True where a sample is right by Eq. 10 (strict: a tie is wrong, and so is an unparsable sample)."""
-    truth_first = np.take_along_axis(
-        _winners(table.scores_IKO, table.option_IO), table.truth_I[:, None, None], axis=-1
-    )[..., 0]
+    truth_first = np.take_along_axis(winners(table.option_IO, table.scores_IKO), table.truth_I[:, None, None], axis=-1)[
+        ..., 0
+    ]
     return np.asarray(table.used_IK & truth_first & ~tied_samples(table))
 
 
 def tied_samples(table: ScoreTable) -> Bools:
     """[I, K] True where a parsed sample gives its highest score to more than one option."""
-    return np.asarray(table.used_IK & (_winners(table.scores_IKO, table.option_IO).sum(axis=-1) > 1))
+    return np.asarray(table.used_IK & (winners(table.option_IO, table.scores_IKO).sum(axis=-1) > 1))
 
 
 def tie_rate(table: ScoreTable) -> float | None:
@@ -252,7 +190,7 @@ def position_consistency(table: ScoreTable) -> float | None:
 
     None when there is no such pair (n = 1 only, one sample only, or nothing parsed).
     """
-    winners_IKO = _winners(table.scores_IKO, table.option_IO)
+    winners_IKO = winners(table.option_IO, table.scores_IKO)
     set_IK = winners_IKO @ (1 << np.arange(winners_IKO.shape[-1]))
     pair_IKK = table.used_IK[:, :, None] & table.used_IK[:, None, :]
     pair_IKK &= table.order_IK[:, :, None] != table.order_IK[:, None, :]
@@ -269,3 +207,75 @@ def rates(table: ScoreTable) -> dict[str, Any]:
         "position_consistency": position_consistency(table),
         "tokens_per_judgement": float(table.tokens_IK.mean()),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What is known of a benchmark's items before anyone judges them."""
+
+    option_IO: Bools
+    right_IO: Bools
+    single_I: Bools  # n = 1
+    names: tuple[str, ...]  # of the subsets
+    subset_I: Ints  # index into `names`
+    question_I: Ints  # items of one row of the benchmark share a number
+    facts_I: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Sheet:
+        """The sheet of the items, in their order."""
+        width = max(max(2, len(item.responses)) for item in items)
+        option_IO, right_IO = np.zeros((len(items), width), bool), np.zeros((len(items), width), bool)
+        numbers: dict[str, int] = {}
+        names = tuple(sorted({item.subset for item in items}))
+        facts = tuple(facts_of(item) for item in items)
+        for i, item in enumerate(items):
+            option_IO[i, : max(2, len(item.responses))] = True
+            if len(item.responses) == 1:
+                right_IO[i, int(item.rewards[0] > 0.5)] = True
+            else:
+                right_IO[i, : len(item.rewards)] = [r == max(item.rewards) for r in item.rewards]
+        return cls(
+            option_IO,
+            right_IO,
+            np.array([len(item.responses) == 1 for item in items]),
+            names,
+            np.array([names.index(item.subset) for item in items]),
+            np.array([numbers.setdefault(f["question"], len(numbers)) for f in facts]),
+            facts,
+        )
+
+    @property
+    def num_questions(self) -> int:
+        """Rows of the benchmark that gave at least one item."""
+        return int(self.question_I.max()) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One way to decide: a score an option [I, O], rows of NaN where no judgement could be used.
+
+    `forward_IO` and `backward_IO` hold the same from the judgements that saw the pair as it is and the other way.
+    """
+
+    scores_IO: Floats
+    forward_IO: Floats
+    backward_IO: Floats
+
+
+def decided(scores_IO: Floats) -> Bools:
+    """[I] whether any judgement of the item could be used."""
+    return np.asarray(~np.isnan(scores_IO).any(axis=-1))
+
+
+def best_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] chance that a right response is chosen when ties for the first place are broken at random."""
+    winner_IO = winners(sheet.option_IO, scores_IO)
+    return np.asarray((winner_IO & sheet.right_IO).sum(axis=-1) / np.maximum(1, winner_IO.sum(axis=-1)))
+
+
+def strict_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] 1 where a right response scores above every wrong one (Eq. 10 for one right response), else 0."""
+    right = np.where(sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
+    wrong = np.where(sheet.option_IO & ~sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
+    return np.asarray(right > wrong, dtype=np.float64)

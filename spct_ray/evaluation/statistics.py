@@ -1,7 +1,7 @@
 """Statistics of a judge's results: bootstrap intervals, AUC, calibration, paired differences.
 
 Everything is resampled over items, never over samples of one item, because samples of one item are not independent.
-Leaves out how results are made from judgements; see `spct_ray.evaluation.curves`. Axes: I items, B bins.
+Axes: I items, B bins.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_auc_score
 
 from spct_ray.errors import DataError
 
@@ -64,16 +65,16 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int, num: int = 1000, le
     return Difference(float(delta_I.mean()), ci, float((1 + as_large.sum()) / (1 + num)))
 
 
-def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Probability that a positive scores above a negative, ties counted half. Raises DataError with one class only."""
-    scores_I, labels_I = _finite(scores, "AUC scores"), _finite(labels, "AUC labels") > 0.5
-    num_positive, num_negative = int(labels_I.sum()), int((~labels_I).sum())
-    if not num_positive or not num_negative:
-        raise DataError(f"AUC needs both classes, got {num_positive} positives and {num_negative} negatives")
-    _, inverse, counts = np.unique(scores_I, return_inverse=True, return_counts=True)
-    ranks_I = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # tied scores share their mean rank
-    above = ranks_I[labels_I].sum() - num_positive * (num_positive + 1) / 2
-    return float(above / (num_positive * num_negative))
+def auc(scores: ArrayLike, labels: ArrayLike, weight: ArrayLike | None = None) -> float | None:
+    """Probability that a positive scores above a negative, ties counted half, cases counted by `weight`; None where
+    one class is missing."""
+    scores_I, labels_I = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64) > 0.5
+    weight_I = np.ones(scores_I.size) if weight is None else np.asarray(weight, dtype=np.float64)
+    kept_I = weight_I > 0
+    if len(np.unique(labels_I[kept_I])) < 2:
+        return None
+    values_I = _finite(scores_I[kept_I], "AUC scores")
+    return float(roc_auc_score(labels_I[kept_I], values_I, sample_weight=weight_I[kept_I]))
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:

@@ -1,0 +1,422 @@
+"""The numbers of a report: one block for each benchmark, with one judge's entry under its name, and paired differences.
+
+All numbers come from one set of samples and one set of greedy judgements an item. Intervals are 95 % percentiles of a
+bootstrap over questions (rows of the benchmark) that also draws which k of the K samples were taken. Axes: I items,
+Q questions, R draws, K samples, B bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spct_ray.evaluation import judgements as arrays
+from spct_ray.evaluation import statistics, votes
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, layout
+from spct_ray.evaluation.compute import Rates, cost
+from spct_ray.evaluation.judgements import Decision, Floats, Ints, ScoreTable, Sheet, decided, winners
+from spct_ray.evaluation.votes import FILTERS, GUIDED, PLAIN
+from spct_ray.judge.adaptive import num_needed
+from spct_ray.judge.modes import MODES
+from spct_ray.judge.prompt import JudgeConfig, scale_of
+from spct_ray.judge.seeds import derive_seed
+from spct_ray.records import Item, Trajectory
+
+ADAPTIVE_ERRORS = (0.01, 0.05)  # `error` of spct_ray.judge.adaptive; the service's default is the first
+VOTES = {"vote": "sum", "meta_vote": "meta_top", "weighted_vote": "meta_weighted"}  # key of a block -> aggregator
+LABELS = {"base": "base", "rft": "RFT", "grpo": "GRPO"}  # of a run's judges; others have the names they were given
+
+
+@dataclass(frozen=True, slots=True)
+class Counting:
+    """How votes are counted: numbers of samples k, the share of them that a meta vote keeps, the seed, bootstrap
+    resamples, and how many draws of k samples a number is a mean over where the mean is not exact."""
+
+    ks: tuple[int, ...]
+    k_meta_share: float
+    seed: int
+    resamples: int
+    num_draws: int
+
+    @property
+    def k_max(self) -> int:
+        """The largest number of samples of a vote."""
+        return max(self.ks)
+
+    def k_meta(self, k: int) -> int:
+        """How many of k samples a meta vote sums; at least one."""
+        return max(1, int(k * self.k_meta_share))
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One judge on one benchmark: its sampled judgements, the tables of these and of its greedy ones (two orders), and
+    its prompt. `samples` is None for a judge that was only asked greedily; a scalar reward model has no prompt either,
+    and its one score in the table of the greedy judgements."""
+
+    trajectories: tuple[Trajectory, ...]
+    samples: ScoreTable | None
+    greedy: ScoreTable
+    rates: Rates
+    prompt: JudgeConfig | None
+
+    @property
+    def votable(self) -> ScoreTable:
+        """The samples, or the greedy judgements of a judge that has none."""
+        return self.greedy if self.samples is None else self.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One benchmark with its items."""
+
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+    sheet: Sheet
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one way to decide came to: the official score, also of each bootstrap resample; per-item credit, and whether
+    the item was decided, both means over draws [I]."""
+
+    score: float | None
+    credit_I: Floats
+    decided_I: Floats
+    resampled_B: Floats
+
+
+def benchmark_block(
+    task: Task, judged: Mapping[str, Judged], counting: Counting, against: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All judges on one benchmark: {"chance", "models": {judge: entry}, "paired", ...}; the judges in `against` are
+    compared with chance as well."""
+    weights_BI = weights(task, counting)
+    chance_made, chance_outcome = chance(task, weights_BI)
+    models: dict[str, Any] = {}
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    for name, found in judged.items():
+        models[name], outcomes[name] = judge_block(task, found, weights_BI, counting)
+    return {
+        "title": task.benchmark.title,
+        "num_items": len(task.items),
+        "num_questions": task.sheet.num_questions,
+        "layout": layout(task.items),
+        "absent_subsets": [name for name in task.benchmark.subsets if name not in task.sheet.names],
+        "chance": chance_made["score"],
+        "models": models,
+        "paired": paired(outcomes, dict.fromkeys(against, chance_outcome), counting),
+    }
+
+
+def weights(task: Task, counting: Counting) -> Floats:
+    """[B, I] how often each item was drawn; the same for every judge, so that differences pair up."""
+    rng = np.random.default_rng(derive_seed(counting.seed, "bootstrap"))
+    num = task.sheet.num_questions
+    drawn = rng.multinomial(num, np.full(num, 1 / num), size=counting.resamples).astype(np.float64)
+    return np.asarray(drawn[:, task.sheet.question_I])
+
+
+def entry(
+    task: Task, decisions: Sequence[Decision], weights_BI: Floats, k: float, spent: Mapping[str, float | None]
+) -> tuple[dict[str, Any], Outcome]:
+    """One way to decide: its official score with interval and parts, ties, undecided items and cost."""
+    ones = np.ones(len(task.items))
+    scored = [task.benchmark.score(task.sheet, d, ones) for d in decisions]
+    parts = {name: float(np.mean([s[name] for s in scored if name in s])) for name in scored[0]}
+    resampled_B = np.array(
+        [
+            task.benchmark.score(task.sheet, decisions[b % len(decisions)], weight_I).get("score", np.nan)
+            for b, weight_I in enumerate(weights_BI)
+        ]
+    )
+    credit_I = np.mean([np.nan_to_num(task.benchmark.credit(task.sheet, d.scores_IO)) for d in decisions], axis=0)
+    decided_I = np.mean([decided(d.scores_IO) for d in decisions], axis=0)
+    tied = [(winners(task.sheet.option_IO, d.scores_IO).sum(axis=-1) > 1).mean() for d in decisions]
+    made: dict[str, Any] = {
+        "score": parts.pop("score", None),
+        "ci": None if np.isnan(resampled_B).all() else np.nanquantile(resampled_B, [0.025, 0.975]).tolist(),
+        "parts": parts,
+        "tie_rate": float(np.mean(tied)),
+        "undecided_rate": float(1 - decided_I.mean()),
+        "right_of_decided": float(credit_I.sum() / decided_I.sum()) if decided_I.any() else None,
+        "k": k,
+        "cost": dict(spent),
+    }
+    return made, Outcome(made["score"], credit_I, decided_I, resampled_B)
+
+
+def chance(task: Task, weights_BI: Floats, num: int = 50) -> tuple[dict[str, Any], Outcome]:
+    """A judge who guesses: exactly, from equal scores, where a tie counts as a guess; else the mean over `num` judges
+    who score at random."""
+    equal = np.where(task.sheet.option_IO, 1.0, 0.0)
+    decisions = [Decision(equal, equal, equal)]
+    if task.benchmark.strict:
+        rng = np.random.default_rng(0)
+        decisions = []
+        for _ in range(num):
+            scores, other = rng.random(equal.shape), rng.random(equal.shape)
+            scores[task.sheet.single_I, 0] = 0.5
+            decisions.append(Decision(scores, scores, other))
+    return entry(task, decisions, weights_BI, 0, {})
+
+
+def judge_block(
+    task: Task, judged: Judged, weights_BI: Floats, counting: Counting
+) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """One judge's entry of a benchmark, and the outcome of each of its ways to decide by its name (for `paired`)."""
+    greedy, outcome = _greedy(task, judged, weights_BI)
+    outcomes = {"greedy": outcome}
+    block: dict[str, Any] = {key: {} for key in (*VOTES, "aggregators", "adaptive", "orders", "k_meta")}
+    table = judged.votable
+    compared = {item.id for item in task.items if len(item.responses) > 1}
+    histogram = Counter(s for t in judged.trajectories if t.item_id in compared for s in t.scores)
+    block |= {
+        "greedy": greedy,
+        "rates": arrays.rates(table) | {"greedy_parse_rate": float(judged.greedy.used_IK.mean())},
+        "failures": dict(Counter(t.failure for t in judged.trajectories if t.failure).most_common()),
+        "num_in_chunks": _num_in_chunks(judged),
+        "score_histogram": {str(s): histogram[s] for s in sorted(histogram)},
+        "margins": margins(task, table, min(counting.k_max, table.num_samples), counting.seed),
+        "num_samples": 0 if judged.samples is None else table.num_samples,
+    }
+    if judged.greedy.num_samples > 1:  # samples differ by chance as well as by the order
+        block["rates"]["position_consistency"] = arrays.position_consistency(judged.greedy)
+    if judged.samples is not None:
+        _add_votes(block, outcomes, task, judged, weights_BI, counting)
+    elif judged.prompt is None:  # a scalar reward model's one score stands for its votes, too
+        outcomes |= dict.fromkeys((f"vote@{counting.k_max}", f"meta vote@{counting.k_max}"), outcome)
+    block["by_subset"] = by_subset(task, outcomes.get(f"vote@{counting.k_max}", outcome), weights_BI)
+    return block, outcomes
+
+
+def _greedy(task: Task, judged: Judged, weights_BI: Floats) -> tuple[dict[str, Any], Outcome]:
+    """One greedy judgement decides, and the orders are averaged; both decide only where the score asks for both."""
+    num, together = judged.greedy.num_samples, task.benchmark.both_orders
+    take = np.ones((1, num), dtype=bool) if together else np.eye(num, dtype=bool)
+    decisions = votes.decide("sum", judged.greedy, np.broadcast_to(take, (len(task.items), *take.shape)), 1)
+    if judged.prompt is None:  # its score does not depend on an order
+        decisions = [Decision(d.scores_IO, d.scores_IO, d.scores_IO) for d in decisions]
+    k = num if together else 1
+    return entry(task, decisions, weights_BI, k, cost(judged.rates, k, False))
+
+
+def _add_votes(
+    block: dict[str, Any],
+    outcomes: dict[str, Outcome],
+    task: Task,
+    judged: Judged,
+    weights_BI: Floats,
+    counting: Counting,
+) -> None:
+    """Everything that takes samples: votes over k, aggregators, adaptive k, orders, the meta RM."""
+    table, seed, k_max = judged.votable, derive_seed(counting.seed, "draws"), counting.k_max
+    takes = {k: votes.draw(table, k, counting.num_draws, seed) for k in counting.ks}
+
+    def vote(name: str, k: int, keep: int | None = None) -> tuple[dict[str, Any], Outcome]:
+        decisions = votes.decide(name, table, takes[k], keep or counting.k_meta(k), seed)
+        made, outcome = entry(task, decisions, weights_BI, k, cost(judged.rates, k, name in GUIDED))
+        return made | ({"k_meta": keep or counting.k_meta(k)} if name == "meta_top" else {}), outcome
+
+    guided = table.logits_IK is not None
+    ks = [k for k in counting.ks if k > 1 or not task.benchmark.both_orders]  # one judgement sees one order
+    for (key, name), k in itertools.product(VOTES.items(), ks):
+        if name == "sum" or guided:
+            block[key][str(k)], outcomes[f"{key.replace('_', ' ')}@{k}"] = vote(name, k)
+    known = {name: block[key].get(str(k_max)) for key, name in VOTES.items()}
+    ways = (*PLAIN, *(GUIDED if guided else ())) if k_max in ks else ()
+    block["aggregators"] = {name: known.get(name) or vote(name, k_max)[0] for name in ways}
+    block["adaptive"] = _adaptive(task, judged, weights_BI, counting)
+    orders = {k: votes.compare_orders(table, task.sheet, k, derive_seed(counting.seed, "orders")) for k in counting.ks}
+    block["orders"] = {str(k): found for k, found in orders.items() if found}
+    if guided:
+        block["meta_rm"] = meta_block(table)
+        if k_max in ks:
+            block["meta_rm"]["filters"] = {name: vote(name, k_max)[0] for name in FILTERS}
+            block["meta_rm"]["gain_by_filter"] = gain_by_filter(block, k_max)
+            block["k_meta"] = {str(keep): vote("meta_top", k_max, keep)[0] for keep in counting.ks}
+
+
+def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
+    """The served rule (`spct_ray.judge.adaptive`) on the first k_max samples of each item, in the order in which they
+    were drawn, plain and guided: beside the entry, the share of the tokens that it needed, and the share of decisions
+    that differ from those of all k_max (chance ties counted as chances), with its interval."""
+    table, k_max, prompt = judged.votable, counting.k_max, judged.prompt or JudgeConfig()
+    drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
+    for t in sorted(judged.trajectories, key=lambda t: t.sample):
+        drawn[t.item_id].append(t)
+    scales = [scale_of(len(item.responses), prompt) for item in task.items]
+    ways: list[tuple[str, list[Any]]] = [("", [[]] * len(scales))]
+    if table.logits_IK is not None:
+        ways.append(("meta, ", table.logits_IK[:, :k_max].tolist()))
+    found = {}
+    for (way, logits), error in itertools.product(ways, ADAPTIVE_ERRORS):
+        asked = zip(drawn.values(), logits, scales, strict=True)
+        needed_I = np.array([num_needed(made[:k_max], logits_K, scale, error) for made, logits_K, scale in asked])
+        early, last = (_first(table, k_I, bool(way)) for k_I in (needed_I, np.full(len(scales), k_max)))
+        differ_I = np.where(needed_I < k_max, _differ(task.sheet, early.scores_IO, last.scores_IO), 0.0)
+        differ_B = weights_BI @ differ_I / weights_BI.sum(axis=1)
+        taken_IK = np.arange(table.num_samples) < needed_I[:, None]
+        mean_k = float(needed_I.mean())
+        made, _ = entry(task, [early], weights_BI, mean_k, cost(judged.rates, mean_k, bool(way)))
+        found[f"{way}error {error:g}"] = made | {
+            "differ_from_k_max": float(differ_I.mean()),
+            "differ_ci": np.quantile(differ_B, [0.025, 0.975]).tolist(),
+            "share_of_tokens": float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
+        }
+    return found
+
+
+def _first(table: ScoreTable, k_I: Ints, guided: bool) -> Decision:
+    """The vote over the first k_I samples of each item, of which the meta RM keeps half as it does when serving."""
+    take_I1K = (np.arange(table.num_samples) < k_I[:, None])[:, None]
+    (decision,) = votes.decide("meta_top" if guided else "sum", table, take_I1K, np.maximum(1, k_I // 2))
+    return decision
+
+
+def _differ(sheet: Sheet, a_IO: Floats, b_IO: Floats) -> Floats:
+    """[I] chance that two votes choose differently when each breaks its ties at random."""
+    chosen = []
+    for scores_IO in (a_IO, b_IO):
+        top_IO = winners(sheet.option_IO, scores_IO)
+        chosen.append(top_IO / np.maximum(1, top_IO.sum(axis=-1, keepdims=True)))
+    return np.asarray(1 - (chosen[0] * chosen[1]).sum(axis=-1))
+
+
+def by_subset(task: Task, outcome: Outcome, weights_BI: Floats) -> dict[str, Any]:
+    """Share of items right with its interval over questions, for each number of responses and each named subset."""
+    sheet, sizes_I = task.sheet, np.array([len(item.responses) for item in task.items])
+    groups = {f"n = {n}": sizes_I == n for n in sorted(set(sizes_I.tolist()))}
+    groups |= {name: sheet.subset_I == s for s, name in enumerate(sheet.names) if name}
+    rows = {}
+    for name, inside_I in groups.items():
+        drawn_BI = weights_BI * inside_I
+        drawn_BI = drawn_BI[drawn_BI.any(axis=1)]
+        low, high = np.quantile(drawn_BI @ outcome.credit_I / drawn_BI.sum(axis=1), [0.025, 0.975])
+        accuracy = float(outcome.credit_I[inside_I].mean())
+        rows[name] = {"num_items": int(inside_I.sum()), "accuracy": accuracy, "ci": [float(low), float(high)]}
+    return rows
+
+
+def _num_in_chunks(judged: Judged) -> int:
+    """Items whose responses did not fit one prompt and were judged in several."""
+    if judged.prompt is None or not MODES[judged.prompt.mode].rates_together:
+        return 0
+    return len({t.item_id for t in judged.trajectories if t.num_prompts > 1})
+
+
+def margins(task: Task, table: ScoreTable, k: int, seed: int) -> list[dict[str, float]]:
+    """Five bins of equal size of the vote's lead (points a sample, of decided items): mean lead, share right, count."""
+    decision = votes.decide("mean", table, votes.draw(table, k, 1, seed)[:, :1], 1)[0]
+    held = np.sort(np.where(task.sheet.option_IO, decision.scores_IO, -np.inf), axis=-1)
+    rows = np.flatnonzero(decided(decision.scores_IO))
+    lead, right = (held[:, -1] - held[:, -2])[rows], task.benchmark.credit(task.sheet, decision.scores_IO)[rows]
+    order = np.argsort(lead, kind="stable")
+    return [
+        {"lead": float(lead[part].mean()), "share_right": float(right[part].mean()), "count": len(part)}
+        for part in np.array_split(order, 5)
+        if len(part)
+    ]
+
+
+def gain_by_filter(block: Mapping[str, Any], k: int) -> dict[str, float | None]:
+    """Share of the meta vote's gain over the plain vote of k that keeping as many samples without a meta RM gives:
+    at random, or by length. None where the meta vote gains nothing."""
+    plain, guided = block["vote"][str(k)]["score"], block["meta_vote"][str(k)]["score"]
+    filters = block["meta_rm"]["filters"]
+    if plain is None or guided is None or guided <= plain:
+        return dict.fromkeys(FILTERS)
+    return {name: (filters[name]["score"] - plain) / (guided - plain) for name in FILTERS}
+
+
+def meta_logits(table: ScoreTable) -> tuple[Floats, Floats]:
+    """Logits of the parsed samples, and their labels by Eq. 10 (1 right, 0 wrong); empty without meta RM."""
+    if table.logits_IK is None:
+        return np.empty(0), np.empty(0)
+    return table.logits_IK[table.used_IK], arrays.correct_samples(table)[table.used_IK].astype(np.float64)
+
+
+def meta_block(table: ScoreTable) -> dict[str, Any]:
+    """The meta RM by itself on one judge's parsed samples, against Eq. 10: AUC, accuracy at logit 0, calibration; None
+    where they are not defined. `auc_without_ties` excludes what Eq. 10 calls wrong at a glance.
+
+    `auc_within_item` compares only samples of one item, which is all that a meta vote asks of the meta RM.
+    """
+    logits, labels = meta_logits(table)
+    block: dict[str, Any] = dict.fromkeys(
+        ("auc", "auc_without_ties", "ece", "auc_within_item", "accuracy", "share_right")
+    )
+    block |= {"num_samples": len(logits), "reliability": []}
+    if table.logits_IK is None or not len(logits):
+        return block
+    probabilities = 1 / (1 + np.exp(-logits))
+    right_IK = arrays.correct_samples(table)
+    strict_IK = table.used_IK & ~arrays.tied_samples(table)
+    within = [
+        area
+        for logits_K, right_K, used_K in zip(table.logits_IK, right_IK, table.used_IK, strict=True)
+        if (area := statistics.auc(logits_K[used_K], right_K[used_K])) is not None
+    ]
+    return block | {
+        "auc": statistics.auc(logits, labels),
+        "auc_without_ties": statistics.auc(table.logits_IK[strict_IK], right_IK[strict_IK]),
+        "auc_within_item": float(np.mean(within)) if within else None,
+        "accuracy": float(((logits > 0) == labels).mean()),
+        "ece": statistics.ece(probabilities, labels),
+        "share_right": float(labels.mean()),
+        "reliability": [dataclasses.asdict(b) for b in statistics.reliability(probabilities, labels)],
+    }
+
+
+def label(name: str) -> str:
+    """A judge's name as it is shown."""
+    return LABELS.get(name, name)
+
+
+def paired(
+    outcomes: Mapping[str, Mapping[str, Outcome]], guesses: Mapping[str, Outcome], counting: Counting
+) -> dict[str, Any]:
+    """Differences on the same items by name: judges against chance, against each other in the same way to decide, and
+    each judge's ways to decide against each other. Of more than three judges, each is compared with the first."""
+    top, names = f"vote@{counting.k_max}", list(outcomes)
+    pairs = [(f"{label(n)} - chance, greedy", outcomes[n]["greedy"], guess) for n, guess in guesses.items()]
+    among = itertools.combinations(names, 2) if len(names) <= 3 else ((names[0], name) for name in names[1:])
+    pairs += [
+        (f"{label(b)} - {label(a)}, {way}", outcomes[b][way], outcomes[a][way])
+        for a, b in among
+        for way in ("greedy", "vote@1", top, f"meta {top}")
+        if way in outcomes[a] and way in outcomes[b]
+    ]
+    pairs += [
+        (f"{a} - {b}, {label(name)}", ways[a], ways[b])
+        for a, b in ((top, "vote@1"), (f"meta {top}", top), (f"weighted {top}", top))
+        for name, ways in outcomes.items()
+        if a in ways and b in ways and a != b and ways[a] is not ways[b]
+    ]
+    return {name: difference(a, b) for name, a, b in {p[0]: p for p in pairs}.values() if a.score is not None}
+
+
+def difference(a: Outcome, b: Outcome) -> dict[str, Any]:
+    """a minus b: the official score, the interval of a bootstrap that draws the same questions for both, and twice the
+    share of its resamples on the other side of 0 (at least 1 / (B + 1)) as p; items won and lost, and apart from them
+    those that one of the two could not decide."""
+    delta_B = (a.resampled_B - b.resampled_B)[~np.isnan(a.resampled_B - b.resampled_B)]
+    low, high = np.quantile(delta_B, [0.025, 0.975])
+    beyond = 1 + min(int((delta_B <= 0).sum()), int((delta_B >= 0).sum()))
+    both = (a.decided_I == 1) & (b.decided_I == 1)
+    won, lost = a.credit_I > b.credit_I, a.credit_I < b.credit_I
+    return {
+        "difference": float(np.float64(a.score) - np.float64(b.score)),
+        "ci": [float(low), float(high)],
+        "p_value": min(1.0, 2 * beyond / (1 + len(delta_B))),
+        "won": int((won & both).sum()),
+        "lost": int((lost & both).sum()),
+        "equal": int((~won & ~lost & both).sum()),
+        "undecided": int((~both).sum()),
+    }
