@@ -226,8 +226,8 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
         "greedy": curves.vote_curve_point(greedy, 1).accuracy_I.mean(),
         "one sample": curves.vote_curve_point(table, 1).accuracy_I.mean(),
         "parsed": table.used_IK.mean(),
-        "position consistency": curves.position_consistency(greedy) or math.nan,
-        "tied": curves.tie_rate(table) or 0.0,
+        "position consistency": _or_nan(curves.position_consistency(greedy)),
+        "tied": _or_nan(curves.tie_rate(table)),
         "pairs in order": _pairs_in_order(by_id, sampled),
     }
     for k in [k for k in (8, 16, 32) if k <= table.num_samples]:
@@ -242,8 +242,13 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
     if logits is not None:
         from spct_ray.evaluation.summary import meta_block
 
-        found["AUC without ties"] = meta_block(table)["auc_without_ties"] or math.nan
+        found["AUC without ties"] = _or_nan(meta_block(table)["auc_without_ties"])
     return {name: float(value) for name, value in found.items()}
+
+
+def _or_nan(value: float | None) -> float:
+    """A measure that is not defined is left out of the table; 0 is a value."""
+    return math.nan if value is None else value
 
 
 def _step(run_root: Path, name: str) -> Path:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.evaluation.metrics import bootstrap_ci
+from spct_ray.judge.vote import meta_weights
 from spct_ray.records import Item, Trajectory
 
 Floats = NDArray[np.float64]
@@ -218,14 +219,10 @@ def vote_curve_point(table: ScoreTable, k: int, k_meta: int | None = None, weigh
 
 
 def meta_weight(table: ScoreTable) -> Floats:
-    """[I, K] -log(1 - p) of each usable sample, where p is its chance to be right by the meta RM; 0 for the others.
-
-    Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
-    log-odds where p is large, and never negative.
-    """
+    """[I, K] `judge.vote.meta_weights` of each usable sample, 0 for the others. Raises DataError without meta RM."""
     if table.logits_IK is None:
         raise DataError("a meta vote needs meta-RM logits; add the meta_scores step")
-    return np.asarray(np.logaddexp(0.0, np.where(table.used_IK, table.logits_IK, -np.inf)))
+    return meta_weights(np.where(table.used_IK, table.logits_IK, -np.inf))
 
 
 def correct_samples(table: ScoreTable) -> Bools:
