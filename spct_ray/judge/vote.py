@@ -21,7 +21,7 @@ _LEAST_LOGIT = -700.0  # below, exp(logit) is 0, and so would be the weight
 
 
 def meta_weights(logits: ArrayLike) -> NDArray[np.float64]:
-    """-log(1 - p) of each meta-RM logit, where p is the chance to be right: how much a sample counts in a weighted vote.
+    """-log(1 - p) of each meta-RM logit, p being the chance to be right: what a sample counts in a weighted vote.
 
     Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
     log-odds where p is large, and never negative.
