@@ -81,15 +81,15 @@ def _dot(name: str) -> str:
 
 def _headline(block: Mapping[str, Any]) -> str:
     models, ks = block["models"], sorted({int(k) for m in block["models"].values() for k in m["vote"]})
-    many = [k for k in ks if k > 1]
+    top = [k for k in ks[-1:] if k > 1]  # of guided votes the curves show the rest, and the table fits a screen
     guided = {"meta": "meta_vote", "weighted": "weighted_vote"}
-    head = ["judge", "greedy", *(f"vote@{k}" for k in ks), *(f"{way}@{k}" for way in guided for k in many)]
+    head = ["judge", "greedy", *(f"vote@{k}" for k in ks), *(f"{way}@{k}" for way in guided for k in top)]
     rows = [
         [
             _dot(name),
             _accuracy(m["greedy"]),
             *(_accuracy(m["vote"].get(str(k))) for k in ks),
-            *(_accuracy(m[key].get(str(k))) for key in guided.values() for k in many),
+            *(_accuracy(m[key].get(str(k))) for key in guided.values() for k in top),
         ]
         for name, m in models.items()
     ]
@@ -190,7 +190,7 @@ def _filters(samples: Sequence[Sample]) -> str:
 
 def _cards(summary: Mapping[str, Any], k_max: int) -> str:
     name, best = list(summary["models"].items())[-1]
-    vote, auc = best["vote"][str(k_max)], summary["meta_rm"]["auc"]
+    vote, auc = best["vote"][str(k_max)], summary["meta_rm"]["auc_without_ties"]
     facts = [
         (f"{LABELS[name]}, vote@{k_max}", _percent(vote["accuracy"]), f"chance {_percent(summary['chance'])}"),
         ("parsed judgements", _percent(best["parse_rate"]), f"{best['tokens_per_judgement']:.0f} tokens each"),
@@ -199,7 +199,7 @@ def _cards(summary: Mapping[str, Any], k_max: int) -> str:
     if (meta := best["meta_vote"].get(str(k_max))) is not None:
         facts.insert(1, (f"{LABELS[name]}, meta vote@{k_max}", _percent(meta["accuracy"]), "guided by the meta RM"))
     if auc is not None:
-        facts.append(("meta-RM AUC", f"{auc:.3f}", f"calibration error {summary['meta_rm']['ece']:.3f}"))
+        facts.append(("meta-RM AUC", f"{auc:.3f}", "judgements without a tie"))
     return "".join(f"<div class=card><span>{a}</span><strong>{b}</strong><small>{c}</small></div>" for a, b, c in facts)
 
 

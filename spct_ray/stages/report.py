@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spct_ray.evaluation.summary import Judged
     from spct_ray.graph.step import StepContext
 
-VERSION = 5
+VERSION = 6
 JUDGES = ("base", "rft", "grpo")
 GRPO_PANELS = {
     "Reward": ("reward",),
