@@ -231,8 +231,8 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
         "greedy": vote_accuracy(greedy, sheet, 1).mean(),
         "one sample": vote_accuracy(table, sheet, 1).mean(),
         "parsed": table.used_IK.mean(),
-        "position consistency": judgements.position_consistency(greedy) or math.nan,
-        "tied": judgements.tie_rate(table) or 0.0,
+        "position consistency": _or_nan(judgements.position_consistency(greedy)),
+        "tied": _or_nan(judgements.tie_rate(table)),
         "pairs in order": _pairs_in_order(by_id, sampled),
     }
     for k in [k for k in (8, 16, 32) if k <= table.num_samples]:
@@ -245,7 +245,7 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
                 found[f"{way}@{k}"] = vote_accuracy(table, sheet, k, "meta_top", max(1, int(k * share))).mean()
             found[f"weighted@{k}"] = vote_accuracy(table, sheet, k, "meta_weighted").mean()
     if logits is not None:
-        found["AUC without ties"] = meta_block(table)["auc_without_ties"] or math.nan
+        found["AUC without ties"] = _or_nan(meta_block(table)["auc_without_ties"])
     return {name: float(value) for name, value in found.items()}
 
 
@@ -257,6 +257,11 @@ def vote_accuracy(table: ScoreTable, sheet: Sheet, k: int, way: str = "sum", k_m
     take_IBK = np.broadcast_to(block_BK, (len(table.used_IK), *block_BK.shape))
     decisions = votes.decide(way, table, take_IBK, k_meta)
     return np.asarray(np.mean([best_credit(sheet, decision.scores_IO) for decision in decisions], axis=0))
+
+
+def _or_nan(value: float | None) -> float:
+    """A measure that is not defined is left out of the table; 0 is a value."""
+    return math.nan if value is None else value
 
 
 def _step(run_root: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -73,6 +74,11 @@ def _credit(t: Trajectory, item: Item) -> float:
         return float(is_correct(t.scores, item.rewards))
     winners = [i for i, score in enumerate(t.scores) if score == max(t.scores)]
     return (item.best in winners) / len(winners)
+
+
+def test_a_measure_of_zero_is_a_value_and_one_that_is_not_defined_is_none() -> None:
+    assert experiments._or_nan(0.0) == 0.0
+    assert math.isnan(experiments._or_nan(None))
 
 
 def test_an_interval_is_students() -> None:

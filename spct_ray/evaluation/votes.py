@@ -23,6 +23,7 @@ from spct_ray.evaluation.judgements import (
     winners,
 )
 from spct_ray.evaluation.statistics import paired_difference
+from spct_ray.judge.vote import meta_weights
 
 PLAIN = ("sum", "mean", "median", "majority")
 GUIDED = ("best_by_meta", "meta_top", "meta_weighted")  # need meta-RM logits
@@ -61,14 +62,10 @@ def draw(table: ScoreTable, k: int, num_draws: int, seed: int) -> Bools:
 
 
 def meta_weight(table: ScoreTable) -> Floats:
-    """[I, K] -log(1 - p) of each usable sample, where p is its chance to be right by the meta RM; 0 for the others.
-
-    Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
-    log-odds where p is large, and never negative.
-    """
+    """[I, K] `judge.vote.meta_weights` of each usable sample, 0 for the others. Raises DataError without meta RM."""
     if table.logits_IK is None:
         raise DataError("a meta vote needs meta-RM logits; add the meta_scores step")
-    return np.asarray(np.logaddexp(0.0, np.where(table.used_IK, table.logits_IK, -np.inf)))
+    return meta_weights(np.where(table.used_IK, table.logits_IK, -np.inf))
 
 
 def decide(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int = 0) -> list[Decision]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from spct_ray.judge.parse import Scale
 from spct_ray.records import Trajectory, Verdict
@@ -17,6 +18,15 @@ MetaVote = Literal["best", "weighted"]
 
 NUM_RESAMPLES = 1000
 _LEAST_LOGIT = -700.0  # below, exp(logit) is 0, and so would be the weight
+
+
+def meta_weights(logits: ArrayLike) -> NDArray[np.float64]:
+    """-log(1 - p) of each meta-RM logit, p being the chance to be right: what a sample counts in a weighted vote.
+
+    Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
+    log-odds where p is large, and never negative.
+    """
+    return np.asarray(np.logaddexp(0.0, logits), dtype=np.float64)
 
 
 def vote(
@@ -31,9 +41,8 @@ def vote(
 
     Unparsable samples are left out and counted by name, never scored. `logits` has one value per trajectory (NaN where
     the sample is unparsable) or is empty for plain voting. The meta vote "best" sums the `k_meta` samples with the
-    highest logits (default: K // 2, at least 1). "weighted" sums all of them, each times -log(1 - p), where p is its
-    chance to be right by the meta RM: summed over the samples that favour a response, this is -log of the chance that
-    all of them are wrong. The weights are scaled to 1 on average, which changes no winner.
+    highest logits (default: K // 2, at least 1). "weighted" sums all of them, each times `meta_weights`, scaled to 1 on
+    average, which changes no winner.
     """
     if logits and len(logits) != len(trajectories):
         raise ValueError(f"{item_id}: {len(logits)} meta logits for {len(trajectories)} samples")
@@ -43,7 +52,7 @@ def vote(
         if bad := [k for k in usable if math.isnan(logits[k])]:
             raise ValueError(f"{item_id}: the meta logits of the parsed samples {bad} are NaN")
         if meta_vote == "weighted":
-            weight_K = np.logaddexp(0.0, np.maximum([logits[k] for k in usable], _LEAST_LOGIT))
+            weight_K = meta_weights(np.maximum([logits[k] for k in usable], _LEAST_LOGIT))
             weights = tuple((weight_K * (len(usable) / weight_K.sum())).tolist()) if usable else ()
         else:
             keep = max(1, len(trajectories) // 2) if k_meta is None else k_meta
