@@ -91,15 +91,7 @@ def is_heldout_combination(parts: Sequence[str]) -> bool:
 def _generate(split: Split, size: int, config: BuiltinConfig, seed: int) -> list[Item]:
     rng = Random(f"{seed}/{SOURCE}/{split}")
     decks: dict[int, list[int]] = defaultdict(list)
-    items = []
-    for number in range(size):
-        n = rng.choices(config.num_responses, config.num_responses_weights)[0]
-        num_requirements = rng.choices(config.num_requirements, config.num_requirements_weights)[0]
-        if not decks[n]:  # each place equally often
-            decks[n] = rng.sample(range(max(n, 2)), max(n, 2))
-        requirements = _draw_requirements(split, num_requirements, rng)
-        items.append(_item(f"{SOURCE}-{split}-{number:06d}", split, n, requirements, decks[n].pop(), config, rng))
-    return items
+    return [_item(f"{SOURCE}-{split}-{number:06d}", split, config, decks, rng) for number in range(size)]
 
 
 def _draw_requirements(split: Split, number: int, rng: Random) -> list[Kind]:
@@ -109,10 +101,13 @@ def _draw_requirements(split: Split, number: int, rng: Random) -> list[Kind]:
             return [rng.choice(kinds_of(part)) for part in parts]
 
 
-def _item(
-    item_id: str, split: Split, n: int, requirements: list[Kind], best: int, config: BuiltinConfig, rng: Random
-) -> Item:
-    """For n = 1, `best` 0 stands for a right response and 1 for a wrong one."""
+def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, list[int]], rng: Random) -> Item:
+    """`decks[n]` holds the places of the best of n responses still to be dealt, so that each comes equally often. For
+    n = 1, 0 stands for a right response and 1 for a wrong one."""
+    n = rng.choices(config.num_responses, config.num_responses_weights)[0]
+    num_requirements = rng.choices(config.num_requirements, config.num_requirements_weights)[0]
+    decks[n] = decks[n] or rng.sample(range(max(n, 2)), max(n, 2))
+    requirements, best = _draw_requirements(split, num_requirements, rng), decks[n].pop()
     if n == 1:
         broken = [[] if best == 0 else rng.sample(requirements, min(2, len(requirements)))]
     else:

@@ -38,17 +38,20 @@ class Section:
     remarks: Sequence[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Judgements to show. A row has the keys of `filters`, "tags", "outcome", "badge", "query" (turns), "responses"
+    ({"text", "score", "mark"}) and, if there is one, "text", the judgement."""
+
+    rows: Sequence[Mapping[str, Any]]
+    filters: Sequence[str]
+    note: str
+
+
 def render(
-    title: str,
-    about: Mapping[str, str],
-    sections: Sequence[Section],
-    samples: Sequence[Mapping[str, Any]],
-    filters: Sequence[str],
-    missing: Sequence[str] = (),
-    samples_note: str = "",
+    title: str, about: Mapping[str, str], sections: Sequence[Section], samples: Samples, missing: Sequence[str] = ()
 ) -> str:
-    """The page. A sample has the keys of `filters`, "tags", "outcome", "badge", "query" (turns), "responses" ({"text",
-    "score", "mark"}) and, if there is one, "text", the judgement."""
+    """The page as HTML."""
     # StrictUndefined: a misspelt name is an error, not an empty cell.
     environment = Environment(
         loader=PackageLoader("spct_ray.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -57,8 +60,8 @@ def render(
         title=title,
         about=about,
         sections=sections,
-        samples=samples,
-        filters={key: sorted({str(sample[key]) for sample in samples}) for key in filters},
+        samples=samples.rows,
+        filters={key: sorted({str(row[key]) for row in samples.rows}) for key in samples.filters},
         missing=missing,
-        samples_note=samples_note,
+        samples_note=samples.note,
     )

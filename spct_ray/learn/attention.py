@@ -25,6 +25,7 @@ BLOCK = 128  # tokens of a block of flex attention's mask
 FLEX_BACKENDS = {"cuda": "inductor"}  # torch.compile's, by kind of device; elsewhere attention runs tree by tree
 KERNEL_OPTIONS: dict[int, Any] = {}  # by head size, where torch's choice for flex attention is not the best
 Ordered = tuple[Tensor, Tensor]
+Rows = tuple[Tensor, ...]  # query, key and value, or the three bounds of `intervals`
 
 _MAX_GRAPHS = 16  # with and without gradients, of the few models that a process may hold
 _UNSUPPORTED = ("s_aux", "position_bias", "cache", "head_mask")  # attention sinks (gpt-oss), biases, caches
@@ -78,18 +79,17 @@ def packed_attention(
             f"{attention_mask is not None}, dropout {dropout}, unsupported options: {asked or 'none'}"
         )
     scale = module.head_dim**-0.5 if scaling is None else scaling
-    arguments = (query, key, value, tuple(trees), scale, sliding_window, softcap)
+    arguments = ((query, key, value), tuple(trees), scale, sliding_window, softcap)
     backend = FLEX_BACKENDS.get(query.device.type)
     output = _attend_flex(*arguments, backend) if backend else _attend_tree_by_tree(*arguments)
     return output.transpose(1, 2).to(query.dtype), None
 
 
 def _attend_tree_by_tree(
-    query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
+    qkv: Rows, trees: tuple[Tree, ...], scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """In fp32 [1, heads, T, D]."""
-    query, key, value = query.float(), key.float(), value.float()
+    query, key, value = (rows.float() for rows in qkv)
     groups = query.shape[1] // key.shape[1]
     outputs = []
     for piece in _pieces(trees):
@@ -154,19 +154,18 @@ def _causal_mask(num: int, num_keys: int, window: int | None) -> Tensor:
 
 
 def _attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None,
-    softcap: float | None, backend: str,
-) -> Tensor:  # fmt: skip
+    qkv: Rows, trees: tuple[Tree, ...], scale: float, window: int | None, softcap: float | None, backend: str
+) -> Tensor:
     """One compiled flex-attention call [1, heads, T, D]; T is a multiple of BLOCK and at least two of it.
 
     Only T varies between calls, and all that depends on it is marked dynamic: each model has one graph with gradients
     and one without, whatever its rows hold. Compiling more than _MAX_GRAPHS of them raises instead of running eagerly,
     which would materialise T x T scores.
     """
-    blocks = [rows.view(1, rows.shape[1], -1, BLOCK, rows.shape[3]) for rows in (query, key, value)]
+    blocks = tuple(rows.view(1, rows.shape[1], -1, BLOCK, rows.shape[3]) for rows in qkv)
     for rows in blocks:
         torch._dynamo.mark_dynamic(rows, 2)
-    return _compiled_flex(backend)(*blocks, *_flex_mask(trees, window, query.device), scale, softcap)  # type: ignore[no-any-return]
+    return _compiled_flex(backend)(blocks, *_flex_mask(trees, window, qkv[0].device), scale, softcap)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -175,11 +174,8 @@ def _compiled_flex(backend: str) -> Any:
     return torch.compile(_flex, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, sees: tuple[Tensor, Tensor, Tensor], partial: Ordered, full: Ordered,
-    partial_by_key: Ordered, full_by_key: Ordered, scale: float, softcap: float | None,
-) -> Tensor:  # fmt: skip
-    """Query, key, value [1, heads, T / BLOCK, BLOCK, D]: so the compiler knows that BLOCK divides T, and leaves out the
+def _flex(qkv: Rows, sees: Rows, blocks: tuple[Ordered, ...], scale: float, softcap: float | None) -> Tensor:
+    """Query, key, value [1, heads, T / BLOCK, BLOCK, D]: so the compiler knows that BLOCK divides T, and omits the
     kernel's bounds checks."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -192,7 +188,8 @@ def _flex(
         assert softcap
         return softcap * torch.tanh(score / softcap)
 
-    query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+    query, key, value = (rows.flatten(2, 3) for rows in qkv)
+    partial, full, partial_by_key, full_by_key = blocks
     mask = BlockMask(
         (query.shape[2], key.shape[2]), *partial, *full, *partial_by_key, *full_by_key,
         BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen,
@@ -204,14 +201,14 @@ def _flex(
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a row share a mask, or two: with and without a sliding window
-def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> tuple[Rows, tuple[Ordered, ...]]:
     """`intervals` on the device, and which of its blocks are partly and wholly seen, by queries and by keys."""
     intervals_3T = intervals(trees, window).to(device, non_blocking=True)
     partial_QK, full_QK = _seen_blocks(intervals_3T)
     sees = tuple(places_T.clone() for places_T in intervals_3T)
     for places_T in sees:
         torch._dynamo.mark_dynamic(places_T, 0)
-    return sees, *map(_ordered, (partial_QK, full_QK, partial_QK.T, full_QK.T))
+    return sees, (_ordered(partial_QK), _ordered(full_QK), _ordered(partial_QK.T), _ordered(full_QK.T))
 
 
 def intervals(trees: Sequence[Tree], window: int | None) -> Tensor:
