@@ -49,7 +49,6 @@ class ScoreTable:
     num_responses_I: Ints
     logits_IK: Floats | None  # meta-RM logits; None without meta RM
     first_IK: Ints  # index of the response that was shown first
-    prompt_tokens_IK: Floats
 
     @property
     def num_samples(self) -> int:
@@ -88,40 +87,53 @@ def tabulate(
     if len(counts) != 1 or 0 in counts:
         found = ", ".join(f"{num} items with {k} samples" for k, num in sorted(counts.items()))
         raise DataError(f"every item needs the same number (>= 1) of samples, found {found or 'no items'}")
-    num_samples = next(iter(counts))
-    num_options = max(max(2, len(item.responses)) for item in items)
-    scores_IKO = np.zeros((len(items), num_samples, num_options))
-    option_IO = np.zeros((len(items), num_options), dtype=bool)
-    used_IK = np.zeros((len(items), num_samples), dtype=bool)
-    tokens_IK, logits_IK = np.zeros(used_IK.shape), np.full(used_IK.shape, -np.inf)
-    order_IK, first_IK = np.zeros(used_IK.shape, dtype=np.int64), np.zeros(used_IK.shape, dtype=np.int64)
-    prompt_tokens_IK = np.zeros(used_IK.shape)
+    table = _blank(items, next(iter(counts)), logits is not None)
     order_numbers: dict[tuple[int, ...], int] = {}
     for i, item in enumerate(items):
-        option_IO[i, : max(2, len(item.responses))] = True
         for k, (_, t) in enumerate(sorted(samples[item.id].items())):
-            tokens_IK[i, k], prompt_tokens_IK[i, k], first_IK[i, k] = t.completion_tokens, t.prompt_tokens, t.order[0]
-            order_IK[i, k] = order_numbers.setdefault(t.order, len(order_numbers))
+            table.tokens_IK[i, k], table.first_IK[i, k] = t.completion_tokens, t.order[0]
+            table.order_IK[i, k] = order_numbers.setdefault(t.order, len(order_numbers))
             if t.failure:
                 continue
-            used_IK[i, k] = True
+            table.used_IK[i, k] = True
             given = options_of(t.scores, middle)
-            scores_IKO[i, k, : len(given)] = given
-            if logits is not None:
-                logits_IK[i, k] = logits.get(t.key, np.nan)
-                if not np.isfinite(logits_IK[i, k]):
+            table.scores_IKO[i, k, : len(given)] = given
+            if logits is not None and table.logits_IK is not None:
+                table.logits_IK[i, k] = logits.get(t.key, np.nan)
+                if not np.isfinite(table.logits_IK[i, k]):
                     raise DataError(f"judge {t.model!r}: sample {t.key} has no finite meta-RM logit; rerun meta_scores")
+    return table
+
+
+def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> ScoreTable:
+    """The table of a scalar reward model: one sample per item, the score of each response; for n = 1 "wrong" has 0.
+
+    Raises DataError for items without scores.
+    """
+    if missing := [item.id for item in items if item.id not in scores]:
+        raise DataError(f"no scores of {len(missing)} items, the first is {missing[0]!r}")
+    table = _blank(items, 1)
+    table.used_IK[:] = True
+    for i, item in enumerate(items):
+        given = options_of(scores[item.id], 0.0)
+        table.scores_IKO[i, 0, : len(given)] = given
+    return table
+
+
+def _blank(items: Sequence[Item], num_samples: int, with_logits: bool = False) -> ScoreTable:
+    """The table of items none of whose samples could be parsed, to be filled in."""
+    shape, num_responses_I = (len(items), num_samples), np.array([len(item.responses) for item in items])
+    num_options_I = np.maximum(2, num_responses_I)
     return ScoreTable(
-        scores_IKO,
-        option_IO,
-        used_IK,
-        tokens_IK,
-        np.array([right_option(item) for item in items]),
-        order_IK,
-        np.array([len(item.responses) for item in items]),
-        None if logits is None else logits_IK,
-        first_IK,
-        prompt_tokens_IK,
+        scores_IKO=np.zeros((*shape, num_options_I.max())),
+        option_IO=np.arange(num_options_I.max()) < num_options_I[:, None],
+        used_IK=np.zeros(shape, dtype=bool),
+        tokens_IK=np.zeros(shape),
+        truth_I=np.array([right_option(item) for item in items]),
+        order_IK=np.zeros(shape, dtype=np.int64),
+        num_responses_I=num_responses_I,
+        logits_IK=np.full(shape, -np.inf) if with_logits else None,
+        first_IK=np.zeros(shape, dtype=np.int64),
     )
 
 
@@ -137,26 +149,6 @@ def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
         for t in found
         for j in range(num if len(found) < num else 1)
     ]
-
-
-def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> ScoreTable:
-    """The table of a scalar reward model: one sample an item, the score of each response; for n = 1 "wrong" has 0.
-
-    Raises DataError for items without scores.
-    """
-    if missing := [item.id for item in items if item.id not in scores]:
-        raise DataError(f"no scores of {len(missing)} items, the first is {missing[0]!r}")
-    num_options = max(max(2, len(item.responses)) for item in items)
-    scores_IKO, option_IO = np.zeros((len(items), 1, num_options)), np.zeros((len(items), num_options), dtype=bool)
-    for i, item in enumerate(items):
-        given = scores[item.id] if len(item.responses) > 1 else (0.0, *scores[item.id])
-        scores_IKO[i, 0, : len(given)] = given
-        option_IO[i, : len(given)] = True
-    none_IK, truth_I = np.zeros((len(items), 1), dtype=np.int64), np.array([right_option(item) for item in items])
-    return ScoreTable(
-        scores_IKO, option_IO, none_IK == 0, none_IK.astype(np.float64), truth_I, none_IK,
-        np.array([len(item.responses) for item in items]), None, none_IK, none_IK.astype(np.float64),
-    )  # fmt: skip
 
 
 def winners(option_IO: Bools, scores: Floats) -> Bools:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+
+from scipy.special import stdtr
 
 from spct_ray.judge.parse import Scale
 from spct_ray.judge.vote import MetaVote, vote
@@ -106,6 +107,4 @@ def _chance_to_draw_level(lead: Sequence[float], num_more: int, most: float) -> 
     mean = total / m
     variance = (sum((d - mean) ** 2 for d in lead) + PSEUDO_DEVIATION**2) / m
     t = (total + num_more * mean) / math.sqrt(variance * num_more * (1 + num_more / m))
-    # Wallace's normal approximation of Student's t with m degrees of freedom, good to about 2 % of the tail here.
-    z = (8 * m + 1) / (8 * m + 3) * math.sqrt(m * math.log1p(t * t / m))
-    return NormalDist().cdf(-z)
+    return float(stdtr(m, -t))
