@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from spct_ray.errors import DataError
 from spct_ray.judge.modes import MODES, Mode, ModeName
 from spct_ray.judge.parse import Failure, Scale, after_thinking
@@ -42,26 +44,9 @@ class JudgeConfig:
         return self.max_tokens + self.thinking_tokens
 
 
-_FULL = """You are a skilled expert at scoring responses. {task}
-
-{how}
-
-#### General criteria ####
-{criteria}
-
-#### Conversation ####
-{conversation}
-{principles}{reference}
-#### Responses to be scored ####
-{responses}
-
-#### Output format ####
-{specific}Analysis: <{compare} by the {which}>
-{answer}
-"""
-_TASK = "By the general criteria below{by}, {task}"
-_HOW = """Scoring is on a scale of {low} to {high}. {anchors}
-Before scoring, analyse step by step, and score as strictly as you can."""
+_TEMPLATES = Environment(
+    loader=PackageLoader("spct_ray.judge", "."), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+)
 _ASK_PRINCIPLES = """You are a skilled expert at scoring responses. State the principles by which responses to the \
 query below should be scored: only such as matter for this query, each with its weight. Do not answer the query.
 
@@ -71,19 +56,6 @@ query below should be scored: only such as matter for this query, each with its 
 #### Output format ####
 Specific Criteria: <principles, each with its weight>
 """
-_PRINCIPLES = "\n#### Principles for this query ####\nTake these as the specific criteria.\n{}\n"
-_BANDS = """1. Instruction adherence: 9-10 follows every instruction and constraint; 6-8 follows most, small slips; \
-3-5 misses important parts; 1-2 ignores the instructions.
-2. Usefulness: 9-10 solves the problem fully and correctly; 6-8 helps, with small errors; 3-5 helps little; \
-1-2 is of no use or misleads.
-3. Level of detail: 9-10 as deep as the query needs; 6-8 mostly enough; 3-5 important details are missing; \
-1-2 almost none.
-4. Relevance: 9-10 entirely on topic; 6-8 mostly, some digression; 3-5 often off topic; 1-2 unrelated."""
-_SINGLE_CRITERIA = """1. Instruction adherence: every instruction and constraint of the query is followed.
-2. Clarity: the response is clear and well ordered.
-3. Accuracy: the response is correct, its final answer included."""
-_ANCHORS = "1 means useless or harmful, 6 means acceptable with clear shortcomings, 10 means flawless."
-_BINARY_ANCHORS = "1 means that the response is correct, 0 that it is not."
 
 
 def mode_of(num_responses: int, config: JudgeConfig) -> Mode:
@@ -150,24 +122,17 @@ def _hint(item: Item, order: Sequence[int]) -> str:
 
 def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     num, scale, mode = len(shown), scale_of(len(shown), config), mode_of(len(shown), config)
-    binary = num == 1 and scale.high == 1
-    task = mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num)
-    anchors = _BINARY_ANCHORS if binary else _ANCHORS
     box = "x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1))
-    return _FULL.format(
-        task=_TASK.format(by=mode.by and f", and {mode.by}", task=task),
-        how=mode.how or _HOW.format(low=scale.low, high=scale.high, anchors=anchors),
-        specific=mode.criteria and f"Specific Criteria: <{mode.criteria}>\n",
-        which="general and the specific criteria" if mode.criteria else "general criteria",
-        answer=mode.answer or f"Scores: \\boxed{{{box}}}",
-        criteria=_SINGLE_CRITERIA if binary else _BANDS,
+    return _TEMPLATES.get_template("full.j2").render(
+        mode=mode,
+        scale=scale,
+        binary=num == 1 and scale.high == 1,
+        task=mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num),
         conversation=conversation(item.messages),
-        principles=_PRINCIPLES.format(_inert(item.principles)) if item.principles and mode.criteria else "",
-        reference=f"\n#### Reference answer ####\n{_inert(item.reference)}\n" if item.reference else "",
-        responses="\n".join(
-            f"[The Begin of Response {p}]\n{_inert(text)}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
-        ),
-        compare="judge the response" if num == 1 else "compare the responses",
+        principles=mode.criteria and _inert(item.principles),
+        reference=_inert(item.reference),
+        responses=[_inert(text) for text in shown],
+        answer=mode.answer or f"Scores: \\boxed{{{box}}}",
     )
 
 
