@@ -1,12 +1,12 @@
-"""What the judge and the meta RM read: the paper's prompt frame in our words, and a short one for tiny judges.
+"""The prompts of the judge and the meta RM: the paper's frame in our words, and a compact one for tiny judges.
 
-All n responses go into one prompt, in a user turn without a system prompt. `full` carries the general criteria with
-their bands; `compact` is the same frame for models with a context of a few hundred tokens. Responses stand between
-begin and end markers that carry a number.
+All n responses go into one prompt, in a user turn without a system prompt. `full` (full.j2) has the general criteria
+with their bands; `compact` is for models with a context of a few hundred tokens. Responses are between numbered begin
+and end markers.
 
-Text from outside (conversation, responses, reference, principles) cannot pass for a part of the frame: a marker,
-heading or turn label in it gets a backslash before its name, and a `\\boxed{` a space before its brace, so that a judge
-who quotes it gives no score. Distinct texts stay distinct, and text without any of these is shown as it is.
+Text from outside (conversation, responses, reference, principles) cannot pass as part of the frame: a marker, heading
+or turn label in it gets a backslash before its name, and `\\boxed{` a space before its brace, so that a judge that
+quotes it gives no score. Distinct texts stay distinct, and other text is shown unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class JudgeConfig:
     """The judge's prompt and the length of its answer, the same in every stage of a run.
 
     `single` is the scale for n = 1: binary 0/1 (the paper's training template) or 1..10 (its test time). A model that
-    thinks before it answers gets `thinking_tokens` on top of `max_tokens`; with 0 it is not expected to.
+    thinks before it answers gets `thinking_tokens` on top of `max_tokens`; 0 means that it does not think.
     """
 
     template: Literal["full", "compact"] = "full"
@@ -65,8 +65,8 @@ def mode_of(num_responses: int, config: JudgeConfig) -> Mode:
 
 
 def scale_of(num_responses: int, config: JudgeConfig) -> Scale:
-    """Of the scores of an item: 0..1 for a single response under the binary template, else 1..10; 0..1 where one is
-    named the best; two points for each pair that was won."""
+    """The scale of an item's scores: 0..1 for a single response under the binary template, else 1..10; in mode "best"
+    0..1, in mode "pairwise" two points per pair that a response can win."""
     if config.mode == "best" and num_responses > 1:
         return Scale(0, 1)
     if config.mode == "pairwise" and num_responses > 1:
@@ -82,15 +82,15 @@ def check_items(items: Iterable[Item], config: JudgeConfig) -> None:
         if needs and not getattr(item, needs).strip():
             raise DataError(
                 f"judge.mode {config.mode!r} needs {needs!r} with every item, but {item.id} has none; give it in a "
-                "column of that name, in a file of our own shape, or judge in another mode"
+                "column of that name, in a file of the own shape, or judge in another mode"
             )
 
 
 def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: bool = False) -> tuple[Message, ...]:
     """One user turn that asks for principles, critique and scores of the item's responses, shown in `order`.
 
-    With `hint`, the place of the best response (and HelpSteer2's preference strength) is told at the end: for sampling
-    only, never for training targets.
+    With `hint`, the prompt ends with the position of the best response (and HelpSteer2's preference strength): for
+    sampling only, never for training targets.
     """
     num = len(order)
     check_items([item], config)
@@ -103,10 +103,10 @@ def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: 
 
 
 def principles_messages(messages: Sequence[Message], config: JudgeConfig) -> tuple[Message, ...]:
-    """One user turn that asks for principles from the conversation alone, before any response is seen.
+    """One user turn that asks for principles from the conversation alone, before any response is shown.
 
-    The compact frame has no words for it: it ends where the responses would begin, and the judge starts with its
-    principles as always.
+    The compact prompt does not ask: it ends where the responses would begin, and the judge begins with its principles
+    as always.
     """
     if config.template == "compact":
         return (Message("user", f"Score 1-10.\nQuery: {_query(messages)}\n"),)
@@ -150,7 +150,7 @@ def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
 def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> str | Failure:
     """The principles in a reply to `principles_messages`: from "Specific Criteria:" to "Analysis:" or the end.
 
-    A last line that hit the token limit is left out.
+    A last line cut off by the token limit is dropped.
     """
     written = after_thinking(text, config.thinking_tokens > 0, stop_reason)
     if written is None:
@@ -163,7 +163,7 @@ def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> 
 
 
 def conversation(messages: Sequence[Message]) -> str:
-    """A conversation as text, one labelled turn after the other."""
+    """A conversation as text, with a label before each turn."""
     return "\n\n".join(f"{m.role.capitalize()}: {_inert_turn(m.content)}" for m in messages)
 
 
@@ -189,12 +189,12 @@ _LABEL = re.compile(
 
 
 def _inert(text: str) -> str:
-    """`text` without a marker, heading or box of ours: it may stand between two markers."""
+    """`text` with every marker, heading and box of the frame disarmed, safe between two markers."""
     return _BOX.sub(r"\1 {", _FRAME.sub(r"\g<0>\\", text))
 
 
 def _inert_turn(text: str) -> str:
-    """The same, and no line begins with a label: it may stand where labels part one text from the next."""
+    """The same with turn labels disarmed, safe where labels separate texts."""
     return _LABEL.sub(r"\g<0>\\", _inert(text))
 
 
@@ -205,7 +205,7 @@ PRINCIPLES_GUIDE = f"Specific Criteria:( {_LINE}{{10,120}}\\n){{1,3}}"
 def guide(num_responses: int, config: JudgeConfig) -> str:
     """A regular expression for the three parts of a judgement, for engines with structured output.
 
-    It bounds the length of each part, so that a model that cannot write the format yet comes to its scores.
+    It bounds the length of each part, so that a model that has not learnt the format gets to its scores.
     """
     low_high = scale_of(num_responses, config)
     score = "[01]" if low_high.high == 1 else "(10|[1-9])"
@@ -214,7 +214,7 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
 
 
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
-    """What the meta RM reads: the query and the responses as the judge saw them, then the judgement, without a thought
+    """The meta RM's conversation: query and responses as the judge saw them, and the judgement, without any thought
     before it, as the answer."""
     shown = _marked([item.responses[i] for i in order])
     ask = f"Please score the responses.\nQuery: {_query(item.messages)}\n{shown}\n"

@@ -1,4 +1,4 @@
-"""Eq. 10, the one rule that rejection, the RL reward and the meta-RM labels share; and the rejection."""
+"""Eq. 10, the rule behind rejection sampling, the RL reward and the meta-RM labels; and the rejection itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_correct(scores: Sequence[int], rewards: Sequence[float]) -> bool:
     ignored). n == 1: the score must equal the 0/1 reward. Raises ValueError unless the lengths agree.
     """
     if len(scores) != len(rewards) or not scores:
-        raise ValueError(f"{len(scores)} scores for {len(rewards)} rewards: both must have one value a response")
+        raise ValueError(f"{len(scores)} scores for {len(rewards)} rewards: both must have one value per response")
     if len(scores) == 1:
         return scores[0] == rewards[0]
     best = max(range(len(rewards)), key=rewards.__getitem__)
@@ -29,10 +29,10 @@ def is_tied(scores: Sequence[int]) -> bool:
 
 
 def is_ordered(scores: Sequence[int], rewards: Sequence[float]) -> bool:
-    """Whether `scores` [N] put the responses in the order of `rewards`: r_i > r_k requires S_i > S_k for every i, k.
+    """Whether `scores` [N] rank the responses as `rewards` do: r_i > r_k requires S_i > S_k for every i, k.
 
-    Responses with equal rewards may have any scores, as there is no truth between them. The same as `is_correct` for
-    n <= 2 and wherever all but the best response have equal rewards; for n == 1 the score must equal the reward.
+    Responses with equal rewards may have any scores. Equal to `is_correct` for n <= 2 and wherever all but the best
+    response have equal rewards; for n == 1 the score must equal the reward.
     """
     if len(scores) == 1:
         return is_correct(scores, rewards)
@@ -47,7 +47,7 @@ def reward(scores: Sequence[int], rewards: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Of one item: accepted trajectories, and counts by reason."""
+    """The accepted trajectories of one item, and counts by reason."""
 
     accepted: tuple[Trajectory, ...]
     counts: dict[str, int]

@@ -1,8 +1,8 @@
-"""Attention over packed rows, plugged into transformers' models: each sequence sees its own tokens only.
+"""Attention over packed rows for transformers' models: each sequence attends only to its own tokens.
 
-On CPU one call of PyTorch's kernel a trunk and a branch, in fp32: for judge-shaped sequences this beats a block mask
-over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA it is one compiled call.
-Sliding windows and Gemma-2's soft-cap of the scores are applied; what else a model asks of its attention is refused.
+On CPU, one call of PyTorch's kernel per trunk and per branch, in fp32: for judge-shaped sequences this beats a block
+mask over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x). On CUDA, one compiled call. Sliding windows and
+Gemma-2's soft-capping of the scores are applied; models with any other kind of attention are refused.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from spct_ray.errors import ConfigError
 from spct_ray.learn.batch import Tree
 
 NAME = "spct_packed"
-BLOCK = 128  # tokens of a block of flex attention's mask
+BLOCK = 128  # tokens per block of flex attention's mask
 FLEX_BACKENDS = {"cuda": "inductor"}  # torch.compile's, by kind of device; elsewhere attention runs tree by tree
-KERNEL_OPTIONS: dict[int, Any] = {}  # by head size, where torch's choice for flex attention is not the best
+KERNEL_OPTIONS: dict[int, Any] = {}  # by head size, to override torch's choice for flex attention
 Ordered = tuple[Tensor, Tensor]
 Rows = tuple[Tensor, ...]  # query, key and value, or the three bounds of `intervals`
 
@@ -39,19 +39,19 @@ def register() -> None:
 
 
 def check_model(model_dir: str, config: Any) -> None:
-    """Raise ConfigError for a (text) config whose layers mix tokens by more than the attention that is done here."""
+    """Raise ConfigError for a (text) config whose layers mix tokens in a way that is not implemented here."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ConfigError(
-            f"{model_dir}: {type(config).__name__} has layers of kind {', '.join(sorted(kinds))}; packed rows are "
-            "right for full and sliding attention only"
+            f"{model_dir}: {type(config).__name__} has layers of kind {', '.join(sorted(kinds))}; packed rows support "
+            "full and sliding attention only"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError(f"{model_dir}: attention_dropout is {config.attention_dropout}; set it to 0 in config.json")
 
 
 def num_padding(num_tokens: int, device: torch.device) -> int:
-    """Tokens that a row lacks to whole blocks, at least two of them; 0 where `device` does not work on blocks."""
+    """Tokens of padding that complete a row to whole blocks, at least two; 0 on devices that do not use blocks."""
     return max(2 * BLOCK, -(-num_tokens // BLOCK) * BLOCK) - num_tokens if device.type in FLEX_BACKENDS else 0
 
 
@@ -70,7 +70,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D].
 
-    Raises ConfigError where the model asks for something that is not done here.
+    Raises ConfigError where the model asks for something that is not implemented here.
     """
     asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
     if trees is None or attention_mask is not None or dropout or asked:
@@ -109,13 +109,13 @@ def _attend_tree_by_tree(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A trunk, or a branch with the trunk before it, as places in the row."""
+    """A trunk, or a branch with the trunk that it attends to, as slices of the row."""
 
     own: slice
     trunk: slice | None = None
 
     def seen(self, row: Tensor) -> Tensor:
-        """Keys or values [1, heads, K, D] of all that the piece's tokens may attend to."""
+        """Keys or values [1, heads, K, D] that the piece's tokens may attend to."""
         if self.trunk is None:
             return row[:, :, self.own]
         if self.trunk.stop == self.own.start:
@@ -124,7 +124,7 @@ class _Piece:
         return torch.cat([by_token[:, self.trunk], by_token[:, self.own]], 1).transpose(1, 2)
 
     def mask(self, window: int | None) -> dict[str, Any]:
-        """What the kernel is told of who sees whom."""
+        """The kernel's arguments for the mask."""
         num = self.own.stop - self.own.start
         num_keys = num + (self.trunk.stop - self.trunk.start if self.trunk else 0)
         causal = num == num_keys and (window is None or num_keys <= window)
@@ -133,7 +133,7 @@ class _Piece:
 
 @functools.lru_cache(maxsize=4)  # the layers of a row share its pieces
 def _pieces(trees: tuple[Tree, ...]) -> tuple[_Piece, ...]:
-    """In the order of the row, but for branches without tokens."""
+    """In the order of the row, without empty branches."""
     pieces, end = [], 0
     for tree in trees:
         trunk = slice(end, end + tree.trunk)
@@ -148,7 +148,7 @@ def _pieces(trees: tuple[Tree, ...]) -> tuple[_Piece, ...]:
 
 @functools.lru_cache(maxsize=64)  # the layers of a row share its masks
 def _causal_mask(num: int, num_keys: int, window: int | None) -> Tensor:
-    """[num, num_keys] of the last tokens to all, added to their scores."""
+    """[num, num_keys], from the last `num` tokens to all, to add to the scores."""
     back = torch.arange(num_keys - num, num_keys)[:, None] - torch.arange(num_keys)  # tokens from query back to key
     return torch.zeros(num, num_keys).masked_fill_((back < 0) | (back >= (window or num_keys)), -math.inf)
 
@@ -212,7 +212,7 @@ def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device
 
 
 def intervals(trees: Sequence[Tree], window: int | None) -> Tensor:
-    """What each token of a row sees, as two intervals of places in it: own .. itself, and start .. stop - 1.
+    """What each token of a row attends to, as two intervals of the row: own .. itself, and start .. stop - 1.
 
     Returns (own, start, stop) [3, T] int32. A trunk's token sees its trunk so far, a branch's token its branch so far
     and the trunk, and either no more than `window` tokens, itself included.
