@@ -188,7 +188,7 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(DataError, match="no finite meta-RM logit"):
         judgements.tabulate(items, [a, b], 5.5, {a.key: 1.0})
     table = judgements.tabulate(items, [a, b], 5.5)
-    with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples an item, but 1 were drawn"):
+    with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples per item, but 1 were drawn"):
         votes.draw(table, 2, 1, 0)
 
 

@@ -1,4 +1,4 @@
-"""What judges of the built-in set do, in numbers a person can picture: read from judgements, checked by program."""
+"""The habits of judges of the built-in set, read from their judgements and checked by program."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FOUND = re.compile(r" \(([a-z ]+): (yes|no)\)")
 
 
 def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]:
-    """Of parsed judgements of built-in items: HABITS, as means a judgement, the last three as shares; None where there
-    is nothing to count."""
+    """HABITS of parsed judgements of built-in items: means per judgement, the last three as shares; None where there is
+    nothing to count."""
     counts: Counter[str] = Counter()
     for item, t in judged:
         if t.failure:

@@ -1,4 +1,4 @@
-"""What a decision costs: generated tokens, floating-point operations, engine seconds; and which are worth it."""
+"""The cost of a decision in generated tokens, FLOPs and engine seconds, and the Pareto front of score over cost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cost(rates: Rates, k: float, guided: bool) -> dict[str, float | None]:
 
 
 def count_weights(model_dir: str) -> int:
-    """Weights of a model directory, read from the headers of its safetensors; a tied output layer counts once.
+    """The number of weights in a model directory, from the headers of its safetensors; a tied output layer counts once.
 
     Raises DataError where there are none.
     """
@@ -67,7 +67,7 @@ def count_weights(model_dir: str) -> int:
 
 
 def pareto(points: Sequence[Mapping[str, Any]], axis: str) -> list[Mapping[str, Any]]:
-    """Those points whose "score" no other point reaches at the same or a lower value of `axis`, cheapest first."""
+    """The points whose "score" no other point reaches at the same or lower cost on `axis`, cheapest first."""
     front: list[Mapping[str, Any]] = []
     for point in sorted(points, key=lambda p: (p[axis], -p["score"])):
         if not front or point["score"] > front[-1]["score"]:

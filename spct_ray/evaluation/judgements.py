@@ -1,14 +1,12 @@
-"""The one data structure of an evaluation: all judgements of one judge as arrays, what is known of their items, and the
-credit of a decision.
+"""The data of an evaluation as arrays: one judge's judgements, the facts of their items, and the credit of a decision.
 
-Axes: I items, K samples, O options of an item. The options are what a vote chooses between. With n >= 2 they are the
-responses. With n = 1 there is nothing to compare, so the options are "wrong" and "right": each sample gives "right" its
-score and "wrong" the middle of the scale. The response is then held right when the mean of the used scores is above the
-middle (0.5 or 5.5), and the same rule decides n = 1 and n >= 2.
+Axes: I items, K samples, O options of an item, between which a vote chooses. With n >= 2 the options are the responses.
+With n = 1 they are "wrong" and "right": each sample gives "right" its score and "wrong" the middle of the scale. So the
+response counts as right when the mean of the used scores is above the middle (0.5 or 5.5), and one rule decides n = 1
+and n >= 2.
 
-Counting: a sample that could not be parsed takes no part in the vote and is never scored. An item without any usable
-sample is undecided; it counts as wrong. A tie of m options counts 1/m for each of them, the exact mean over random
-breaks of the tie.
+A sample that could not be parsed does not vote and is never scored. An item without any usable sample is undecided and
+counts as wrong. A tie of m options counts 1/m for each, which is the exact mean over random tie-breaks.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ Ints = NDArray[np.int64]
 
 
 def facts_of(item: Item) -> dict[str, Any]:
-    """The facts that a reader noted, and "question", the row that the item came from."""
+    """The facts noted when the item was read, and "question", the row that it came from."""
     found = json.loads(item.facts) if item.facts else {}
     return {"question": item.id, **(found if isinstance(found, dict) else {})}
 
@@ -41,24 +39,23 @@ class ScoreTable:
     """All samples of one judge on I items; unparsable samples have zeros in `scores_IKO` and False in `used_IK`."""
 
     scores_IKO: Floats
-    option_IO: Bools  # False where the item has fewer options than the widest one
+    option_IO: Bools  # False beyond the item's own number of options
     used_IK: Bools
     tokens_IK: Floats
     truth_I: Ints  # index of the right option
-    order_IK: Ints  # equal numbers within an item mean equal orders of its responses
+    order_IK: Ints  # equal for equal orders of an item's responses
     num_responses_I: Ints
     logits_IK: Floats | None  # meta-RM logits; None without meta RM
     first_IK: Ints  # index of the response that was shown first
 
     @property
     def num_samples(self) -> int:
-        """K, the number of samples an item."""
+        """K, the number of samples per item."""
         return int(self.used_IK.shape[1])
 
 
 def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
-    """What one judgement, or the mean of several, gives to each option of its item (see the top of the file); `middle`
-    is used for n = 1."""
+    """The score of each option by one judgement, or by the mean of several; for n = 1 "wrong" scores `middle`."""
     return tuple(float(s) for s in scores) if len(scores) > 1 else (middle, float(scores[0]))
 
 
@@ -138,7 +135,7 @@ def _blank(items: Sequence[Item], num_samples: int, with_logits: bool = False) -
 
 
 def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
-    """Greedy judgements, as many of each item: a single response has one order, and its judgement stands for all."""
+    """Greedy judgements, equally many per item: a single response has one order, whose judgement stands for all."""
     by_item: dict[str, list[Trajectory]] = {}
     for t in greedy:
         by_item.setdefault(t.item_id, []).append(t)
@@ -152,14 +149,14 @@ def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
 
 
 def winners(option_IO: Bools, scores: Floats) -> Bools:
-    """True at the options with the highest score, all False in a row of NaN; scores [I, O] or [I, anything, O]."""
+    """Which options have the highest score, none in a row of NaN; scores [I, O] or [I, anything, O]."""
     option = option_IO if scores.ndim == 2 else option_IO[:, None, :]
     held = np.where(option, scores, -np.inf)
     return np.asarray(held == held.max(axis=-1, keepdims=True))
 
 
 def correct_samples(table: ScoreTable) -> Bools:
-    """[I, K] True where a sample is right by Eq. 10 (strict: a tie is wrong, and so is an unparsable sample)."""
+    """[I, K] whether a sample is right by Eq. 10 (strict: ties and unparsable samples are wrong)."""
     truth_first = np.take_along_axis(winners(table.option_IO, table.scores_IKO), table.truth_I[:, None, None], axis=-1)[
         ..., 0
     ]
@@ -167,7 +164,7 @@ def correct_samples(table: ScoreTable) -> Bools:
 
 
 def tied_samples(table: ScoreTable) -> Bools:
-    """[I, K] True where a parsed sample gives its highest score to more than one option."""
+    """[I, K] whether a parsed sample gives its highest score to several options."""
     return np.asarray(table.used_IK & (winners(table.option_IO, table.scores_IKO).sum(axis=-1) > 1))
 
 
@@ -178,9 +175,9 @@ def tie_rate(table: ScoreTable) -> float | None:
 
 
 def position_consistency(table: ScoreTable) -> float | None:
-    """Over all pairs of parsed samples of one item that saw different orders: the share with the same set of winners.
+    """The share of pairs of parsed samples of one item in different orders that have the same set of winners.
 
-    None when there is no such pair (n = 1 only, one sample only, or nothing parsed).
+    None without such pairs (only n = 1, one sample, or nothing parsed).
     """
     winners_IKO = winners(table.option_IO, table.scores_IKO)
     set_IK = winners_IKO @ (1 << np.arange(winners_IKO.shape[-1]))
@@ -203,7 +200,7 @@ def rates(table: ScoreTable) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """What is known of a benchmark's items before anyone judges them."""
+    """The facts of a benchmark's items, known before any judgement."""
 
     option_IO: Bools
     right_IO: Bools
@@ -239,15 +236,15 @@ class Sheet:
 
     @property
     def num_questions(self) -> int:
-        """Rows of the benchmark that gave at least one item."""
+        """Rows of the benchmark with at least one item."""
         return int(self.question_I.max()) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One way to decide: a score an option [I, O], rows of NaN where no judgement could be used.
+    """The result of one way to decide: a score per option [I, O], rows of NaN where no judgement could be used.
 
-    `forward_IO` and `backward_IO` hold the same from the judgements that saw the pair as it is and the other way.
+    `forward_IO` and `backward_IO` are the same from the judgements that saw a pair as it is and in reverse.
     """
 
     scores_IO: Floats
@@ -261,7 +258,7 @@ def decided(scores_IO: Floats) -> Bools:
 
 
 def best_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
-    """[I] chance that a right response is chosen when ties for the first place are broken at random."""
+    """[I] probability that a right response is chosen when ties are broken at random."""
     winner_IO = winners(sheet.option_IO, scores_IO)
     return np.asarray((winner_IO & sheet.right_IO).sum(axis=-1) / np.maximum(1, winner_IO.sum(axis=-1)))
 

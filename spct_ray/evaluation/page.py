@@ -1,5 +1,4 @@
-"""The page of a report: one HTML file without external resources, from the template report.html.j2, which escapes
-everything that came from data or models."""
+"""The page of a report: one HTML file without external resources, from report.html.j2 with autoescape."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from spct_ray.evaluation.tables import Table
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One plot with what it says; `wide` ones take the whole row."""
+    """A plot with title and note; a `wide` one takes the whole row."""
 
     title: str
     note: str
@@ -30,7 +29,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Tables and charts under one title; the first two tables come before the charts, those after them fold."""
+    """Tables and charts under one title; the first two tables precede the charts, the others are folded away."""
 
     title: str
     tables: Sequence[Table] = ()

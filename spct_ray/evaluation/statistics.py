@@ -1,7 +1,6 @@
-"""Statistics of a judge's results: bootstrap intervals, AUC, calibration, paired differences.
+"""Statistics: bootstrap intervals, AUC, calibration, paired differences.
 
-Everything is resampled over items, never over samples of one item, because samples of one item are not independent.
-Axes: I items, B bins.
+Resampling is over items, never over samples of one item, which are not independent. Axes: I items, B bins.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from spct_ray.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Mean of a - b over the same items, its bootstrap interval, and the p-value of "there is no difference"."""
+    """Mean of a - b over the same items, its bootstrap interval, and the p-value of the null hypothesis a = b."""
 
     difference: float
     ci: tuple[float, float]
@@ -26,7 +25,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """The predictions with `low` < p <= `high` (the first bin also holds 0): how sure, and how right, they were."""
+    """The predictions with `low` < p <= `high` (the first bin includes 0): mean probability and share of positives."""
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""The tables of a report, made once: the page shows all of them, the terminal the first few, in plain text."""
+"""The tables of a report: the page shows all of them, the terminal the first few in plain text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VOTES = {"vote": "vote", "meta_vote": "meta", "weighted_vote": "weighted"}
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text under a head; the first column is text, the others are numbers."""
+    """Rows of cells under a head; the first column is text, the others are numbers."""
 
     title: str
     head: tuple[str, ...]
@@ -39,7 +39,7 @@ class Table:
         return cls(title, tuple(head), tuple(map(tuple, rows)), note)
 
     def text(self) -> str:
-        """Aligned, at most WIDTH wide: what does not fit side by side is set below, under the same first column."""
+        """Aligned text, at most WIDTH wide; columns that do not fit follow below, under the first column again."""
         columns = list(zip(self.head, *self.rows, strict=True))
         widths = [max(map(len, column)) for column in columns]
         groups, used = [[0]], widths[0]
@@ -101,7 +101,7 @@ def headline(name: str, block: Mapping[str, Any], ks: Sequence[int]) -> Table:
 
 
 def remarks(block: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
-    """What limits the scores of a benchmark: what was dropped, failed, absent or seen in training."""
+    """What limits the scores of a benchmark: items that were dropped, failed, absent or seen in training."""
     lines = ["Prompts: " + ", ".join(f"{number:,} of {n}" for n, number in block["layout"].items()) + "."]
     dropped = {reason: number for reason, number in block.get("dropped", {}).get("counts", {}).items() if number}
     if dropped:
@@ -129,7 +129,7 @@ def remarks(block: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
 
 
 def differences(block: Mapping[str, Any]) -> Table:
-    """Is the difference real? Every pair on the same items."""
+    """Paired differences on the same items, and whether they are beyond noise."""
     rows = []
     for name, change in block["paired"].items():
         low, high = change["ci"]
@@ -144,7 +144,7 @@ def differences(block: Mapping[str, Any]) -> Table:
 
 
 def parts(block: Mapping[str, Any], top: str) -> Table:
-    """What the official score is made of."""
+    """The parts of the official score."""
     found = {n: (m["vote"].get(top) or m["greedy"])["parts"] for n, m in block["models"].items()}
     names = list(dict.fromkeys(part for own in found.values() for part in own))
     rows = [(part, *(percent(own.get(part)) for own in found.values())) for part in names]
@@ -152,7 +152,7 @@ def parts(block: Mapping[str, Any], top: str) -> Table:
 
 
 def aggregators(block: Mapping[str, Any], top: str) -> Table:
-    """The same samples, put together in other ways."""
+    """Other aggregators of the same samples."""
     models = {n: m for n, m in block["models"].items() if m["aggregators"]}
     ways = [way for way in AGGREGATORS if any(way in m["aggregators"] for m in models.values())]
     rows = [(label(n), *(cell(m["aggregators"].get(way)) for way in ways)) for n, m in models.items()]
@@ -167,7 +167,7 @@ def k_meta(block: Mapping[str, Any], ks: Sequence[int]) -> Table:
 
 
 def adaptive(block: Mapping[str, Any], top: str) -> Table:
-    """What adaptive k would have drawn, and how often it decides otherwise than all samples."""
+    """How many samples adaptive k would have drawn, and how often it decides differently from all samples."""
     rows = [
         (f"{label(name)}, {rule}", cell(made), f"{made['k']:.1f}", percent(made["share_of_tokens"]),
          percent(made["differ_from_k_max"]), "[{}, {}]".format(*map(percent, made["differ_ci"])))
@@ -234,7 +234,7 @@ def subsets(block: Mapping[str, Any], top: str) -> Table:
 
 
 def meta_rm(block: Mapping[str, Any]) -> Table:
-    """The meta RM by itself."""
+    """The meta RM on single samples."""
     found = {n: m["meta_rm"] for n, m in block["models"].items() if m.get("meta_rm")}
     quantities = {"auc": "AUC", "auc_without_ties": "AUC on judgements without a tie", "ece": "calibration error",
                   "auc_within_item": "AUC within an item", "accuracy": "accuracy",
@@ -248,7 +248,7 @@ def meta_rm(block: Mapping[str, Any]) -> Table:
 
 
 def transfer(meta: Mapping[str, Any], blocks: Mapping[str, Any]) -> Table:
-    """The meta RM where it was trained and where it never was, side by side."""
+    """The meta RM in and out of its training distribution."""
     rows = []
     for judge, by_label in meta.items():
         for name, found in by_label.items():
@@ -260,7 +260,7 @@ def transfer(meta: Mapping[str, Any], blocks: Mapping[str, Any]) -> Table:
 
 
 def habits(found: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """What a judgement of each judge does, a row a habit (`spct_ray.data.habits`)."""
+    """The habits of each judge, one per row (`spct_ray.data.habits`)."""
     names = next(iter(found.values()), {})
     rows = [
         (name, *("-" if (value := own[name]) is None else f"{value:.2f}" for own in found.values())) for name in names
@@ -280,7 +280,7 @@ def of_benchmark(name: str, block: Mapping[str, Any], ks: Sequence[int]) -> list
 
 
 def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, decision: int | None) -> str:
-    """One item as its judge saw it, what it wrote, and what the vote came to."""
+    """One item as its judge saw it, the judgement, and the result of the vote."""
 
     def block(title: str, text: str) -> str:
         lines = [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, WIDTH - 14) or [""]]
@@ -304,7 +304,7 @@ def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, deci
 
 
 def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
-    """What a report prints: examples, the headline and the differences of each benchmark, and how to read them."""
+    """The terminal's report: examples, headline and differences of each benchmark, and how to read them."""
     ks = summary["ks"]
     shown = sorted({1, max(ks)} & set(ks)) if summary["brief"] else ks
     told = []
