@@ -230,9 +230,9 @@ def test_ece_by_hand() -> None:
     probabilities, labels = [0.3, 0.3, 0.3, 0.3, 0.9], [1, 1, 0, 0, 1]
     assert statistics.ece(probabilities, labels) == pytest.approx((4 * 0.2 + 1 * 0.1) / 5)
     low, high = statistics.reliability(probabilities, labels)
-    assert (low.count, low.mean_probability, low.share_positive) == (4, pytest.approx(0.3), 0.5)
-    assert (high.low, high.high, high.count) == (0.8, 0.9, 1)
-    assert [b.count for b in statistics.reliability([0.0, 1.0], [0, 1])] == [1, 1]  # both ends are inside
+    assert (low["count"], low["mean_probability"], low["share_positive"]) == (4, pytest.approx(0.3), 0.5)
+    assert (high["low"], high["high"], high["count"]) == (0.8, 0.9, 1)
+    assert [b["count"] for b in statistics.reliability([0.0, 1.0], [0, 1])] == [1, 1]  # both ends are inside
 
 
 @settings(deadline=None, max_examples=20)

@@ -52,9 +52,9 @@ def to_svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def new_figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with one row of axes; sizes in inches."""
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return figure, list(axes[0])
 
 

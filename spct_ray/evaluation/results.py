@@ -7,7 +7,6 @@ K samples, B bootstrap resamples.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -334,28 +333,21 @@ def gain_by_filter(block: Mapping[str, Any], k: int) -> dict[str, float | None]:
     return {name: (filters[name]["score"] - plain) / (guided - plain) for name in FILTERS}
 
 
-def meta_logits(table: ScoreTable) -> tuple[Floats, Floats]:
-    """Logits of the parsed samples, and their labels by Eq. 10 (1 right, 0 wrong); empty without meta RM."""
-    if table.logits_IK is None:
-        return np.empty(0), np.empty(0)
-    return table.logits_IK[table.used_IK], arrays.correct_samples(table)[table.used_IK].astype(np.float64)
-
-
 def meta_block(table: ScoreTable) -> dict[str, Any]:
     """The meta RM by itself on one judge's parsed samples, against Eq. 10: AUC, accuracy at logit 0, calibration; None
     where they are not defined. `auc_without_ties` excludes what Eq. 10 calls wrong at a glance.
 
     `auc_within_item` compares only samples of one item, which is all that a meta vote asks of the meta RM.
     """
-    logits, labels = meta_logits(table)
     block: dict[str, Any] = dict.fromkeys(
         ("auc", "auc_without_ties", "ece", "auc_within_item", "accuracy", "share_right")
     )
-    block |= {"num_samples": len(logits), "reliability": []}
-    if table.logits_IK is None or not len(logits):
+    block |= {"num_samples": 0, "reliability": []}
+    if table.logits_IK is None or not table.used_IK.any():
         return block
-    probabilities = 1 / (1 + np.exp(-logits))
     right_IK = arrays.correct_samples(table)
+    logits, labels = table.logits_IK[table.used_IK], right_IK[table.used_IK].astype(np.float64)
+    probabilities = 1 / (1 + np.exp(-logits))
     strict_IK = table.used_IK & ~arrays.tied_samples(table)
     within = [
         area
@@ -363,13 +355,14 @@ def meta_block(table: ScoreTable) -> dict[str, Any]:
         if (area := statistics.auc(logits_K[used_K], right_K[used_K])) is not None
     ]
     return block | {
+        "num_samples": len(logits),
         "auc": statistics.auc(logits, labels),
         "auc_without_ties": statistics.auc(table.logits_IK[strict_IK], right_IK[strict_IK]),
         "auc_within_item": float(np.mean(within)) if within else None,
         "accuracy": float(((logits > 0) == labels).mean()),
         "ece": statistics.ece(probabilities, labels),
         "share_right": float(labels.mean()),
-        "reliability": [dataclasses.asdict(b) for b in statistics.reliability(probabilities, labels)],
+        "reliability": statistics.reliability(probabilities, labels),
     }
 
 
