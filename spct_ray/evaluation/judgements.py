@@ -263,8 +263,13 @@ def best_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
     return np.asarray((winner_IO & sheet.right_IO).sum(axis=-1) / np.maximum(1, winner_IO.sum(axis=-1)))
 
 
-def strict_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
-    """[I] 1 where a right response scores above every wrong one (Eq. 10 for one right response), else 0."""
+def verdicts(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] 1 where a right response scores above every wrong one, -1 where a wrong one does, 0 if tied or undecided."""
     right = np.where(sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
     wrong = np.where(sheet.option_IO & ~sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
-    return np.asarray(right > wrong, dtype=np.float64)
+    return np.asarray((right > wrong).astype(float) - (right < wrong))
+
+
+def strict_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] 1 where a right response scores above every wrong one (Eq. 10 for one right response), else 0."""
+    return np.asarray(verdicts(sheet, scores_IO) > 0, dtype=np.float64)
