@@ -62,15 +62,15 @@ class ProgramJudge:
         text = judgement(stated, texts, met, self.judge_config)
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
-    def _state(self, asked: Sequence[Kind], rng: random.Random) -> list[Kind]:
+    def _state(self, required: Sequence[Kind], rng: random.Random) -> list[Kind]:
         weights = self.config.num_stated_weights
-        number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(asked))
-        free = [part for part in PARTS if part not in {kind.part for kind in asked}]
+        number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(required))
+        free = [part for part in PARTS if part not in {kind.part for kind in required}]
         num_alien = min(sum(rng.random() < self.config.alien for _ in range(number)), len(free))
-        left = list(range(len(asked)))
-        while len(left) > len(asked) - (number - num_alien):
+        left = list(range(len(required)))
+        while len(left) > len(required) - (number - num_alien):
             left.remove(rng.choices(left, [self.config.fading**i for i in left])[0])
-        stated = [kind for i, kind in enumerate(asked) if i not in left]
+        stated = [kind for i, kind in enumerate(required) if i not in left]
         for _ in range(num_alien):
             favourites = [KINDS[name] for name in FAVOURITES if KINDS[name].part in free]
             others = [kind for kind in KINDS.values() if kind.part in free]
@@ -87,14 +87,14 @@ def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, 
     rng = random.Random(f"{seed}/{SOURCE}/exercises")
     for i in range(number):
         n, num_stated = rng.choice((1, 2, 2, 2, 3, 3)), rng.randint(1, len(PARTS))
-        stated, asked = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
+        stated, required = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
         taken: set[str] = set()
         texts: list[str] = []
         for _ in range(n):
             sentence = random_sentence("heldout", rng, taken)
             taken |= set(sentence.values())
             texts.append(render(sentence))
-        request = query(asked, rng.choice(NAMES["train"]))
+        request = query(required, rng.choice(NAMES["train"]))
         item = Item(f"exercise-{i}", (Message("user", request),), tuple(texts), principles=criteria(stated))
         met = [[kind.check(text) for kind in stated] for text in texts]
         completion = judgement(stated, texts, met, judge)
@@ -111,8 +111,8 @@ def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequen
     totals = [int(all(row)) if binary else 2 + round(8 * sum(row) / len(row)) for row in met]
     lines = []
     for place, (text, row) in enumerate(zip(texts, met, strict=True), 1):
-        found = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
-        lines.append(f"[Response {place}]\n{_annotated(text, found)} total {totals[place - 1]}.")
+        findings = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
+        lines.append(f"[Response {place}]\n{_annotated(text, findings)} total {totals[place - 1]}.")
     box = ", ".join(map(str, totals))
     head = [f"Specific Criteria: {criteria(stated)}"] if MODES[judge.mode].criteria else []
     return "\n".join([*head, "Analysis:", *lines, f"Scores: \\boxed{{{box}}}"])
@@ -123,9 +123,9 @@ def criteria(stated: Sequence[Kind]) -> str:
     return " ".join(f"{kind.name} ({100 // len(stated)}%);" for kind in stated)
 
 
-def _annotated(text: str, found: dict[str, str]) -> str:
+def _annotated(text: str, findings: dict[str, str]) -> str:
     """The text with each part's finding after its word; findings without a word come at the end."""
-    left = dict(found)
+    left = dict(findings)
     quoted = re.sub(r"\w+|[^\w\s]", lambda word: word[0] + left.pop(part_of(word[0]), ""), text)
     return quoted + "".join(left.values())
 

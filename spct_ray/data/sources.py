@@ -160,10 +160,10 @@ def _array_rows(path: str) -> Iterator[tuple[int, str, Row]]:
         yield from _json_rows(path)
         return
     try:
-        found = json.loads(text)
+        array = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: begins as a JSON array but cannot be read as one: {error}") from error
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(array, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}:row {number}: expected a JSON object, found {type(row).__name__}: {row!r:.80}")
         yield number, f"{path}:row {number}", row

@@ -30,8 +30,8 @@ Ints = NDArray[np.int64]
 
 def facts_of(item: Item) -> dict[str, Any]:
     """The facts noted when the item was read, and "question", the row that it came from."""
-    found = json.loads(item.facts) if item.facts else {}
-    return {"question": item.id, **(found if isinstance(found, dict) else {})}
+    noted = json.loads(item.facts) if item.facts else {}
+    return {"question": item.id, **(noted if isinstance(noted, dict) else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def tabulate(
         samples[t.item_id][t.sample] = t
     counts = Counter(len(by_number) for by_number in samples.values())
     if len(counts) != 1 or 0 in counts:
-        found = ", ".join(f"{num} items with {k} samples" for k, num in sorted(counts.items()))
-        raise DataError(f"every item needs the same number (>= 1) of samples, found {found or 'no items'}")
+        numbers = ", ".join(f"{num} items with {k} samples" for k, num in sorted(counts.items()))
+        raise DataError(f"every item needs the same number (>= 1) of samples, found {numbers or 'no items'}")
     table = _blank(items, next(iter(counts)), logits is not None)
     order_numbers: dict[tuple[int, ...], int] = {}
     for i, item in enumerate(items):
@@ -141,10 +141,10 @@ def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
         by_item.setdefault(t.item_id, []).append(t)
     num = max(map(len, by_item.values()), default=0)
     return [
-        replace(t, sample=j) if len(found) < num else t
-        for found in by_item.values()
-        for t in found
-        for j in range(num if len(found) < num else 1)
+        replace(t, sample=j) if len(of_item) < num else t
+        for of_item in by_item.values()
+        for t in of_item
+        for j in range(num if len(of_item) < num else 1)
     ]
 
 

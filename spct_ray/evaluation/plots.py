@@ -74,14 +74,14 @@ def score_curves(models: Mapping[str, Any], chance: float | None, over_tokens: b
                 axes.plot([], [], color=colour(place), label=f"{label(name)}: nothing parsed")
                 continue
             for kind, line, marker in zip(VOTES, ("-", "--", "-."), "oDs", strict=True):
-                points = sorted((int(k), made) for k, made in model[kind].items() if made["ci"])
+                points = sorted((int(k), entry) for k, entry in model[kind].items() if entry["ci"])
                 if not points:
                     continue
-                x = [made["cost"]["tokens"] if over_tokens else k for k, made in points]
+                x = [entry["cost"]["tokens"] if over_tokens else k for k, entry in points]
                 ticks |= set(x)
-                low, high = zip(*(made["ci"] for _, made in points), strict=True)
+                low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
                 axes.fill_between(x, low, high, color=colour(place), alpha=0.12, linewidth=0)
-                y = [made["score"] for _, made in points]
+                y = [entry["score"] for _, entry in points]
                 what = f"{label(name)}, {kind.replace('_', ' ')}"
                 axes.plot(x, y, line, marker=marker, ms=4, color=colour(place), label=what)
             greedy = model["greedy"]

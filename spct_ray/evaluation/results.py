@@ -100,8 +100,8 @@ def benchmark_block(
     chance_made, chance_outcome = chance(task, weights_BI)
     models: dict[str, Any] = {}
     outcomes: dict[str, dict[str, Outcome]] = {}
-    for name, found in judged.items():
-        models[name], outcomes[name] = judge_block(task, found, weights_BI, counting)
+    for name, judge in judged.items():
+        models[name], outcomes[name] = judge_block(task, judge, weights_BI, counting)
     return {
         "title": task.benchmark.title,
         "num_items": len(task.items),
@@ -138,7 +138,7 @@ def entry(
     credit_I = np.mean([np.nan_to_num(task.benchmark.credit(task.sheet, d.scores_IO)) for d in decisions], axis=0)
     decided_I = np.mean([decided(d.scores_IO) for d in decisions], axis=0)
     tied = [(winners(task.sheet.option_IO, d.scores_IO).sum(axis=-1) > 1).mean() for d in decisions]
-    made: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "score": parts.pop("score", None),
         "ci": None if np.isnan(resampled_B).all() else np.nanquantile(resampled_B, [0.025, 0.975]).tolist(),
         "parts": parts,
@@ -148,7 +148,7 @@ def entry(
         "k": k,
         "cost": dict(spent),
     }
-    return made, Outcome(made["score"], credit_I, decided_I, resampled_B)
+    return numbers, Outcome(numbers["score"], credit_I, decided_I, resampled_B)
 
 
 def chance(task: Task, weights_BI: Floats, num: int = 50) -> tuple[dict[str, Any], Outcome]:
@@ -219,8 +219,8 @@ def _add_votes(
 
     def vote(name: str, k: int, keep: int | None = None) -> tuple[dict[str, Any], Outcome]:
         decisions = votes.decide(name, table, takes[k], keep or counting.k_meta(k), seed)
-        made, outcome = entry(task, decisions, weights_BI, k, cost(judged.rates, k, name in GUIDED))
-        return made | ({"k_meta": keep or counting.k_meta(k)} if name == "meta_top" else {}), outcome
+        numbers, outcome = entry(task, decisions, weights_BI, k, cost(judged.rates, k, name in GUIDED))
+        return numbers | ({"k_meta": keep or counting.k_meta(k)} if name == "meta_top" else {}), outcome
 
     guided = table.logits_IK is not None
     ks = [k for k in counting.ks if k > 1 or not task.benchmark.both_orders]  # one judgement sees one order
@@ -232,7 +232,7 @@ def _add_votes(
     block["aggregators"] = {name: known.get(name) or vote(name, k_max)[0] for name in ways}
     block["adaptive"] = _adaptive(task, judged, weights_BI, counting)
     orders = {k: votes.compare_orders(table, task.sheet, k, derive_seed(counting.seed, "orders")) for k in counting.ks}
-    block["orders"] = {str(k): found for k, found in orders.items() if found}
+    block["orders"] = {str(k): comparison for k, comparison in orders.items() if comparison}
     if guided:
         block["meta_rm"] = meta_block(table)
         if k_max in ks:
@@ -253,22 +253,22 @@ def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting
     ways: list[tuple[str, list[Any]]] = [("", [[]] * len(scales))]
     if table.logits_IK is not None:
         ways.append(("meta, ", table.logits_IK[:, :k_max].tolist()))
-    found = {}
+    by_rule = {}
     for (way, logits), error in itertools.product(ways, ADAPTIVE_ERRORS):
-        asked = zip(drawn.values(), logits, scales, strict=True)
-        needed_I = np.array([num_needed(made[:k_max], logits_K, scale, error) for made, logits_K, scale in asked])
+        rows = zip(drawn.values(), logits, scales, strict=True)
+        needed_I = np.array([num_needed(ts[:k_max], logits_K, scale, error) for ts, logits_K, scale in rows])
         early, last = (_first(table, k_I, bool(way)) for k_I in (needed_I, np.full(len(scales), k_max)))
         differ_I = np.where(needed_I < k_max, _differ(task.sheet, early.scores_IO, last.scores_IO), 0.0)
         differ_B = weights_BI @ differ_I / weights_BI.sum(axis=1)
         taken_IK = np.arange(table.num_samples) < needed_I[:, None]
         mean_k = float(needed_I.mean())
-        made, _ = entry(task, [early], weights_BI, mean_k, cost(judged.rates, mean_k, bool(way)))
-        found[f"{way}error {error:g}"] = made | {
+        numbers, _ = entry(task, [early], weights_BI, mean_k, cost(judged.rates, mean_k, bool(way)))
+        by_rule[f"{way}error {error:g}"] = numbers | {
             "differ_from_k_max": float(differ_I.mean()),
             "differ_ci": np.quantile(differ_B, [0.025, 0.975]).tolist(),
             "share_of_tokens": float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
         }
-    return found
+    return by_rule
 
 
 def _first(table: ScoreTable, k_I: Ints, guided: bool) -> Decision:

@@ -115,15 +115,15 @@ def probe_items(items: Sequence[Item], seed: int) -> dict[str, list[Item]]:
     The fact "question" is the id of the item that was changed. A probe omits items that it does not change.
     """
     clean = [i for i in items if len(i.responses) > 1 and i.rewards.count(max(i.rewards)) == 1]
-    found = {"clean": [replace(item, facts=json.dumps({"question": item.id})) for item in clean]}
+    by_probe = {"clean": [replace(item, facts=json.dumps({"question": item.id})) for item in clean]}
     for probe in PROBES:
-        made = [(item, probe.change(item, random.Random(derive_seed(seed, probe.name, item.id)))) for item in clean]
-        found[probe.name] = [
+        changes = [(item, probe.change(item, random.Random(derive_seed(seed, probe.name, item.id)))) for item in clean]
+        by_probe[probe.name] = [
             replace(new, id=f"{old.id}~{probe.name}", facts=json.dumps({"question": old.id}))
-            for old, new in made
+            for old, new in changes
             if (new.responses, new.messages) != (old.responses, old.messages) and len(set(new.responses)) > 1
         ]
-    return found
+    return by_probe
 
 
 def rates(
@@ -135,12 +135,12 @@ def rates(
     could be used. A tie counts as half fooled.
     """
     before = dict(zip((facts_of(i)["question"] for i in items["clean"]), credit["clean"], strict=True))
-    found = {}
+    by_probe = {}
     for probe in PROBES:
         known = np.array([probe.swap or before[facts_of(i)["question"]] == 1 for i in items[probe.name]], dtype=bool)
         counted = known & (decided[probe.name] == 1)
         fooled = 1 - credit[probe.name][counted]
-        found[probe.name] = {
+        by_probe[probe.name] = {
             "what": probe.what,
             "counted": "all decided" if probe.swap else "right before",
             "rate": float(fooled.mean()) if len(fooled) else None,
@@ -148,29 +148,29 @@ def rates(
             "num_items": int(counted.sum()),
             "undecided": int((known & (decided[probe.name] != 1)).sum()),
         }
-    return found
+    return by_probe
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """One table per way to decide, with a row per probe and a column per judge."""
     judges = result["judges"]
-    made = []
+    per_way = []
     for way in [way for way in next(iter(judges.values())) if not way.endswith("clean accuracy")]:
         rows = [["accuracy of the items as they are", *(percent(j[f"{way} clean accuracy"]) for j in judges.values())]]
         rows[0] += [""] * len(judges)
         for probe in next(iter(judges.values()))[way]:
-            found = [judge[way][probe] for judge in judges.values()]
-            shares = [_share(one) for one in found]
-            rows.append([f"{probe} ({found[0]['counted']})", *shares, *(_counts(one) for one in found)])
+            per_judge = [judge[way][probe] for judge in judges.values()]
+            shares = [_share(one) for one in per_judge]
+            rows.append([f"{probe} ({per_judge[0]['counted']})", *shares, *(_counts(one) for one in per_judge)])
         head = ("probe", *judges, *(f"{name}: items" for name in judges))
         note = "In %, with 95 % intervals over items. A tie fools half; items without a decision are counted apart."
-        made.append(Table.of(f"Share fooled, {way}", head, rows, note))
-    return made
+        per_way.append(Table.of(f"Share fooled, {way}", head, rows, note))
+    return per_way
 
 
-def _share(made: Mapping[str, Any]) -> str:
-    return "-" if made["rate"] is None else "{} [{}, {}]".format(*map(percent, (made["rate"], *made["ci"])))
+def _share(row: Mapping[str, Any]) -> str:
+    return "-" if row["rate"] is None else "{} [{}, {}]".format(*map(percent, (row["rate"], *row["ci"])))
 
 
-def _counts(made: Mapping[str, Any]) -> str:
-    return f"{made['num_items']}" + (f" + {made['undecided']} undecided" if made["undecided"] else "")
+def _counts(row: Mapping[str, Any]) -> str:
+    return f"{row['num_items']}" + (f" + {row['undecided']} undecided" if row["undecided"] else "")

@@ -59,12 +59,12 @@ class Table:
         return "\n".join([*textwrap.wrap(self.title, WIDTH), *parts, *textwrap.wrap(self.note, WIDTH)])
 
 
-def cell(made: Mapping[str, Any] | None) -> str:
+def cell(entry: Mapping[str, Any] | None) -> str:
     """`81.2 +- 3.1`: a share in percent and half the width of its interval; `-` where there is none."""
-    if not made or not made["ci"]:
+    if not entry or not entry["ci"]:
         return "-"
-    value = made["score"] if "score" in made else made["accuracy"]
-    low, high = made["ci"]
+    value = entry["score"] if "score" in entry else entry["accuracy"]
+    low, high = entry["ci"]
     return f"{100 * value:.1f} +- {50 * (high - low):.1f}"
 
 
@@ -145,10 +145,10 @@ def differences(block: Mapping[str, Any]) -> Table:
 
 def parts(block: Mapping[str, Any], top: str) -> Table:
     """The parts of the official score."""
-    found = {n: (m["vote"].get(top) or m["greedy"])["parts"] for n, m in block["models"].items()}
-    names = list(dict.fromkeys(part for own in found.values() for part in own))
-    rows = [(part, *(percent(own.get(part)) for own in found.values())) for part in names]
-    return Table.of("Parts of the score", ("part", *map(label, found)), rows, f"In %, vote@{top}.")
+    parts_of = {n: (m["vote"].get(top) or m["greedy"])["parts"] for n, m in block["models"].items()}
+    names = list(dict.fromkeys(part for own in parts_of.values() for part in own))
+    rows = [(part, *(percent(own.get(part)) for own in parts_of.values())) for part in names]
+    return Table.of("Parts of the score", ("part", *map(label, parts_of)), rows, f"In %, vote@{top}.")
 
 
 def aggregators(block: Mapping[str, Any], top: str) -> Table:
@@ -169,10 +169,10 @@ def k_meta(block: Mapping[str, Any], ks: Sequence[int]) -> Table:
 def adaptive(block: Mapping[str, Any], top: str) -> Table:
     """How many samples adaptive k would have drawn, and how often it decides differently from all samples."""
     rows = [
-        (f"{label(name)}, {rule}", cell(made), f"{made['k']:.1f}", percent(made["share_of_tokens"]),
-         percent(made["differ_from_k_max"]), "[{}, {}]".format(*map(percent, made["differ_ci"])))
+        (f"{label(name)}, {rule}", cell(entry), f"{entry['k']:.1f}", percent(entry["share_of_tokens"]),
+         percent(entry["differ_from_k_max"]), "[{}, {}]".format(*map(percent, entry["differ_ci"])))
         for name, model in block["models"].items()
-        for rule, made in model["adaptive"].items()
+        for rule, entry in model["adaptive"].items()
     ]  # fmt: skip
     head = ("judge, rule", "score", "samples", f"% of vote@{top}'s tokens", "% that differ", "95 % interval")
     title = f"Adaptive voting: the service's rule for k = auto on the same {top} samples"
@@ -183,11 +183,11 @@ def orders(block: Mapping[str, Any]) -> Table:
     """Balanced against independent orders of pairs."""
     rows = []
     for name, model in block["models"].items():
-        for k, found in model["orders"].items():
-            balanced, independent, change = found["balanced"], found["independent"], found["difference"]
+        for k, comparison in model["orders"].items():
+            balanced, independent, change = comparison["balanced"], comparison["independent"], comparison["difference"]
             low, high = change["variance"]["ci"]
             rows.append(
-                (f"{label(name)}, {k}", str(found["num_items"]), percent(balanced["accuracy"]),
+                (f"{label(name)}, {k}", str(comparison["num_items"]), percent(balanced["accuracy"]),
                  percent(independent["accuracy"]), *_points(change["accuracy"], 2), f"{balanced['variance']:.4f}",
                  f"{independent['variance']:.4f}", f"[{low:+.4f}, {high:+.4f}]")
             )  # fmt: skip
@@ -226,8 +226,8 @@ def subsets(block: Mapping[str, Any], top: str) -> Table:
     models = block["models"]
     first = next(iter(models.values()))["by_subset"]
     rows = [
-        (name, f"{found['num_items']:,}", *(cell(m["by_subset"][name]) for m in models.values()))
-        for name, found in first.items()
+        (name, f"{accuracy['num_items']:,}", *(cell(m["by_subset"][name]) for m in models.values()))
+        for name, accuracy in first.items()
     ]
     note = f"Share of items right in %, vote@{top}."
     return Table.of("By kind of item", ("subset", "items", *map(label, models)), rows, note)
@@ -235,48 +235,49 @@ def subsets(block: Mapping[str, Any], top: str) -> Table:
 
 def meta_rm(block: Mapping[str, Any]) -> Table:
     """The meta RM on single samples."""
-    found = {n: m["meta_rm"] for n, m in block["models"].items() if m.get("meta_rm")}
+    blocks = {n: m["meta_rm"] for n, m in block["models"].items() if m.get("meta_rm")}
     quantities = {"auc": "AUC", "auc_without_ties": "AUC on judgements without a tie", "ece": "calibration error",
                   "auc_within_item": "AUC within an item", "accuracy": "accuracy",
                   "share_right": "share right"}  # fmt: skip
-    rows = [(what, *(_number(meta[key]) for meta in found.values())) for key, what in quantities.items()]
+    rows = [(what, *(_number(meta[key]) for meta in blocks.values())) for key, what in quantities.items()]
     for name in ("random", "shortest", "longest"):
-        gains = [percent(meta.get("gain_by_filter", {}).get(name)) for meta in found.values()]
+        gains = [percent(meta.get("gain_by_filter", {}).get(name)) for meta in blocks.values()]
         rows.append((f"% of its gain by keeping {name} ones", *gains))
     title = "Meta RM, against Eq. 10 on single samples"
-    return Table.of(title, ("", *map(label, found)), rows if found else ())
+    return Table.of(title, ("", *map(label, blocks)), rows if blocks else ())
 
 
 def transfer(meta: Mapping[str, Any], blocks: Mapping[str, Any]) -> Table:
     """The meta RM in and out of its training distribution."""
     rows = []
     for judge, by_label in meta.items():
-        for name, found in by_label.items():
+        for name, numbers in by_label.items():
             where = "in distribution" if blocks[name]["in_distribution"] else "never trained on"
             rows.append(
-                (f"{label(judge)}, {name}", where, *(_number(found[k]) for k in ("auc", "auc_within_item", "ece")))
+                (f"{label(judge)}, {name}", where, *(_number(numbers[k]) for k in ("auc", "auc_within_item", "ece")))
             )
     return Table.of("Meta RM, in and out of distribution", ("judge, items", "", "AUC", "within an item", "ECE"), rows)
 
 
-def habits(found: Mapping[str, Mapping[str, float | None]]) -> Table:
+def habits(by_judge: Mapping[str, Mapping[str, float | None]]) -> Table:
     """The habits of each judge, one per row (`spct_ray.data.habits`)."""
-    names = next(iter(found.values()), {})
+    names = next(iter(by_judge.values()), {})
     rows = [
-        (name, *("-" if (value := own[name]) is None else f"{value:.2f}" for own in found.values())) for name in names
+        (name, *("-" if (value := own[name]) is None else f"{value:.2f}" for own in by_judge.values()))
+        for name in names
     ]
-    return Table.of("What judges do", ("a sampled judgement", *map(label, found)), rows)
+    return Table.of("What judges do", ("a sampled judgement", *map(label, by_judge)), rows)
 
 
 def of_benchmark(name: str, block: Mapping[str, Any], ks: Sequence[int]) -> list[Table]:
     """All tables of one benchmark that have rows, the most important first."""
     top = str(max(ks))
-    found = [
+    shown = [
         headline(name, block, ks), differences(block), parts(block, top), behaviour(block, top), failures(block),
         subsets(block, top), aggregators(block, top), k_meta(block, ks), adaptive(block, top), orders(block),
         meta_rm(block),
     ]  # fmt: skip
-    return [table for table in found if table.rows]
+    return [table for table in shown if table.rows]
 
 
 def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, decision: int | None) -> str:
@@ -292,33 +293,33 @@ def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, deci
         return f"response {judgement.order.index(option) + 1}"
 
     truth = right_option(item)
-    told = [block("query", item.messages[-1].content)]
-    told += [block(f"response {p}", item.responses[i]) for p, i in enumerate(judgement.order, 1)]
-    told.append(block("judgement", judgement.text))
+    blocks = [block("query", item.messages[-1].content)]
+    blocks += [block(f"response {p}", item.responses[i]) for p, i in enumerate(judgement.order, 1)]
+    blocks.append(block("judgement", judgement.text))
     outcome = "no parsed judgement" if decision is None else option_name(decision)
     sums = ", ".join(str(verdict.scores[i]) for i in judgement.order) if verdict.scores else "none"
     hit = "right" if decision == truth else f"wrong: it is {option_name(truth)}"
     judged = f"sums of {len(verdict.used)} judgements: {sums} -> {outcome} ({hit})"
     heading = f"The first held-out item that {label(name)} judges {'right' if decision == truth else 'wrong'}"
-    return "\n".join([heading, *told, block("verdict", judged)])
+    return "\n".join([heading, *blocks, block("verdict", judged)])
 
 
 def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
     """The terminal's report: examples, headline and differences of each benchmark, and how to read them."""
     ks = summary["ks"]
     shown = sorted({1, max(ks)} & set(ks)) if summary["brief"] else ks
-    told = []
+    paragraphs = []
     for name, block in summary["benchmarks"].items():
-        made = of_benchmark(name, block, ks)
-        made[0] = headline(name, block, shown)
+        tables = of_benchmark(name, block, ks)
+        tables[0] = headline(name, block, shown)
         if summary["brief"]:  # the page has the others
-            made = [made[0], *([differences(block)] if block["paired"] and name == "heldout" else [])]
-        told += [table.text() for table in made]
-        told.append("\n".join(line for remark in remarks(block, ks) for line in textwrap.wrap(remark, WIDTH)))
+            tables = [tables[0], *([differences(block)] if block["paired"] and name == "heldout" else [])]
+        paragraphs += [table.text() for table in tables]
+        paragraphs.append("\n".join(line for remark in remarks(block, ks) for line in textwrap.wrap(remark, WIDTH)))
     if summary["habits"]:
-        told.append(habits(summary["habits"]).text())
+        paragraphs.append(habits(summary["habits"]).text())
     notes = "+- is half the 95 % bootstrap interval over questions and over which k of the samples were drawn. An item "
     notes += "without a parsed judgement counts as wrong, a tie of m as 1/m. By the meta RM, meta@k sums the best of "
     notes += "the k judgements, weighted@k all of them by their chance to be right."
-    told.append("\n".join([*textwrap.wrap(notes, WIDTH), *(f"Missing: {what}." for what in summary["missing"])]))
-    return "\n\n".join([*examples, *told])
+    paragraphs.append("\n".join([*textwrap.wrap(notes, WIDTH), *(f"Missing: {what}." for what in summary["missing"])]))
+    return "\n\n".join([*examples, *paragraphs])

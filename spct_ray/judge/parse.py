@@ -58,8 +58,8 @@ def read_scores(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...
 
 def read_best(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:
     """The number of one response, from 1: it scores 1, the others 0."""
-    found = read_scores(inside, 1, Scale(1, num_responses))
-    return found if isinstance(found, Failure) else tuple(int(p == found[0]) for p in range(1, num_responses + 1))
+    number = read_scores(inside, 1, Scale(1, num_responses))
+    return number if isinstance(number, Failure) else tuple(int(p == number[0]) for p in range(1, num_responses + 1))
 
 
 def read_verdict(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:

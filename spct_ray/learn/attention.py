@@ -72,11 +72,11 @@ def packed_attention(
 
     Raises ConfigError where the model asks for something that is not implemented here.
     """
-    asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
-    if trees is None or attention_mask is not None or dropout or asked:
+    refused = [name for name in _UNSUPPORTED if options.get(name) is not None]
+    if trees is None or attention_mask is not None or dropout or refused:
         raise ConfigError(
             f"{type(module).__name__} does not work on packed rows: trees given: {trees is not None}, mask given: "
-            f"{attention_mask is not None}, dropout {dropout}, unsupported options: {asked or 'none'}"
+            f"{attention_mask is not None}, dropout {dropout}, unsupported options: {refused or 'none'}"
         )
     scale = module.head_dim**-0.5 if scaling is None else scaling
     arguments = ((query, key, value), tuple(trees), scale, sliding_window, softcap)

@@ -126,5 +126,5 @@ def _write_file(path: Path, fragments: list[Fragment]) -> None:
 
 def complete_steps(directory: str) -> list[int]:
     """Step numbers of the complete checkpoints, in order."""
-    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(directory).glob("step-*/checkpoint.json"))
-    return sorted(int(match[1]) for match in found if match)
+    names = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(directory).glob("step-*/checkpoint.json"))
+    return sorted(int(match[1]) for match in names if match)

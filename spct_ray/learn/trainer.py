@@ -241,10 +241,10 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    found = deepspeed.get_accelerator().device_name()
+    kind = deepspeed.get_accelerator().device_name()
     wanted = "cuda" if resources.gpus_per_worker else "cpu"
-    if found != wanted:
-        raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
+    if kind != wanted:
+        raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {kind}, not {wanted}")
     if wanted == "cpu":
         run_muon_eagerly()
     if not dist.is_initialized():

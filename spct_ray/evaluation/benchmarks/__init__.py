@@ -54,12 +54,12 @@ def find(name: str) -> Benchmark:
     module, colon, attribute = name.partition(":")
     if colon:
         try:
-            found = getattr(import_module(module), attribute)
+            imported = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"benchmark {name!r}: {error}") from error
-        if not isinstance(found, Benchmark):
-            raise ConfigError(f"benchmark {name!r} is a {type(found).__name__}, expected a Benchmark")
-        return found
+        if not isinstance(imported, Benchmark):
+            raise ConfigError(f"benchmark {name!r} is a {type(imported).__name__}, expected a Benchmark")
+        return imported
     squeezed = {known.replace("_", ""): known for known in BENCHMARKS}
     wanted = "".join(c for c in name.lower() if c.isalnum())
     close = difflib.get_close_matches(wanted, squeezed, n=1, cutoff=0.5)
@@ -118,16 +118,16 @@ def _items(
 ) -> list[Item]:
     try:
         read = own.read if own.is_own(cells.row) and not benchmark.several_right else benchmark.read
-        found = read(cells, item_id, limits)
+        of_row = read(cells, item_id, limits)
     except UnusableRow as unusable:
         dropped.add(unusable.problem, cells.where)
         return []
-    for item in found:
+    for item in of_row:
         if benchmark.subsets and item.subset not in benchmark.subsets:
             close = difflib.get_close_matches(item.subset, benchmark.subsets, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(benchmark.subsets)}"
             raise cells.error(f"'subset' {item.subset!r} is none of {benchmark.title}'s; {hint}")
-    return [replace(item, source=label) for item in found]
+    return [replace(item, source=label) for item in of_row]
 
 
 def _sources(spec: BenchmarkSpec) -> Iterator[SourceConfig]:
