@@ -319,9 +319,8 @@ def attention_inputs(case: Case, shape: str, tokens: int) -> tuple[list[Tensor],
 def flex(case: Case, inputs: Sequence[Tensor], trees: tuple[Tree, ...], window: int | None, **options: Any) -> Tensor:
     from spct_ray.learn import attention
 
-    query, key, value = inputs
     backend = attention.FLEX_BACKENDS[case.device]
-    return attention._attend_flex(query, key, value, trees, options["scale"], window, options["softcap"], backend)
+    return attention._attend_flex(tuple(inputs), trees, options["scale"], window, options["softcap"], backend)
 
 
 def num_graphs() -> int:

@@ -170,7 +170,7 @@ def test_graded_items_rank_every_response_by_what_it_meets() -> None:
 
 
 def test_what_cannot_be_made_or_read_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"num_responses .* one weight a value"):
+    with pytest.raises(ConfigError, match=r"num_responses .* one weight per value"):
         generate(BuiltinConfig(1, 1, num_responses=(2, 4)), 0)
     with pytest.raises(ConfigError, match="a response has 6 parts"):
         generate(BuiltinConfig(1, 1, num_requirements=(7,), num_requirements_weights=(1.0,)), 0)

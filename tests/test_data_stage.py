@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from spct_ray.config import load
 from spct_ray.data.builtin import BuiltinConfig
-from spct_ray.data.decontaminate import decontaminate
+from spct_ray.data.clean import decontaminate, query_text, split_heldout
 from spct_ray.data.sources import BenchmarkSource, SourceConfig
-from spct_ray.data.split import query_text, split_heldout
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext

@@ -15,9 +15,8 @@ from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.orders import balanced_orders, to_item_order
 from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages, meta_messages, scale_of
-from spct_ray.judge.rule import is_correct, reward
+from spct_ray.judge.rule import is_correct, reward, select
 from spct_ray.judge.seeds import derive_seed
-from spct_ray.judge.select import select
 from spct_ray.judge.vote import decide, decide_single, vote
 from spct_ray.records import Item, Message, Trajectory
 

@@ -188,7 +188,7 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(DataError, match="no finite meta-RM logit"):
         judgements.tabulate(items, [a, b], 5.5, {a.key: 1.0})
     table = judgements.tabulate(items, [a, b], 5.5)
-    with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples an item, but 1 were drawn"):
+    with pytest.raises(ConfigError, match="k = 2 needs at least 2 samples per item, but 1 were drawn"):
         votes.draw(table, 2, 1, 0)
 
 
@@ -230,9 +230,9 @@ def test_ece_by_hand() -> None:
     probabilities, labels = [0.3, 0.3, 0.3, 0.3, 0.9], [1, 1, 0, 0, 1]
     assert statistics.ece(probabilities, labels) == pytest.approx((4 * 0.2 + 1 * 0.1) / 5)
     low, high = statistics.reliability(probabilities, labels)
-    assert (low.count, low.mean_probability, low.share_positive) == (4, pytest.approx(0.3), 0.5)
-    assert (high.low, high.high, high.count) == (0.8, 0.9, 1)
-    assert [b.count for b in statistics.reliability([0.0, 1.0], [0, 1])] == [1, 1]  # both ends are inside
+    assert (low["count"], low["mean_probability"], low["share_positive"]) == (4, pytest.approx(0.3), 0.5)
+    assert (high["low"], high["high"], high["count"]) == (0.8, 0.9, 1)
+    assert [b["count"] for b in statistics.reliability([0.0, 1.0], [0, 1])] == [1, 1]  # both ends are inside
 
 
 @settings(deadline=None, max_examples=20)

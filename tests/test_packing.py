@@ -287,7 +287,7 @@ def test_both_ways_of_attention_equal_a_dense_mask(window: int | None, softcap: 
     expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     slope = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, inputs, slope)
-    arguments = (query, key, value, trees, 0.3, window, softcap)
+    arguments = ((query, key, value), trees, 0.3, window, softcap)
     for output in (attention._attend_tree_by_tree(*arguments), attention._attend_flex(*arguments, "aot_eager")):
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
         for ours, dense in zip(torch.autograd.grad(output, inputs, slope), expected_grads, strict=True):
@@ -345,13 +345,13 @@ def test_a_model_is_compiled_once_with_gradients_and_once_without(directories: d
 
 @pytest.mark.usefixtures("compiled_on_cpu")
 def test_more_graphs_than_expected_are_an_error_not_eager_attention() -> None:
-    inputs = [torch.randn(1, heads, 256, 16) for heads in (4, 2, 2)]
-    attention._attend_flex(*inputs, (Tree(256),), 0.3, None, None, "aot_eager")
+    inputs = tuple(torch.randn(1, heads, 256, 16) for heads in (4, 2, 2))
+    attention._attend_flex(inputs, (Tree(256),), 0.3, None, None, "aot_eager")
     with (
         torch._dynamo.config.patch(recompile_limit=1),
         pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
     ):
-        attention._attend_flex(*inputs, (Tree(256),), 0.3, None, 1.5, "aot_eager")
+        attention._attend_flex(inputs, (Tree(256),), 0.3, None, 1.5, "aot_eager")
 
 
 def test_models_that_packed_rows_would_falsify_are_refused(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_absent_judges_are_named(tmp_path: Path, inputs: dict[str, str]) -> None
 def test_wrong_inputs_are_named(tmp_path: Path, inputs: dict[str, str]) -> None:
     with pytest.raises(DataError, match="no evaluated judge"):
         run_report(tmp_path / "a", {"items": inputs["items"]})
-    with pytest.raises(ConfigError, match="k = 8 needs at least 8 samples an item, but 4 were drawn"):
+    with pytest.raises(ConfigError, match="k = 8 needs at least 8 samples per item, but 4 were drawn"):
         run_report(tmp_path / "b", inputs, report.ReportConfig(ks=(1, 8)))
     with pytest.raises(ConfigError, match="k_meta_share 0"):
         run_report(tmp_path / "c", inputs, report.ReportConfig(k_meta_share=0.0))

@@ -1,20 +1,11 @@
 """Starting Ray Serve where it does not come up, with a Serve that is not there."""
 
-import inspect
-
 import pytest
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError
-from ray.serve import context
-from ray.serve._private import constants
-from ray.serve._private.client import ServeControllerClient
-from ray.serve._private.controller import ServeController
-from ray.serve._private.default_impl import get_request_metadata
-from ray.serve.deployment import Deployment
-from ray.serve.request_router import RequestRouter
 
-from spct_ray.cluster.session import ENVIRONMENT, ClusterResources
+from spct_ray.cluster.session import ClusterResources
 from spct_ray.errors import ConfigError, SpctError
 from spct_ray.serve import app
 from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
@@ -37,28 +28,6 @@ def test_a_proxy_that_does_not_come_up_is_told_and_serve_is_ended(monkeypatch, f
     with pytest.raises(SpctError, match=told), app.serving(config):
         pass
     assert ended == [True]
-
-
-def test_serve_knows_the_variable_of_its_proxys_time_to_start():
-    (name,) = [name for name in ENVIRONMENT if "PROXY" in name]
-    assert f'"{name}"' in inspect.getsource(constants)
-
-
-@pytest.mark.parametrize(
-    ("owner", "names", "used_by"),
-    [
-        (context, ("def _get_global_client(", "def _disconnect("), "app._shut_down"),
-        (ServeControllerClient, ("self._controller", "def shutdown_cached_handles("), "app._shut_down"),
-        (ServeController, ("def graceful_shutdown(",), "app._shut_down"),
-        (Deployment, ("version:", "_internal:"), "app._deployment"),
-        (serve.ingress, ("__serve_build_asgi_app__",), "app.GatewayReplica"),
-        (get_request_metadata, ("generate_request_id()",), "app._as_own_request"),
-        (RequestRouter, ("def choose_replicas(", "def on_request_routed(", "def replica_queue_len_cache("), "routing"),
-    ],
-)
-def test_what_we_use_of_serves_inner_parts_is_there(owner, names, used_by):
-    missing = [name for name in names if name not in inspect.getsource(owner)]
-    assert not missing, f"Ray {ray.__version__} lost {missing}, see spct_ray/serve/{used_by}"
 
 
 def test_an_application_for_an_unknown_cluster_states_its_gpus():

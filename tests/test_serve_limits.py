@@ -93,7 +93,7 @@ def test_who_asks_too_fast_is_told_so_and_others_are_served(monkeypatch):
     assert http.post("/v1/judge", json={**OK, "k": 12}, headers=first).status_code == 200
     reply = http.post("/v1/judge", json={**OK, "k": 1}, headers=first)
     assert (reply.status_code, reply.json()["error"]["type"]) == (429, "rate_limited")
-    assert "12 judgements a minute" in reply.json()["error"]["message"]
+    assert "12 judgements per minute" in reply.json()["error"]["message"]
     assert 1 <= int(reply.headers["retry-after"]) <= 5
     assert http.post("/v1/judge", json={**OK, "k": 0}, headers=first).status_code == 422  # costs nothing
     assert http.post("/v1/judge", json={**OK, "k": 1, "stream": True}, headers=first).status_code == 429

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spct_ray.errors import EngineError, TooLongError
-from spct_ray.evaluation.curves import tabulate, vote_curve_point
+from spct_ray.evaluation import votes
+from spct_ray.evaluation.judgements import Sheet, best_credit, tabulate
 from spct_ray.judge.adaptive import is_settled, looks, may_stop
 from spct_ray.judge.cohort import NUM_ANCHORS, chunks, merge, score_cohort
 from spct_ray.judge.parse import Scale
@@ -193,9 +194,9 @@ def test_a_weighted_vote_sums_minus_log_of_the_chance_to_be_wrong_as_the_evaluat
     assert sum(verdict.weights) == pytest.approx(len(drawn))
     item = Item("i", (Message("user", "q"),), ("a", "b"), (1.0, 0.0))
     table = tabulate([item], samples, 5.5, {t.key: logit for t, logit in zip(samples, logits, strict=True)})
-    point = vote_curve_point(table, len(samples), weighted=True)
+    (decision,) = votes.decide("meta_weighted", table, votes.draw(table, len(samples), 1, 0), 1)
     if abs(expected[0] - expected[1]) > 1e-6:  # else the two round differently
-        assert point.accuracy_I[0] == (verdict.winners == (0,))
+        assert best_credit(Sheet.of([item]), decision.scores_IO)[0] == (verdict.winners == (0,))
 
 
 def test_a_weighted_vote_leaves_out_what_failed_and_takes_every_other_sample():

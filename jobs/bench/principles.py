@@ -110,7 +110,8 @@ async def _judge(gateway: Gateway, items: Sequence[Item], way: str, k: int, numb
         seed = derive_seed(SEED, item.id, number) % MAX_SEED  # the same orders and sampling seeds in each way
         plan = Plan(k=k, seed=seed, auto_principles=way in (GENERATED, CACHED))
         try:
-            return await gateway.part(lambda: gateway.verdict(shown, plan))
+            async with gateway.parts:
+                return await gateway.verdict(shown, plan)
         except RequestError:
             return None
 

@@ -1,11 +1,11 @@
-"""The built-in verifiable set: queries that ask for several checkable things, responses whose truth a program knows.
+"""The built-in verifiable set: queries with several checkable requirements, and responses that a program can check.
 
     Write for Anna: animals, a number in digits, an exclamation mark.
 
-The best response meets all; each other one breaks exactly one. For n = 1 the response is right half of the time, and a
-wrong one breaks two. A judgement that looks at a part of what was asked may thus find no difference, and votes add up
-what different judgements looked at. Held out are names, a few words of each kind, and a fifth of the combinations of
-parts that a query asks about. It needs no download, and leaves out everything that a program cannot check.
+The best response meets all requirements, every other one breaks exactly one. For n = 1 the response is right half of
+the time, and a wrong one breaks two. A judgement that checks only some requirements may find no difference, and votes
+combine what different judgements checked. Held out are names, a few words of each kind, and a fifth of the combinations
+of parts that a query asks about. The set needs no download, and has nothing that a program cannot check.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item, Message
 
 SOURCE = "builtin"
-FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge takes for good, asked for or not
+FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge prefers, asked for or not
 
 
 @dataclass(frozen=True)
 class BuiltinConfig:
     """Sizes and mix. Weights need not sum to 1.
 
-    `alike` is the chance that the responses of an item agree in a part that is not asked for. With `lure` a worse
-    response has the favourites of careless judges more often than the best one, where they are not asked for: with a
-    chance of 0.5 + lure / 2 against 0.5 - lure / 2.
-    `graded`: the wrong responses of an item break 1, 2, ... of its requirements, and the reward of each response is the
-    share that it meets, so that all n are ranked.
+    `alike` is the probability that the responses of an item agree in a part that is not asked for. With `lure` a worse
+    response has the favourites of careless judges more often than the best one where they are not asked for: with
+    probability 0.5 + lure / 2 against 0.5 - lure / 2. With `graded` the wrong responses of an item break 1, 2, ... of
+    its requirements, and each reward is the share that the response meets, so that all n are ranked.
     """
 
     size_train: int = 4000
@@ -53,7 +52,7 @@ def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:
         values, weights = getattr(config, name), getattr(config, f"{name}_weights")
         if len(values) != len(weights) or not sum(weights) > 0 or min((*values, *weights)) < 0 or 0 in values:
             raise ConfigError(
-                f"builtin.{name} {values} needs one weight a value, none below 0 and not all 0; found {weights}"
+                f"builtin.{name} {values} needs one weight per value, none below 0 and not all 0, not {weights}"
             )
         if most and max(values) > most:
             raise ConfigError(f"builtin.{name} {values}: a response has {most} parts, so that is the most")
@@ -64,14 +63,14 @@ def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:
 
 
 def requirements_of(item: Item) -> list[Kind]:
-    """What the query of a built-in item asks for, from its facts. Raises DataError for an item of another source."""
+    """The requirements of a built-in item, from its facts. Raises DataError for an item of another source."""
     if item.source != SOURCE:
         raise DataError(f"item {item.id} is from {item.source!r}: only items of the built-in set carry requirements")
     return [kind_named(name) for name in json.loads(item.facts)]
 
 
 def query(requirements: Sequence[Kind], name: str) -> str:
-    """What the user asks."""
+    """The user's message."""
     return f"Write for {name}: {', '.join(kind.name for kind in requirements)}."
 
 
@@ -84,22 +83,14 @@ def random_sentence(split: Split, rng: Random, taken: Collection[str] = ()) -> S
 
 
 def is_heldout_combination(parts: Sequence[str]) -> bool:
-    """Whether queries about these parts are held out: a fifth of the combinations of three, and of four."""
+    """Whether queries about these parts are held out: a fifth of the combinations of three and of four parts."""
     return len(parts) in (3, 4) and sorted(parts) in [sorted(c) for c in combinations(PARTS, len(parts))][2::5]
 
 
 def _generate(split: Split, size: int, config: BuiltinConfig, seed: int) -> list[Item]:
     rng = Random(f"{seed}/{SOURCE}/{split}")
     decks: dict[int, list[int]] = defaultdict(list)
-    items = []
-    for number in range(size):
-        n = rng.choices(config.num_responses, config.num_responses_weights)[0]
-        num_requirements = rng.choices(config.num_requirements, config.num_requirements_weights)[0]
-        if not decks[n]:  # each place equally often
-            decks[n] = rng.sample(range(max(n, 2)), max(n, 2))
-        requirements = _draw_requirements(split, num_requirements, rng)
-        items.append(_item(f"{SOURCE}-{split}-{number:06d}", split, n, requirements, decks[n].pop(), config, rng))
-    return items
+    return [_item(f"{SOURCE}-{split}-{number:06d}", split, config, decks, rng) for number in range(size)]
 
 
 def _draw_requirements(split: Split, number: int, rng: Random) -> list[Kind]:
@@ -109,10 +100,13 @@ def _draw_requirements(split: Split, number: int, rng: Random) -> list[Kind]:
             return [rng.choice(kinds_of(part)) for part in parts]
 
 
-def _item(
-    item_id: str, split: Split, n: int, requirements: list[Kind], best: int, config: BuiltinConfig, rng: Random
-) -> Item:
-    """For n = 1, `best` 0 stands for a right response and 1 for a wrong one."""
+def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, list[int]], rng: Random) -> Item:
+    """`decks[n]` holds the positions of the best of n responses still to be dealt, so that all are equally likely. For
+    n = 1, 0 stands for a right response and 1 for a wrong one."""
+    n = rng.choices(config.num_responses, config.num_responses_weights)[0]
+    num_requirements = rng.choices(config.num_requirements, config.num_requirements_weights)[0]
+    decks[n] = decks[n] or rng.sample(range(max(n, 2)), max(n, 2))
+    requirements, best = _draw_requirements(split, num_requirements, rng), decks[n].pop()
     if n == 1:
         broken = [[] if best == 0 else rng.sample(requirements, min(2, len(requirements)))]
     else:
@@ -121,7 +115,7 @@ def _item(
         rng.shuffle(broken)
         broken.insert(best, [])
     common = [rng.choice(kinds_of(part)) for part in PARTS]
-    taken: set[str] = set()  # no two responses share a word, so that what is quoted tells where it is from
+    taken: set[str] = set()  # no two responses share a word, so that a quote identifies its response
     responses: list[str] = []
     for wrong in broken:
         sentence = random_sentence(split, rng, taken)

@@ -1,4 +1,4 @@
-"""What judges of the built-in set do, in numbers a person can picture: read from judgements, checked by program."""
+"""The habits of judges of the built-in set, read from their judgements and checked by program."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _FOUND = re.compile(r" \(([a-z ]+): (yes|no)\)")
 
 
 def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]:
-    """Of parsed judgements of built-in items: HABITS, as means a judgement, the last three as shares; None where there
-    is nothing to count."""
+    """HABITS of parsed judgements of built-in items: means per judgement, the last three as shares; None where there is
+    nothing to count."""
     counts: Counter[str] = Counter()
     for item, t in judged:
         if t.failure:
             continue
         head, _, analysis = t.text.partition("Analysis:")
         stated = {name for name in _STATED.findall(head) if name in KINDS}
-        asked = requirements_of(item)
+        required = requirements_of(item)
         counts["judgements"] += 1
         counts["stated"] += len(stated)
-        counts["asked"] += len(stated & {kind.name for kind in asked})
+        counts["asked"] += len(stated & {kind.name for kind in required})
         if len(item.responses) > 1:
             others = [text for i, text in enumerate(item.responses) if i != item.best]
-            deciding = {kind.name for kind in asked if not all(kind.check(text) for text in others)}
+            deciding = {kind.name for kind in required if not all(kind.check(text) for text in others)}
             counts["compared"] += 1
             counts["named"] += deciding <= stated
             counts["tied"] += t.scores.count(max(t.scores)) > 1
@@ -45,9 +45,9 @@ def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]
         for place, text in zip(parts[::2], parts[1::2], strict=True):
             if 1 <= int(place) <= len(t.order):
                 response = item.responses[t.order[int(place) - 1]]
-                found = [(name, answer) for name, answer in _FOUND.findall(text) if name in KINDS]
-                counts["findings"] += len(found)
-                counts["true"] += sum(KINDS[name].check(response) == (answer == "yes") for name, answer in found)
+                findings = [(name, answer) for name, answer in _FOUND.findall(text) if name in KINDS]
+                counts["findings"] += len(findings)
+                counts["true"] += sum(KINDS[name].check(response) == (answer == "yes") for name, answer in findings)
 
     def share(part: str, whole: str) -> float | None:
         return counts[part] / counts[whole] if counts[whole] else None

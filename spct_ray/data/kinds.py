@@ -1,11 +1,11 @@
-"""What a query of the built-in set can ask for: twelve kinds, each of which a program can ask, check, write and quote.
+"""The requirements of the built-in set: twelve kinds, each of which a program can ask for, check, write and quote.
 
-A response is one sentence of six parts, each of which is of one of two kinds:
+A response is a sentence of six parts, each of one of two kinds:
 
     The {number} {look} {who} {manner} {verb}{mark}
     The 4 red foxes often waited!
 
-Everything here is about one response; queries and judgements are `data.builtin` and `data.program`.
+Everything here is about one response; queries are in `data.builtin`, judgements in `data.program`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ Split = Literal["train", "heldout"]
 Sentence = dict[str, str]  # the word of each part
 
 PARTS = ("number", "look", "who", "manner", "verb", "mark")
-NUM_HELD_WORDS = 2  # of each kind that has eight words: no training item has them
+NUM_HELD_WORDS = 2  # of each kind with eight words, in no training item
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`name` is how a query asks for it and a judgement states it; `part` is what it decides; `words` meet it."""
+    """`name` is what queries and judgements call it; it decides one `part` of the sentence, and `words` meet it."""
 
     part: str
     name: str
     words: tuple[str, ...]
 
     def write(self, sentence: Sentence, split: Split, rng: Random, taken: Collection[str] = ()) -> None:
-        """Make the sentence meet it, by a word that is not `taken` where there is one. Training items have no held-out
-        words."""
+        """Make the sentence meet it, with a word that is not `taken` if possible and, for training, not held out."""
         words = self.words if split == "heldout" else self.train_words
         sentence[self.part] = rng.choice([word for word in words if word not in taken] or words)
 
     def evidence(self, text: str) -> str:
-        """The word of the response that decides it, "" where its part is missing."""
+        """The word of the response that decides it, "" if its part is missing."""
         return next((word for word in words_of(text) if part_of(word) == self.part), "")
 
     def check(self, text: str) -> bool:
@@ -54,7 +53,7 @@ class Kind:
 
     @property
     def opposite(self) -> Kind:
-        """The other kind of the same part: a sentence is of one of the two."""
+        """The other kind of the same part."""
         return next(kind for kind in kinds_of(self.part) if kind is not self)
 
 
@@ -91,12 +90,12 @@ def kinds_of(part: str) -> list[Kind]:
 
 
 def part_of(word: str) -> str:
-    """The part whose word it is; "" for any other word."""
+    """The part that the word belongs to, "" for an unknown word."""
     return _PART_OF.get(word, "")
 
 
 def kind_named(name: str) -> Kind:
-    """Raises DataError for a name that is none."""
+    """The kind of that name. Raises DataError."""
     if name not in KINDS:
         raise DataError(f"unknown kind {name!r}; known are {', '.join(KINDS)}")
     return KINDS[name]
@@ -108,5 +107,5 @@ def render(sentence: Sentence) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Words, and marks of punctuation for themselves."""
+    """Words and punctuation marks."""
     return re.findall(r"\w+|[^\w\s]", text)

@@ -1,10 +1,9 @@
-"""The checker program as a judge of the built-in set: the stronger sampler of the cold start, where none is at hand.
+"""The checker program as a judge of the built-in set: stands in for the stronger sampler of the cold start.
 
-It states some of what the query asks for (a judgement looks at a part only), and sometimes what nobody asked for. It
-quotes each response, says behind each deciding word whether that meets what was stated, and scores by the share that is
-met. It errs on purpose, at configured rates, in what it looks at, in what it finds and in format, so that rejection has
-work to do. `exercises` are the general instructions of the cold start: given principles, applied without an error.
-Leaves out other data: an item without `facts` has no checkers.
+It states some of the query's requirements as principles, and sometimes others. It quotes each response, says after each
+deciding word whether that meets a principle, and scores by the share that is met. It makes mistakes on purpose, at
+configured rates, in its principles, its findings and its format, so that rejection has work to do. `exercises` are the
+general instructions of the cold start: given principles, applied without mistakes. Other data have no checkers.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from spct_ray.records import Item, Message, Trajectory
 
 @dataclass(frozen=True)
 class ProgramConfig:
-    """`num_stated_weights` are of 1, 2, ... principles. What a query names first is looked at first: each further thing
-    that it asks for is `fading` times as likely to be stated as the one before. With the chance `alien` a principle is
-    one that nobody asked for, and that one is of `data.builtin.FAVOURITES` with the chance `favourite`.
-    `finding_error` is the chance of a finding to be false; a hint takes these errors away. `format_error` is of a whole
-    judgement.
+    """`num_stated_weights` weigh stating 1, 2, ... principles. What a query names first is stated more often: each
+    further requirement is `fading` times as likely as the one before. With probability `alien` a principle is not one
+    of the requirements, and then one of `data.builtin.FAVOURITES` with probability `favourite`. `finding_error` is the
+    probability that a finding is false (0 with a hint), `format_error` that a judgement breaks the format.
     """
 
     num_stated_weights: tuple[float, ...] = (0.5, 0.3, 0.13, 0.07)
@@ -49,7 +47,7 @@ class ProgramJudge:
     name: str = "program"
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
-        """One trajectory a task, in order; a task's seed decides its errors."""
+        """One trajectory per task, in order; a task's seed determines its errors."""
         return [
             to_trajectory(task, self.judge_config, text=self._write(task), stop_reason="stop", model=self.name)
             for task in tasks
@@ -64,15 +62,15 @@ class ProgramJudge:
         text = judgement(stated, texts, met, self.judge_config)
         return _break_format(text, rng) if rng.random() < self.config.format_error else text
 
-    def _state(self, asked: Sequence[Kind], rng: random.Random) -> list[Kind]:
+    def _state(self, required: Sequence[Kind], rng: random.Random) -> list[Kind]:
         weights = self.config.num_stated_weights
-        number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(asked))
-        free = [part for part in PARTS if part not in {kind.part for kind in asked}]
+        number = min(rng.choices(range(1, len(weights) + 1), weights)[0], len(required))
+        free = [part for part in PARTS if part not in {kind.part for kind in required}]
         num_alien = min(sum(rng.random() < self.config.alien for _ in range(number)), len(free))
-        left = list(range(len(asked)))
-        while len(left) > len(asked) - (number - num_alien):
+        left = list(range(len(required)))
+        while len(left) > len(required) - (number - num_alien):
             left.remove(rng.choices(left, [self.config.fading**i for i in left])[0])
-        stated = [kind for i, kind in enumerate(asked) if i not in left]
+        stated = [kind for i, kind in enumerate(required) if i not in left]
         for _ in range(num_alien):
             favourites = [KINDS[name] for name in FAVOURITES if KINDS[name].part in free]
             others = [kind for kind in KINDS.values() if kind.part in free]
@@ -83,20 +81,20 @@ class ProgramJudge:
 
 
 def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, str]]:
-    """General instructions, rows {prompt, completion}: judge by the principles that are given, of all words of all
-    kinds, held-out ones too. It is the knowledge of words and the care in reading that a language model brings along.
+    """General instructions as rows {prompt, completion}: judge by given principles, with all words of all kinds, also
+    held-out ones. They teach the vocabulary and careful reading that a language model already has.
     """
     rng = random.Random(f"{seed}/{SOURCE}/exercises")
     for i in range(number):
         n, num_stated = rng.choice((1, 2, 2, 2, 3, 3)), rng.randint(1, len(PARTS))
-        stated, asked = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
+        stated, required = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
         taken: set[str] = set()
         texts: list[str] = []
         for _ in range(n):
             sentence = random_sentence("heldout", rng, taken)
             taken |= set(sentence.values())
             texts.append(render(sentence))
-        request = query(asked, rng.choice(NAMES["train"]))
+        request = query(required, rng.choice(NAMES["train"]))
         item = Item(f"exercise-{i}", (Message("user", request),), tuple(texts), principles=criteria(stated))
         met = [[kind.check(text) for kind in stated] for text in texts]
         completion = judgement(stated, texts, met, judge)
@@ -104,8 +102,8 @@ def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, 
 
 
 def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequence[bool]], judge: JudgeConfig) -> str:
-    """The three parts: weighted criteria; each of the responses [N], with a finding behind every deciding word, and its
-    total; scores. `met` [N][stated] are the findings.
+    """The three parts: weighted criteria; each response [N] with a finding after every deciding word and its total;
+    scores. `met` [N][stated] are the findings.
 
     A total is 2 for a response that meets nothing and 10 for one that meets all (on the 0/1 scale 1 for all, else 0).
     """
@@ -113,8 +111,8 @@ def judgement(stated: Sequence[Kind], texts: Sequence[str], met: Sequence[Sequen
     totals = [int(all(row)) if binary else 2 + round(8 * sum(row) / len(row)) for row in met]
     lines = []
     for place, (text, row) in enumerate(zip(texts, met, strict=True), 1):
-        found = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
-        lines.append(f"[Response {place}]\n{_annotated(text, found)} total {totals[place - 1]}.")
+        findings = {k.part: f" ({k.name}: {'yes' if ok else 'no'})" for k, ok in zip(stated, row, strict=True)}
+        lines.append(f"[Response {place}]\n{_annotated(text, findings)} total {totals[place - 1]}.")
     box = ", ".join(map(str, totals))
     head = [f"Specific Criteria: {criteria(stated)}"] if MODES[judge.mode].criteria else []
     return "\n".join([*head, "Analysis:", *lines, f"Scores: \\boxed{{{box}}}"])
@@ -125,15 +123,15 @@ def criteria(stated: Sequence[Kind]) -> str:
     return " ".join(f"{kind.name} ({100 // len(stated)}%);" for kind in stated)
 
 
-def _annotated(text: str, found: dict[str, str]) -> str:
-    """The text with the finding of each part behind its word; at its end those that have no word in it."""
-    left = dict(found)
+def _annotated(text: str, findings: dict[str, str]) -> str:
+    """The text with each part's finding after its word; findings without a word come at the end."""
+    left = dict(findings)
     quoted = re.sub(r"\w+|[^\w\s]", lambda word: word[0] + left.pop(part_of(word[0]), ""), text)
     return quoted + "".join(left.values())
 
 
 def _break_format(text: str, rng: random.Random) -> str:
-    """One way in which models miss the format: no box, a word for a score, one score too many, one out of range."""
+    """A typical format error: no box, a word for a score, one score too many, or one out of range."""
     head, _, scores = text.rpartition("\\boxed{")
     numbers = scores.rstrip("}").split(", ")
     return rng.choice(

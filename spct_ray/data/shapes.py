@@ -1,7 +1,7 @@
-"""The shapes in which preference data comes, each turned into Items: one row in, one Item out.
+"""Converts rows of preference data in various shapes into Items, one per row.
 
-A row with missing columns or wrong types is malformed and raises DataError. What is well formed but of no use (ties,
-empty texts) becomes an Item that `validate` refuses by name.
+A row with missing columns or wrong types is malformed and raises DataError. Well-formed but useless rows (ties, empty
+texts) become Items that `validate` refuses by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class UnusableRow(Exception):
 
 
 def detect_shape(row: Row, where: str) -> Shape:
-    """The shape that the row's columns fit. Raises DataError."""
+    """The shape that matches the row's columns. Raises DataError."""
     columns = set(row)
     if {"messages", "responses"} <= columns:
         return "own"
@@ -116,7 +116,7 @@ def _own(cells: Cells, item_id: str, source: str) -> Item:
 
 
 def _dialogue(cells: Cells, column: str) -> tuple[tuple[Message, ...], str]:
-    """A whole HH dialogue: the turns before the last one, and the last one, the assistant's."""
+    """An HH dialogue: all turns but the last, and the last, which is the assistant's."""
     _, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", cells.text(column))
     if not pieces:
         raise cells.error(f"{column!r} has no '\\n\\nHuman:' turn")
@@ -163,7 +163,7 @@ def _chosen_rejected(cells: Cells, item_id: str, source: str) -> Item:
 
 
 def _pair(item_id: str, source: str, messages: tuple[Message, ...], chosen: str, rejected: str) -> Item:
-    """Chosen first; the sampler shuffles the responses before each judgement, so the place tells nothing."""
+    """Chosen first; its position gives nothing away, because the sampler shuffles the responses."""
     return Item(item_id, messages, (chosen, rejected), (1.0, 0.0), source=source)
 
 

@@ -1,7 +1,7 @@
-"""Rows from files and from the Hugging Face hub, read into validated Items with a count of what was dropped.
+"""Reads rows from files and from the Hugging Face hub into validated Items, and counts what was dropped.
 
-A file is JSON lines (also gzipped) or Parquet, on any file system that fsspec knows. The built-in set is not a source:
-see `spct_ray.data.builtin`.
+A file is JSON lines (also gzipped), a JSON array or Parquet, on any file system that fsspec supports. The built-in set
+is in `spct_ray.data.builtin`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spct_ray.data.validate import Limits, Problem, find_problem
 from spct_ray.errors import DataError
 from spct_ray.records import Item
 
-BATCH_ROWS = 1000  # of Parquet, held in memory at once
+BATCH_ROWS = 1000  # of Parquet in memory at once
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ def _json_rows(path: str) -> Iterator[tuple[int, str, Row]]:
                 yield number, f"{path}:{number}", row
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise DataError(
-            f"{path}:{number}: cannot be read as JSON lines: {error}. Give one JSON object a line, in UTF-8"
+            f"{path}:{number}: cannot be read as JSON lines: {error}. Give one JSON object per line, in UTF-8"
         ) from error
 
 
 def _array_rows(path: str) -> Iterator[tuple[int, str, Row]]:
-    """A file that is one JSON array of objects, or lines after all."""
+    """A JSON array of objects, or JSON lines in a file named .json."""
     import fsspec
 
     with fsspec.open(path, "rt", encoding="utf-8") as file:
@@ -160,10 +160,10 @@ def _array_rows(path: str) -> Iterator[tuple[int, str, Row]]:
         yield from _json_rows(path)
         return
     try:
-        found = json.loads(text)
+        array = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: begins as a JSON array but cannot be read as one: {error}") from error
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(array, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}:row {number}: expected a JSON object, found {type(row).__name__}: {row!r:.80}")
         yield number, f"{path}:row {number}", row

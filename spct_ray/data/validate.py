@@ -1,6 +1,6 @@
-"""Which items can be used: each refusal has a name, so that reports can count what was dropped and why.
+"""Validates single items: each problem has a name, so that reports can count what was dropped and why.
 
-Looks at one item at a time; duplicates across items, splits and contamination are other files.
+Problems across items (duplicates, contamination) are found elsewhere.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Problem(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """Lengths in characters; an item's are those of all that the judge is shown: query, responses, reference and
-    principles."""
+    """Lengths in characters; an item's length includes query, responses, reference and principles."""
 
     max_query_chars: int = 20_000
     max_response_chars: int = 10_000
@@ -47,8 +46,8 @@ class Limits:
 
 
 def find_problem(item: Item, limits: Limits) -> Problem | None:
-    """The first problem of the item, or None. For n >= 2 exactly one reward must be the highest (Eq. 10); for n = 1
-    it must be 0 or 1."""
+    """The first problem of the item, or None. For n >= 2 exactly one reward must be the highest (Eq. 10); for n = 1 the
+    reward must be 0 or 1."""
     return (
         _conversation_problem(item) or _response_problem(item) or _reward_problem(item) or _size_problem(item, limits)
     )

@@ -1,14 +1,12 @@
-"""The one data structure of an evaluation: all judgements of one judge as arrays, what is known of their items, and the
-credit of a decision.
+"""The data of an evaluation as arrays: one judge's judgements, the facts of their items, and the credit of a decision.
 
-Axes: I items, K samples, O options of an item. The options are what a vote chooses between. With n >= 2 they are the
-responses. With n = 1 there is nothing to compare, so the options are "wrong" and "right": each sample gives "right" its
-score and "wrong" the middle of the scale. The response is then held right when the mean of the used scores is above the
-middle (0.5 or 5.5), and the same rule decides n = 1 and n >= 2.
+Axes: I items, K samples, O options of an item, between which a vote chooses. With n >= 2 the options are the responses.
+With n = 1 they are "wrong" and "right": each sample gives "right" its score and "wrong" the middle of the scale. So the
+response counts as right when the mean of the used scores is above the middle (0.5 or 5.5), and one rule decides n = 1
+and n >= 2.
 
-Counting: a sample that could not be parsed takes no part in the vote and is never scored. An item without any usable
-sample is undecided; it counts as wrong. A tie of m options counts 1/m for each of them, the exact mean over random
-breaks of the tie.
+A sample that could not be parsed does not vote and is never scored. An item without any usable sample is undecided and
+counts as wrong. A tie of m options counts 1/m for each, which is the exact mean over random tie-breaks.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ Ints = NDArray[np.int64]
 
 
 def facts_of(item: Item) -> dict[str, Any]:
-    """The facts that a reader noted, and "question", the row that the item came from."""
-    found = json.loads(item.facts) if item.facts else {}
-    return {"question": item.id, **(found if isinstance(found, dict) else {})}
+    """The facts noted when the item was read, and "question", the row that it came from."""
+    noted = json.loads(item.facts) if item.facts else {}
+    return {"question": item.id, **(noted if isinstance(noted, dict) else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +39,23 @@ class ScoreTable:
     """All samples of one judge on I items; unparsable samples have zeros in `scores_IKO` and False in `used_IK`."""
 
     scores_IKO: Floats
-    option_IO: Bools  # False where the item has fewer options than the widest one
+    option_IO: Bools  # False beyond the item's own number of options
     used_IK: Bools
     tokens_IK: Floats
     truth_I: Ints  # index of the right option
-    order_IK: Ints  # equal numbers within an item mean equal orders of its responses
+    order_IK: Ints  # equal for equal orders of an item's responses
     num_responses_I: Ints
     logits_IK: Floats | None  # meta-RM logits; None without meta RM
     first_IK: Ints  # index of the response that was shown first
-    prompt_tokens_IK: Floats
 
     @property
     def num_samples(self) -> int:
-        """K, the number of samples an item."""
+        """K, the number of samples per item."""
         return int(self.used_IK.shape[1])
 
 
 def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
-    """What one judgement, or the mean of several, gives to each option of its item (see the top of the file); `middle`
-    is used for n = 1."""
+    """The score of each option by one judgement, or by the mean of several; for n = 1 "wrong" scores `middle`."""
     return tuple(float(s) for s in scores) if len(scores) > 1 else (middle, float(scores[0]))
 
 
@@ -86,88 +82,81 @@ def tabulate(
         samples[t.item_id][t.sample] = t
     counts = Counter(len(by_number) for by_number in samples.values())
     if len(counts) != 1 or 0 in counts:
-        found = ", ".join(f"{num} items with {k} samples" for k, num in sorted(counts.items()))
-        raise DataError(f"every item needs the same number (>= 1) of samples, found {found or 'no items'}")
-    num_samples = next(iter(counts))
-    num_options = max(max(2, len(item.responses)) for item in items)
-    scores_IKO = np.zeros((len(items), num_samples, num_options))
-    option_IO = np.zeros((len(items), num_options), dtype=bool)
-    used_IK = np.zeros((len(items), num_samples), dtype=bool)
-    tokens_IK, logits_IK = np.zeros(used_IK.shape), np.full(used_IK.shape, -np.inf)
-    order_IK, first_IK = np.zeros(used_IK.shape, dtype=np.int64), np.zeros(used_IK.shape, dtype=np.int64)
-    prompt_tokens_IK = np.zeros(used_IK.shape)
+        numbers = ", ".join(f"{num} items with {k} samples" for k, num in sorted(counts.items()))
+        raise DataError(f"every item needs the same number (>= 1) of samples, found {numbers or 'no items'}")
+    table = _blank(items, next(iter(counts)), logits is not None)
     order_numbers: dict[tuple[int, ...], int] = {}
     for i, item in enumerate(items):
-        option_IO[i, : max(2, len(item.responses))] = True
         for k, (_, t) in enumerate(sorted(samples[item.id].items())):
-            tokens_IK[i, k], prompt_tokens_IK[i, k], first_IK[i, k] = t.completion_tokens, t.prompt_tokens, t.order[0]
-            order_IK[i, k] = order_numbers.setdefault(t.order, len(order_numbers))
+            table.tokens_IK[i, k], table.first_IK[i, k] = t.completion_tokens, t.order[0]
+            table.order_IK[i, k] = order_numbers.setdefault(t.order, len(order_numbers))
             if t.failure:
                 continue
-            used_IK[i, k] = True
+            table.used_IK[i, k] = True
             given = options_of(t.scores, middle)
-            scores_IKO[i, k, : len(given)] = given
-            if logits is not None:
-                logits_IK[i, k] = logits.get(t.key, np.nan)
-                if not np.isfinite(logits_IK[i, k]):
+            table.scores_IKO[i, k, : len(given)] = given
+            if logits is not None and table.logits_IK is not None:
+                table.logits_IK[i, k] = logits.get(t.key, np.nan)
+                if not np.isfinite(table.logits_IK[i, k]):
                     raise DataError(f"judge {t.model!r}: sample {t.key} has no finite meta-RM logit; rerun meta_scores")
-    return ScoreTable(
-        scores_IKO,
-        option_IO,
-        used_IK,
-        tokens_IK,
-        np.array([right_option(item) for item in items]),
-        order_IK,
-        np.array([len(item.responses) for item in items]),
-        None if logits is None else logits_IK,
-        first_IK,
-        prompt_tokens_IK,
-    )
-
-
-def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
-    """Greedy judgements, as many of each item: a single response has one order, and its judgement stands for all."""
-    by_item: dict[str, list[Trajectory]] = {}
-    for t in greedy:
-        by_item.setdefault(t.item_id, []).append(t)
-    num = max(map(len, by_item.values()), default=0)
-    return [
-        replace(t, sample=j) if len(found) < num else t
-        for found in by_item.values()
-        for t in found
-        for j in range(num if len(found) < num else 1)
-    ]
+    return table
 
 
 def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> ScoreTable:
-    """The table of a scalar reward model: one sample an item, the score of each response; for n = 1 "wrong" has 0.
+    """The table of a scalar reward model: one sample per item, the score of each response; for n = 1 "wrong" has 0.
 
     Raises DataError for items without scores.
     """
     if missing := [item.id for item in items if item.id not in scores]:
         raise DataError(f"no scores of {len(missing)} items, the first is {missing[0]!r}")
-    num_options = max(max(2, len(item.responses)) for item in items)
-    scores_IKO, option_IO = np.zeros((len(items), 1, num_options)), np.zeros((len(items), num_options), dtype=bool)
+    table = _blank(items, 1)
+    table.used_IK[:] = True
     for i, item in enumerate(items):
-        given = scores[item.id] if len(item.responses) > 1 else (0.0, *scores[item.id])
-        scores_IKO[i, 0, : len(given)] = given
-        option_IO[i, : len(given)] = True
-    none_IK, truth_I = np.zeros((len(items), 1), dtype=np.int64), np.array([right_option(item) for item in items])
+        given = options_of(scores[item.id], 0.0)
+        table.scores_IKO[i, 0, : len(given)] = given
+    return table
+
+
+def _blank(items: Sequence[Item], num_samples: int, with_logits: bool = False) -> ScoreTable:
+    """The table of items none of whose samples could be parsed, to be filled in."""
+    shape, num_responses_I = (len(items), num_samples), np.array([len(item.responses) for item in items])
+    num_options_I = np.maximum(2, num_responses_I)
     return ScoreTable(
-        scores_IKO, option_IO, none_IK == 0, none_IK.astype(np.float64), truth_I, none_IK,
-        np.array([len(item.responses) for item in items]), None, none_IK, none_IK.astype(np.float64),
-    )  # fmt: skip
+        scores_IKO=np.zeros((*shape, num_options_I.max())),
+        option_IO=np.arange(num_options_I.max()) < num_options_I[:, None],
+        used_IK=np.zeros(shape, dtype=bool),
+        tokens_IK=np.zeros(shape),
+        truth_I=np.array([right_option(item) for item in items]),
+        order_IK=np.zeros(shape, dtype=np.int64),
+        num_responses_I=num_responses_I,
+        logits_IK=np.full(shape, -np.inf) if with_logits else None,
+        first_IK=np.zeros(shape, dtype=np.int64),
+    )
+
+
+def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
+    """Greedy judgements, equally many per item: a single response has one order, whose judgement stands for all."""
+    by_item: dict[str, list[Trajectory]] = {}
+    for t in greedy:
+        by_item.setdefault(t.item_id, []).append(t)
+    num = max(map(len, by_item.values()), default=0)
+    return [
+        replace(t, sample=j) if len(of_item) < num else t
+        for of_item in by_item.values()
+        for t in of_item
+        for j in range(num if len(of_item) < num else 1)
+    ]
 
 
 def winners(option_IO: Bools, scores: Floats) -> Bools:
-    """True at the options with the highest score, all False in a row of NaN; scores [I, O] or [I, anything, O]."""
+    """Which options have the highest score, none in a row of NaN; scores [I, O] or [I, anything, O]."""
     option = option_IO if scores.ndim == 2 else option_IO[:, None, :]
     held = np.where(option, scores, -np.inf)
     return np.asarray(held == held.max(axis=-1, keepdims=True))
 
 
 def correct_samples(table: ScoreTable) -> Bools:
-    """[I, K] True where a sample is right by Eq. 10 (strict: a tie is wrong, and so is an unparsable sample)."""
+    """[I, K] whether a sample is right by Eq. 10 (strict: ties and unparsable samples are wrong)."""
     truth_first = np.take_along_axis(winners(table.option_IO, table.scores_IKO), table.truth_I[:, None, None], axis=-1)[
         ..., 0
     ]
@@ -175,7 +164,7 @@ def correct_samples(table: ScoreTable) -> Bools:
 
 
 def tied_samples(table: ScoreTable) -> Bools:
-    """[I, K] True where a parsed sample gives its highest score to more than one option."""
+    """[I, K] whether a parsed sample gives its highest score to several options."""
     return np.asarray(table.used_IK & (winners(table.option_IO, table.scores_IKO).sum(axis=-1) > 1))
 
 
@@ -186,9 +175,9 @@ def tie_rate(table: ScoreTable) -> float | None:
 
 
 def position_consistency(table: ScoreTable) -> float | None:
-    """Over all pairs of parsed samples of one item that saw different orders: the share with the same set of winners.
+    """The share of pairs of parsed samples of one item in different orders that have the same set of winners.
 
-    None when there is no such pair (n = 1 only, one sample only, or nothing parsed).
+    None without such pairs (only n = 1, one sample, or nothing parsed).
     """
     winners_IKO = winners(table.option_IO, table.scores_IKO)
     set_IK = winners_IKO @ (1 << np.arange(winners_IKO.shape[-1]))
@@ -211,7 +200,7 @@ def rates(table: ScoreTable) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """What is known of a benchmark's items before anyone judges them."""
+    """The facts of a benchmark's items, known before any judgement."""
 
     option_IO: Bools
     right_IO: Bools
@@ -247,15 +236,15 @@ class Sheet:
 
     @property
     def num_questions(self) -> int:
-        """Rows of the benchmark that gave at least one item."""
+        """Rows of the benchmark with at least one item."""
         return int(self.question_I.max()) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One way to decide: a score an option [I, O], rows of NaN where no judgement could be used.
+    """The result of one way to decide: a score per option [I, O], rows of NaN where no judgement could be used.
 
-    `forward_IO` and `backward_IO` hold the same from the judgements that saw the pair as it is and the other way.
+    `forward_IO` and `backward_IO` are the same from the judgements that saw a pair as it is and in reverse.
     """
 
     scores_IO: Floats
@@ -269,13 +258,18 @@ def decided(scores_IO: Floats) -> Bools:
 
 
 def best_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
-    """[I] chance that a right response is chosen when ties for the first place are broken at random."""
+    """[I] probability that a right response is chosen when ties are broken at random."""
     winner_IO = winners(sheet.option_IO, scores_IO)
     return np.asarray((winner_IO & sheet.right_IO).sum(axis=-1) / np.maximum(1, winner_IO.sum(axis=-1)))
 
 
-def strict_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
-    """[I] 1 where a right response scores above every wrong one (Eq. 10 for one right response), else 0."""
+def verdicts(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] 1 where a right response scores above every wrong one, -1 where a wrong one does, 0 if tied or undecided."""
     right = np.where(sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
     wrong = np.where(sheet.option_IO & ~sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
-    return np.asarray(right > wrong, dtype=np.float64)
+    return np.asarray((right > wrong).astype(float) - (right < wrong))
+
+
+def strict_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
+    """[I] 1 where a right response scores above every wrong one (Eq. 10 for one right response), else 0."""
+    return np.asarray(verdicts(sheet, scores_IO) > 0, dtype=np.float64)

@@ -1,5 +1,4 @@
-"""The page of a report: one HTML file without external resources, from the template report.html.j2, which escapes
-everything that came from data or models."""
+"""The page of a report: one HTML file without external resources, from report.html.j2 with autoescape."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from spct_ray.evaluation.tables import Table
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One plot with what it says; `wide` ones take the whole row."""
+    """A plot with title and note; a `wide` one takes the whole row."""
 
     title: str
     note: str
@@ -30,7 +29,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Tables and charts under one title; the first two tables come before the charts, those after them fold."""
+    """Tables and charts under one title; the first two tables precede the charts, the others are folded away."""
 
     title: str
     tables: Sequence[Table] = ()
@@ -38,17 +37,20 @@ class Section:
     remarks: Sequence[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Judgements to show. A row has the keys of `filters`, "tags", "outcome", "badge", "query" (turns), "responses"
+    ({"text", "score", "mark"}) and, if there is one, "text", the judgement."""
+
+    rows: Sequence[Mapping[str, Any]]
+    filters: Sequence[str]
+    note: str
+
+
 def render(
-    title: str,
-    about: Mapping[str, str],
-    sections: Sequence[Section],
-    samples: Sequence[Mapping[str, Any]],
-    filters: Sequence[str],
-    missing: Sequence[str] = (),
-    samples_note: str = "",
+    title: str, about: Mapping[str, str], sections: Sequence[Section], samples: Samples, missing: Sequence[str] = ()
 ) -> str:
-    """The page. A sample has the keys of `filters`, "tags", "outcome", "badge", "query" (turns), "responses" ({"text",
-    "score", "mark"}) and, if there is one, "text", the judgement."""
+    """The page as HTML."""
     # StrictUndefined: a misspelt name is an error, not an empty cell.
     environment = Environment(
         loader=PackageLoader("spct_ray.evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -57,8 +59,8 @@ def render(
         title=title,
         about=about,
         sections=sections,
-        samples=samples,
-        filters={key: sorted({str(sample[key]) for sample in samples}) for key in filters},
+        samples=samples.rows,
+        filters={key: sorted({str(row[key]) for row in samples.rows}) for key in samples.filters},
         missing=missing,
-        samples_note=samples_note,
+        samples_note=samples.note,
     )

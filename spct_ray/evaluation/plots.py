@@ -1,4 +1,4 @@
-"""The plots of a report, drawn by matplotlib without a display and returned as SVG text."""
+"""The plots of a report, drawn by matplotlib without a display, as SVG text."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ RC = {
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as SVG text, equal for equal data; closes it."""
+    """The figure as SVG text, deterministic; closes the figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()
 
 
-def new_figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of one row of axes; sizes in inches."""
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **options)
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with one row of axes; sizes in inches."""
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return figure, list(axes[0])
 
 
 def colour(place: int) -> str:
-    """Of the judge at this place; colours repeat after eight."""
+    """The colour of the judge at this index; they repeat after eight."""
     return PALETTE[place % len(PALETTE)]
 
 
@@ -74,14 +74,14 @@ def score_curves(models: Mapping[str, Any], chance: float | None, over_tokens: b
                 axes.plot([], [], color=colour(place), label=f"{label(name)}: nothing parsed")
                 continue
             for kind, line, marker in zip(VOTES, ("-", "--", "-."), "oDs", strict=True):
-                points = sorted((int(k), made) for k, made in model[kind].items() if made["ci"])
+                points = sorted((int(k), entry) for k, entry in model[kind].items() if entry["ci"])
                 if not points:
                     continue
-                x = [made["cost"]["tokens"] if over_tokens else k for k, made in points]
+                x = [entry["cost"]["tokens"] if over_tokens else k for k, entry in points]
                 ticks |= set(x)
-                low, high = zip(*(made["ci"] for _, made in points), strict=True)
+                low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
                 axes.fill_between(x, low, high, color=colour(place), alpha=0.12, linewidth=0)
-                y = [made["score"] for _, made in points]
+                y = [entry["score"] for _, entry in points]
                 what = f"{label(name)}, {kind.replace('_', ' ')}"
                 axes.plot(x, y, line, marker=marker, ms=4, color=colour(place), label=what)
             greedy = model["greedy"]
@@ -104,11 +104,11 @@ def score_curves(models: Mapping[str, Any], chance: float | None, over_tokens: b
 
 
 def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[str, Any]], axis: str) -> str:
-    """Every way to decide of every judge, its score over what it costs; the front is the line, its points numbered."""
+    """Score over cost of every judge's ways to decide; the line is the Pareto front, its points are numbered."""
     labels = {
-        "tokens": "generated tokens a decision",
-        "flops": "FLOPs a decision (prefill and decode)",
-        "seconds": "engine seconds a decision",
+        "tokens": "generated tokens per decision",
+        "flops": "FLOPs per decision (prefill and decode)",
+        "seconds": "engine seconds per decision",
     }
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.9)
@@ -138,7 +138,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], front: Sequence[Mapping[st
 
 
 def calibration(models: Mapping[str, Any]) -> str:
-    """Left: share right over the vote's lead, five bins of equal size. Right: the scores that were given."""
+    """Left: share right over the vote's lead, five bins of equal size. Right: histogram of scores."""
     with plt.rc_context(RC):
         figure, (left, right) = new_figure(5.6, 3.3, 2)
         num = len(models)
@@ -152,7 +152,7 @@ def calibration(models: Mapping[str, Any]) -> str:
             bars = [histogram.get(str(s), 0) / total for s in range(11)]
             offset = (place - (num - 1) / 2) * 0.8 / num
             right.bar([s + offset for s in range(11)], bars, width=0.8 / num, color=colour(place))
-        left.set(xlabel="lead of the vote, points a sample", ylabel="share right", ylim=(0, 1.02))
+        left.set(xlabel="lead of the vote, points per sample", ylabel="share right", ylim=(0, 1.02))
         left.set_title("Margin calibration")
         right.set_title("Scores given")
         right.set(xlabel="score", ylabel="share")
@@ -163,7 +163,7 @@ def calibration(models: Mapping[str, Any]) -> str:
 
 
 def meta_reliability(models: Mapping[str, Any]) -> str:
-    """Share right over the meta RM's probability, a dot a bin, area by count."""
+    """Share right over the meta RM's probability, one dot per bin with area by count."""
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.6)
         axes.plot([0, 1], [0, 1], ":", color=INK, lw=1)
@@ -182,7 +182,7 @@ def meta_reliability(models: Mapping[str, Any]) -> str:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], colour: str) -> str:
-    """One panel a title, over the training step; each draws those of its metrics that `rows` (metrics.jsonl) have."""
+    """One panel per title over the training step, with those of its metrics that are in `rows` (metrics.jsonl)."""
     shown = {title: [k for k in keys if any(_is_number(r.get(k)) for r in rows)] for title, keys in panels.items()}
     shown = {title: keys for title, keys in shown.items() if keys}
     columns = min(3, max(1, len(shown)))

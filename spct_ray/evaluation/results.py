@@ -1,13 +1,12 @@
-"""The numbers of a report: one block for each benchmark, with one judge's entry under its name, and paired differences.
+"""The numbers of a report: a block per benchmark, with an entry per judge and paired differences.
 
-All numbers come from one set of samples and one set of greedy judgements an item. Intervals are 95 % percentiles of a
-bootstrap over questions (rows of the benchmark) that also draws which k of the K samples were taken. Axes: I items,
-Q questions, R draws, K samples, B bootstrap resamples.
+All numbers come from the same samples and greedy judgements. Intervals are 95 % percentiles of a bootstrap over
+questions (rows of the benchmark) that also draws which k of the K samples vote. Axes: I items, Q questions, R draws,
+K samples, B bootstrap resamples.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,13 +29,13 @@ from spct_ray.records import Item, Trajectory
 
 ADAPTIVE_ERRORS = (0.01, 0.05)  # `error` of spct_ray.judge.adaptive; the service's default is the first
 VOTES = {"vote": "sum", "meta_vote": "meta_top", "weighted_vote": "meta_weighted"}  # key of a block -> aggregator
-LABELS = {"base": "base", "rft": "RFT", "grpo": "GRPO"}  # of a run's judges; others have the names they were given
+LABELS = {"base": "base", "rft": "RFT", "grpo": "GRPO"}  # of a run's judges; others keep their names
 
 
 @dataclass(frozen=True, slots=True)
 class Counting:
-    """How votes are counted: numbers of samples k, the share of them that a meta vote keeps, the seed, bootstrap
-    resamples, and how many draws of k samples a number is a mean over where the mean is not exact."""
+    """How votes are counted: numbers of samples k, the share of them that a meta vote keeps, the seed, the number of
+    bootstrap resamples, and of random draws of k samples where the mean over them is not exact."""
 
     ks: tuple[int, ...]
     k_meta_share: float
@@ -56,9 +55,9 @@ class Counting:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One judge on one benchmark: its sampled judgements, the tables of these and of its greedy ones (two orders), and
-    its prompt. `samples` is None for a judge that was only asked greedily; a scalar reward model has no prompt either,
-    and its one score in the table of the greedy judgements."""
+    """One judge on one benchmark: its sampled judgements, their table, that of its greedy judgements (two orders), and
+    its prompt. `samples` is None for a judge that only judged greedily. A scalar reward model has no prompt, and its
+    scores are in `greedy`."""
 
     trajectories: tuple[Trajectory, ...]
     samples: ScoreTable | None
@@ -83,8 +82,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one way to decide came to: the official score, also of each bootstrap resample; per-item credit, and whether
-    the item was decided, both means over draws [I]."""
+    """The outcome of one way to decide: the official score, also of each bootstrap resample; credit of each item and
+    whether it was decided, both as means over draws [I]."""
 
     score: float | None
     credit_I: Floats
@@ -101,8 +100,8 @@ def benchmark_block(
     chance_made, chance_outcome = chance(task, weights_BI)
     models: dict[str, Any] = {}
     outcomes: dict[str, dict[str, Outcome]] = {}
-    for name, found in judged.items():
-        models[name], outcomes[name] = judge_block(task, found, weights_BI, counting)
+    for name, judge in judged.items():
+        models[name], outcomes[name] = judge_block(task, judge, weights_BI, counting)
     return {
         "title": task.benchmark.title,
         "num_items": len(task.items),
@@ -116,7 +115,7 @@ def benchmark_block(
 
 
 def weights(task: Task, counting: Counting) -> Floats:
-    """[B, I] how often each item was drawn; the same for every judge, so that differences pair up."""
+    """[B, I] how often each item was drawn; the same for all judges, so that differences are paired."""
     rng = np.random.default_rng(derive_seed(counting.seed, "bootstrap"))
     num = task.sheet.num_questions
     drawn = rng.multinomial(num, np.full(num, 1 / num), size=counting.resamples).astype(np.float64)
@@ -139,7 +138,7 @@ def entry(
     credit_I = np.mean([np.nan_to_num(task.benchmark.credit(task.sheet, d.scores_IO)) for d in decisions], axis=0)
     decided_I = np.mean([decided(d.scores_IO) for d in decisions], axis=0)
     tied = [(winners(task.sheet.option_IO, d.scores_IO).sum(axis=-1) > 1).mean() for d in decisions]
-    made: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "score": parts.pop("score", None),
         "ci": None if np.isnan(resampled_B).all() else np.nanquantile(resampled_B, [0.025, 0.975]).tolist(),
         "parts": parts,
@@ -149,12 +148,11 @@ def entry(
         "k": k,
         "cost": dict(spent),
     }
-    return made, Outcome(made["score"], credit_I, decided_I, resampled_B)
+    return numbers, Outcome(numbers["score"], credit_I, decided_I, resampled_B)
 
 
 def chance(task: Task, weights_BI: Floats, num: int = 50) -> tuple[dict[str, Any], Outcome]:
-    """A judge who guesses: exactly, from equal scores, where a tie counts as a guess; else the mean over `num` judges
-    who score at random."""
+    """A guessing judge: exactly, by equal scores, where a tie is a guess; else the mean of `num` random judges."""
     equal = np.where(task.sheet.option_IO, 1.0, 0.0)
     decisions = [Decision(equal, equal, equal)]
     if task.benchmark.strict:
@@ -186,7 +184,7 @@ def judge_block(
         "margins": margins(task, table, min(counting.k_max, table.num_samples), counting.seed),
         "num_samples": 0 if judged.samples is None else table.num_samples,
     }
-    if judged.greedy.num_samples > 1:  # samples differ by chance as well as by the order
+    if judged.greedy.num_samples > 1:  # samples differ by chance, greedy judgements only by the order
         block["rates"]["position_consistency"] = arrays.position_consistency(judged.greedy)
     if judged.samples is not None:
         _add_votes(block, outcomes, task, judged, weights_BI, counting)
@@ -197,7 +195,7 @@ def judge_block(
 
 
 def _greedy(task: Task, judged: Judged, weights_BI: Floats) -> tuple[dict[str, Any], Outcome]:
-    """One greedy judgement decides, and the orders are averaged; both decide only where the score asks for both."""
+    """One greedy judgement decides, averaged over orders; where the score needs both orders, both decide together."""
     num, together = judged.greedy.num_samples, task.benchmark.both_orders
     take = np.ones((1, num), dtype=bool) if together else np.eye(num, dtype=bool)
     decisions = votes.decide("sum", judged.greedy, np.broadcast_to(take, (len(task.items), *take.shape)), 1)
@@ -215,14 +213,14 @@ def _add_votes(
     weights_BI: Floats,
     counting: Counting,
 ) -> None:
-    """Everything that takes samples: votes over k, aggregators, adaptive k, orders, the meta RM."""
+    """Everything that needs samples: votes over k, aggregators, adaptive k, orders, the meta RM."""
     table, seed, k_max = judged.votable, derive_seed(counting.seed, "draws"), counting.k_max
     takes = {k: votes.draw(table, k, counting.num_draws, seed) for k in counting.ks}
 
     def vote(name: str, k: int, keep: int | None = None) -> tuple[dict[str, Any], Outcome]:
         decisions = votes.decide(name, table, takes[k], keep or counting.k_meta(k), seed)
-        made, outcome = entry(task, decisions, weights_BI, k, cost(judged.rates, k, name in GUIDED))
-        return made | ({"k_meta": keep or counting.k_meta(k)} if name == "meta_top" else {}), outcome
+        numbers, outcome = entry(task, decisions, weights_BI, k, cost(judged.rates, k, name in GUIDED))
+        return numbers | ({"k_meta": keep or counting.k_meta(k)} if name == "meta_top" else {}), outcome
 
     guided = table.logits_IK is not None
     ks = [k for k in counting.ks if k > 1 or not task.benchmark.both_orders]  # one judgement sees one order
@@ -234,7 +232,7 @@ def _add_votes(
     block["aggregators"] = {name: known.get(name) or vote(name, k_max)[0] for name in ways}
     block["adaptive"] = _adaptive(task, judged, weights_BI, counting)
     orders = {k: votes.compare_orders(table, task.sheet, k, derive_seed(counting.seed, "orders")) for k in counting.ks}
-    block["orders"] = {str(k): found for k, found in orders.items() if found}
+    block["orders"] = {str(k): comparison for k, comparison in orders.items() if comparison}
     if guided:
         block["meta_rm"] = meta_block(table)
         if k_max in ks:
@@ -244,9 +242,9 @@ def _add_votes(
 
 
 def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting) -> dict[str, Any]:
-    """The served rule (`spct_ray.judge.adaptive`) on the first k_max samples of each item, in the order in which they
-    were drawn, plain and guided: beside the entry, the share of the tokens that it needed, and the share of decisions
-    that differ from those of all k_max (chance ties counted as chances), with its interval."""
+    """The service's rule (`spct_ray.judge.adaptive`) on the first k_max samples of each item in the order in which they
+    were drawn, plain and guided: the entry, the share of tokens needed, and the share of decisions that differ from
+    those of all k_max (ties as probabilities) with its interval."""
     table, k_max, prompt = judged.votable, counting.k_max, judged.prompt or JudgeConfig()
     drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):
@@ -255,33 +253,33 @@ def _adaptive(task: Task, judged: Judged, weights_BI: Floats, counting: Counting
     ways: list[tuple[str, list[Any]]] = [("", [[]] * len(scales))]
     if table.logits_IK is not None:
         ways.append(("meta, ", table.logits_IK[:, :k_max].tolist()))
-    found = {}
+    by_rule = {}
     for (way, logits), error in itertools.product(ways, ADAPTIVE_ERRORS):
-        asked = zip(drawn.values(), logits, scales, strict=True)
-        needed_I = np.array([num_needed(made[:k_max], logits_K, scale, error) for made, logits_K, scale in asked])
+        rows = zip(drawn.values(), logits, scales, strict=True)
+        needed_I = np.array([num_needed(ts[:k_max], logits_K, scale, error) for ts, logits_K, scale in rows])
         early, last = (_first(table, k_I, bool(way)) for k_I in (needed_I, np.full(len(scales), k_max)))
         differ_I = np.where(needed_I < k_max, _differ(task.sheet, early.scores_IO, last.scores_IO), 0.0)
         differ_B = weights_BI @ differ_I / weights_BI.sum(axis=1)
         taken_IK = np.arange(table.num_samples) < needed_I[:, None]
         mean_k = float(needed_I.mean())
-        made, _ = entry(task, [early], weights_BI, mean_k, cost(judged.rates, mean_k, bool(way)))
-        found[f"{way}error {error:g}"] = made | {
+        numbers, _ = entry(task, [early], weights_BI, mean_k, cost(judged.rates, mean_k, bool(way)))
+        by_rule[f"{way}error {error:g}"] = numbers | {
             "differ_from_k_max": float(differ_I.mean()),
             "differ_ci": np.quantile(differ_B, [0.025, 0.975]).tolist(),
             "share_of_tokens": float(table.tokens_IK[taken_IK].sum() / max(1, table.tokens_IK[:, :k_max].sum())),
         }
-    return found
+    return by_rule
 
 
 def _first(table: ScoreTable, k_I: Ints, guided: bool) -> Decision:
-    """The vote over the first k_I samples of each item, of which the meta RM keeps half as it does when serving."""
+    """The vote over the first k_I samples of each item, of which the meta RM keeps half, as in the service."""
     take_I1K = (np.arange(table.num_samples) < k_I[:, None])[:, None]
     (decision,) = votes.decide("meta_top" if guided else "sum", table, take_I1K, np.maximum(1, k_I // 2))
     return decision
 
 
 def _differ(sheet: Sheet, a_IO: Floats, b_IO: Floats) -> Floats:
-    """[I] chance that two votes choose differently when each breaks its ties at random."""
+    """[I] probability that two votes choose differently when each breaks ties at random."""
     chosen = []
     for scores_IO in (a_IO, b_IO):
         top_IO = winners(sheet.option_IO, scores_IO)
@@ -305,14 +303,14 @@ def by_subset(task: Task, outcome: Outcome, weights_BI: Floats) -> dict[str, Any
 
 
 def _num_in_chunks(judged: Judged) -> int:
-    """Items whose responses did not fit one prompt and were judged in several."""
+    """Items whose responses did not fit one prompt."""
     if judged.prompt is None or not MODES[judged.prompt.mode].rates_together:
         return 0
     return len({t.item_id for t in judged.trajectories if t.num_prompts > 1})
 
 
 def margins(task: Task, table: ScoreTable, k: int, seed: int) -> list[dict[str, float]]:
-    """Five bins of equal size of the vote's lead (points a sample, of decided items): mean lead, share right, count."""
+    """Five bins of equal size by the vote's lead (points per sample, decided items): mean lead, share right, count."""
     decision = votes.decide("mean", table, votes.draw(table, k, 1, seed)[:, :1], 1)[0]
     held = np.sort(np.where(task.sheet.option_IO, decision.scores_IO, -np.inf), axis=-1)
     rows = np.flatnonzero(decided(decision.scores_IO))
@@ -326,20 +324,13 @@ def margins(task: Task, table: ScoreTable, k: int, seed: int) -> list[dict[str, 
 
 
 def gain_by_filter(block: Mapping[str, Any], k: int) -> dict[str, float | None]:
-    """Share of the meta vote's gain over the plain vote of k that keeping as many samples without a meta RM gives:
-    at random, or by length. None where the meta vote gains nothing."""
+    """The share of the meta vote's gain over the plain vote of k that comes from keeping as many samples at random or
+    by length instead. None where the meta vote gains nothing."""
     plain, guided = block["vote"][str(k)]["score"], block["meta_vote"][str(k)]["score"]
     filters = block["meta_rm"]["filters"]
     if plain is None or guided is None or guided <= plain:
         return dict.fromkeys(FILTERS)
     return {name: (filters[name]["score"] - plain) / (guided - plain) for name in FILTERS}
-
-
-def meta_logits(table: ScoreTable) -> tuple[Floats, Floats]:
-    """Logits of the parsed samples, and their labels by Eq. 10 (1 right, 0 wrong); empty without meta RM."""
-    if table.logits_IK is None:
-        return np.empty(0), np.empty(0)
-    return table.logits_IK[table.used_IK], arrays.correct_samples(table)[table.used_IK].astype(np.float64)
 
 
 def meta_block(table: ScoreTable) -> dict[str, Any]:
@@ -348,15 +339,15 @@ def meta_block(table: ScoreTable) -> dict[str, Any]:
 
     `auc_within_item` compares only samples of one item, which is all that a meta vote asks of the meta RM.
     """
-    logits, labels = meta_logits(table)
     block: dict[str, Any] = dict.fromkeys(
         ("auc", "auc_without_ties", "ece", "auc_within_item", "accuracy", "share_right")
     )
-    block |= {"num_samples": len(logits), "reliability": []}
-    if table.logits_IK is None or not len(logits):
+    block |= {"num_samples": 0, "reliability": []}
+    if table.logits_IK is None or not table.used_IK.any():
         return block
-    probabilities = 1 / (1 + np.exp(-logits))
     right_IK = arrays.correct_samples(table)
+    logits, labels = table.logits_IK[table.used_IK], right_IK[table.used_IK].astype(np.float64)
+    probabilities = 1 / (1 + np.exp(-logits))
     strict_IK = table.used_IK & ~arrays.tied_samples(table)
     within = [
         area
@@ -364,18 +355,19 @@ def meta_block(table: ScoreTable) -> dict[str, Any]:
         if (area := statistics.auc(logits_K[used_K], right_K[used_K])) is not None
     ]
     return block | {
+        "num_samples": len(logits),
         "auc": statistics.auc(logits, labels),
         "auc_without_ties": statistics.auc(table.logits_IK[strict_IK], right_IK[strict_IK]),
         "auc_within_item": float(np.mean(within)) if within else None,
         "accuracy": float(((logits > 0) == labels).mean()),
         "ece": statistics.ece(probabilities, labels),
         "share_right": float(labels.mean()),
-        "reliability": [dataclasses.asdict(b) for b in statistics.reliability(probabilities, labels)],
+        "reliability": statistics.reliability(probabilities, labels),
     }
 
 
 def label(name: str) -> str:
-    """A judge's name as it is shown."""
+    """A judge's name for display."""
     return LABELS.get(name, name)
 
 

@@ -1,12 +1,12 @@
-"""Statistics of a judge's results: bootstrap intervals, AUC, calibration, paired differences.
+"""Statistics: bootstrap intervals, AUC, calibration, paired differences.
 
-Everything is resampled over items, never over samples of one item, because samples of one item are not independent.
-Axes: I items, B bins.
+Resampling is over items, never over samples of one item, which are not independent. Axes: I items, B bins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,22 +17,11 @@ from spct_ray.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Mean of a - b over the same items, its bootstrap interval, and the p-value of "there is no difference"."""
+    """Mean of a - b over the same items, its bootstrap interval, and the p-value of the null hypothesis a = b."""
 
     difference: float
     ci: tuple[float, float]
     p_value: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReliabilityBin:
-    """The predictions with `low` < p <= `high` (the first bin also holds 0): how sure, and how right, they were."""
-
-    low: float
-    high: float
-    count: int
-    mean_probability: float
-    share_positive: float
 
 
 def _finite(values: ArrayLike, name: str) -> NDArray[np.float64]:
@@ -77,8 +66,9 @@ def auc(scores: ArrayLike, labels: ArrayLike, weight: ArrayLike | None = None) -
     return float(roc_auc_score(labels_I[kept_I], values_I, sample_weight=weight_I[kept_I]))
 
 
-def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[ReliabilityBin]:
-    """The non-empty ones of `bins` equal-width bins."""
+def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[dict[str, Any]]:
+    """The non-empty ones of `bins` equal-width bins: each has the predictions with "low" < p <= "high" (the first also
+    p = 0), their "count", "mean_probability" and "share_positive"."""
     probabilities_I, labels_I = _finite(probabilities, "probabilities"), _finite(labels, "labels") > 0.5
     if probabilities_I.min() < 0 or probabilities_I.max() > 1:
         raise DataError(
@@ -89,13 +79,16 @@ def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> 
     rows = []
     for b in np.unique(bin_I):
         inside = bin_I == b
-        p, y = float(probabilities_I[inside].mean()), float(labels_I[inside].mean())
-        rows.append(ReliabilityBin(float(b / bins), float((b + 1) / bins), int(inside.sum()), p, y))
+        means = {
+            "mean_probability": float(probabilities_I[inside].mean()),
+            "share_positive": float(labels_I[inside].mean()),
+        }
+        rows.append({"low": float(b / bins), "high": float((b + 1) / bins), "count": int(inside.sum()), **means})
     return rows
 
 
 def ece(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> float:
     """Expected calibration error: mean over the predictions of |confidence - share right| of their bin."""
     rows = reliability(probabilities, labels, bins)
-    total = sum(r.count for r in rows)
-    return sum(r.count * abs(r.mean_probability - r.share_positive) for r in rows) / total
+    off = sum(row["count"] * abs(row["mean_probability"] - row["share_positive"]) for row in rows)
+    return float(off / sum(row["count"] for row in rows))

@@ -1,4 +1,4 @@
-"""The tables of a report, made once: the page shows all of them, the terminal the first few, in plain text."""
+"""The tables of a report: the page shows all of them, the terminal the first few in plain text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VOTES = {"vote": "vote", "meta_vote": "meta", "weighted_vote": "weighted"}
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text under a head; the first column is text, the others are numbers."""
+    """Rows of cells under a head; the first column is text, the others are numbers."""
 
     title: str
     head: tuple[str, ...]
@@ -39,7 +39,7 @@ class Table:
         return cls(title, tuple(head), tuple(map(tuple, rows)), note)
 
     def text(self) -> str:
-        """Aligned, at most WIDTH wide: what does not fit side by side is set below, under the same first column."""
+        """Aligned text, at most WIDTH wide; columns that do not fit follow below, under the first column again."""
         columns = list(zip(self.head, *self.rows, strict=True))
         widths = [max(map(len, column)) for column in columns]
         groups, used = [[0]], widths[0]
@@ -59,12 +59,12 @@ class Table:
         return "\n".join([*textwrap.wrap(self.title, WIDTH), *parts, *textwrap.wrap(self.note, WIDTH)])
 
 
-def cell(made: Mapping[str, Any] | None) -> str:
+def cell(entry: Mapping[str, Any] | None) -> str:
     """`81.2 +- 3.1`: a share in percent and half the width of its interval; `-` where there is none."""
-    if not made or not made["ci"]:
+    if not entry or not entry["ci"]:
         return "-"
-    value = made["score"] if "score" in made else made["accuracy"]
-    low, high = made["ci"]
+    value = entry["score"] if "score" in entry else entry["accuracy"]
+    low, high = entry["ci"]
     return f"{100 * value:.1f} +- {50 * (high - low):.1f}"
 
 
@@ -101,7 +101,7 @@ def headline(name: str, block: Mapping[str, Any], ks: Sequence[int]) -> Table:
 
 
 def remarks(block: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
-    """What limits the scores of a benchmark: what was dropped, failed, absent or seen in training."""
+    """What limits the scores of a benchmark: items that were dropped, failed, absent or seen in training."""
     lines = ["Prompts: " + ", ".join(f"{number:,} of {n}" for n, number in block["layout"].items()) + "."]
     dropped = {reason: number for reason, number in block.get("dropped", {}).get("counts", {}).items() if number}
     if dropped:
@@ -129,7 +129,7 @@ def remarks(block: Mapping[str, Any], ks: Sequence[int]) -> list[str]:
 
 
 def differences(block: Mapping[str, Any]) -> Table:
-    """Is the difference real? Every pair on the same items."""
+    """Paired differences on the same items, and whether they are beyond noise."""
     rows = []
     for name, change in block["paired"].items():
         low, high = change["ci"]
@@ -144,15 +144,15 @@ def differences(block: Mapping[str, Any]) -> Table:
 
 
 def parts(block: Mapping[str, Any], top: str) -> Table:
-    """What the official score is made of."""
-    found = {n: (m["vote"].get(top) or m["greedy"])["parts"] for n, m in block["models"].items()}
-    names = list(dict.fromkeys(part for own in found.values() for part in own))
-    rows = [(part, *(percent(own.get(part)) for own in found.values())) for part in names]
-    return Table.of("Parts of the score", ("part", *map(label, found)), rows, f"In %, vote@{top}.")
+    """The parts of the official score."""
+    parts_of = {n: (m["vote"].get(top) or m["greedy"])["parts"] for n, m in block["models"].items()}
+    names = list(dict.fromkeys(part for own in parts_of.values() for part in own))
+    rows = [(part, *(percent(own.get(part)) for own in parts_of.values())) for part in names]
+    return Table.of("Parts of the score", ("part", *map(label, parts_of)), rows, f"In %, vote@{top}.")
 
 
 def aggregators(block: Mapping[str, Any], top: str) -> Table:
-    """The same samples, put together in other ways."""
+    """Other aggregators of the same samples."""
     models = {n: m for n, m in block["models"].items() if m["aggregators"]}
     ways = [way for way in AGGREGATORS if any(way in m["aggregators"] for m in models.values())]
     rows = [(label(n), *(cell(m["aggregators"].get(way)) for way in ways)) for n, m in models.items()]
@@ -167,12 +167,12 @@ def k_meta(block: Mapping[str, Any], ks: Sequence[int]) -> Table:
 
 
 def adaptive(block: Mapping[str, Any], top: str) -> Table:
-    """What adaptive k would have drawn, and how often it decides otherwise than all samples."""
+    """How many samples adaptive k would have drawn, and how often it decides differently from all samples."""
     rows = [
-        (f"{label(name)}, {rule}", cell(made), f"{made['k']:.1f}", percent(made["share_of_tokens"]),
-         percent(made["differ_from_k_max"]), "[{}, {}]".format(*map(percent, made["differ_ci"])))
+        (f"{label(name)}, {rule}", cell(entry), f"{entry['k']:.1f}", percent(entry["share_of_tokens"]),
+         percent(entry["differ_from_k_max"]), "[{}, {}]".format(*map(percent, entry["differ_ci"])))
         for name, model in block["models"].items()
-        for rule, made in model["adaptive"].items()
+        for rule, entry in model["adaptive"].items()
     ]  # fmt: skip
     head = ("judge, rule", "score", "samples", f"% of vote@{top}'s tokens", "% that differ", "95 % interval")
     title = f"Adaptive voting: the service's rule for k = auto on the same {top} samples"
@@ -183,11 +183,11 @@ def orders(block: Mapping[str, Any]) -> Table:
     """Balanced against independent orders of pairs."""
     rows = []
     for name, model in block["models"].items():
-        for k, found in model["orders"].items():
-            balanced, independent, change = found["balanced"], found["independent"], found["difference"]
+        for k, comparison in model["orders"].items():
+            balanced, independent, change = comparison["balanced"], comparison["independent"], comparison["difference"]
             low, high = change["variance"]["ci"]
             rows.append(
-                (f"{label(name)}, {k}", str(found["num_items"]), percent(balanced["accuracy"]),
+                (f"{label(name)}, {k}", str(comparison["num_items"]), percent(balanced["accuracy"]),
                  percent(independent["accuracy"]), *_points(change["accuracy"], 2), f"{balanced['variance']:.4f}",
                  f"{independent['variance']:.4f}", f"[{low:+.4f}, {high:+.4f}]")
             )  # fmt: skip
@@ -226,61 +226,62 @@ def subsets(block: Mapping[str, Any], top: str) -> Table:
     models = block["models"]
     first = next(iter(models.values()))["by_subset"]
     rows = [
-        (name, f"{found['num_items']:,}", *(cell(m["by_subset"][name]) for m in models.values()))
-        for name, found in first.items()
+        (name, f"{accuracy['num_items']:,}", *(cell(m["by_subset"][name]) for m in models.values()))
+        for name, accuracy in first.items()
     ]
     note = f"Share of items right in %, vote@{top}."
     return Table.of("By kind of item", ("subset", "items", *map(label, models)), rows, note)
 
 
 def meta_rm(block: Mapping[str, Any]) -> Table:
-    """The meta RM by itself."""
-    found = {n: m["meta_rm"] for n, m in block["models"].items() if m.get("meta_rm")}
+    """The meta RM on single samples."""
+    blocks = {n: m["meta_rm"] for n, m in block["models"].items() if m.get("meta_rm")}
     quantities = {"auc": "AUC", "auc_without_ties": "AUC on judgements without a tie", "ece": "calibration error",
                   "auc_within_item": "AUC within an item", "accuracy": "accuracy",
                   "share_right": "share right"}  # fmt: skip
-    rows = [(what, *(_number(meta[key]) for meta in found.values())) for key, what in quantities.items()]
+    rows = [(what, *(_number(meta[key]) for meta in blocks.values())) for key, what in quantities.items()]
     for name in ("random", "shortest", "longest"):
-        gains = [percent(meta.get("gain_by_filter", {}).get(name)) for meta in found.values()]
+        gains = [percent(meta.get("gain_by_filter", {}).get(name)) for meta in blocks.values()]
         rows.append((f"% of its gain by keeping {name} ones", *gains))
     title = "Meta RM, against Eq. 10 on single samples"
-    return Table.of(title, ("", *map(label, found)), rows if found else ())
+    return Table.of(title, ("", *map(label, blocks)), rows if blocks else ())
 
 
 def transfer(meta: Mapping[str, Any], blocks: Mapping[str, Any]) -> Table:
-    """The meta RM where it was trained and where it never was, side by side."""
+    """The meta RM in and out of its training distribution."""
     rows = []
     for judge, by_label in meta.items():
-        for name, found in by_label.items():
+        for name, numbers in by_label.items():
             where = "in distribution" if blocks[name]["in_distribution"] else "never trained on"
             rows.append(
-                (f"{label(judge)}, {name}", where, *(_number(found[k]) for k in ("auc", "auc_within_item", "ece")))
+                (f"{label(judge)}, {name}", where, *(_number(numbers[k]) for k in ("auc", "auc_within_item", "ece")))
             )
     return Table.of("Meta RM, in and out of distribution", ("judge, items", "", "AUC", "within an item", "ECE"), rows)
 
 
-def habits(found: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """What a judgement of each judge does, a row a habit (`spct_ray.data.habits`)."""
-    names = next(iter(found.values()), {})
+def habits(by_judge: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """The habits of each judge, one per row (`spct_ray.data.habits`)."""
+    names = next(iter(by_judge.values()), {})
     rows = [
-        (name, *("-" if (value := own[name]) is None else f"{value:.2f}" for own in found.values())) for name in names
+        (name, *("-" if (value := own[name]) is None else f"{value:.2f}" for own in by_judge.values()))
+        for name in names
     ]
-    return Table.of("What judges do", ("a sampled judgement", *map(label, found)), rows)
+    return Table.of("What judges do", ("a sampled judgement", *map(label, by_judge)), rows)
 
 
 def of_benchmark(name: str, block: Mapping[str, Any], ks: Sequence[int]) -> list[Table]:
     """All tables of one benchmark that have rows, the most important first."""
     top = str(max(ks))
-    found = [
+    shown = [
         headline(name, block, ks), differences(block), parts(block, top), behaviour(block, top), failures(block),
         subsets(block, top), aggregators(block, top), k_meta(block, ks), adaptive(block, top), orders(block),
         meta_rm(block),
     ]  # fmt: skip
-    return [table for table in found if table.rows]
+    return [table for table in shown if table.rows]
 
 
 def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, decision: int | None) -> str:
-    """One item as its judge saw it, what it wrote, and what the vote came to."""
+    """One item as its judge saw it, the judgement, and the result of the vote."""
 
     def block(title: str, text: str) -> str:
         lines = [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, WIDTH - 14) or [""]]
@@ -292,33 +293,33 @@ def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, deci
         return f"response {judgement.order.index(option) + 1}"
 
     truth = right_option(item)
-    told = [block("query", item.messages[-1].content)]
-    told += [block(f"response {p}", item.responses[i]) for p, i in enumerate(judgement.order, 1)]
-    told.append(block("judgement", judgement.text))
+    blocks = [block("query", item.messages[-1].content)]
+    blocks += [block(f"response {p}", item.responses[i]) for p, i in enumerate(judgement.order, 1)]
+    blocks.append(block("judgement", judgement.text))
     outcome = "no parsed judgement" if decision is None else option_name(decision)
     sums = ", ".join(str(verdict.scores[i]) for i in judgement.order) if verdict.scores else "none"
     hit = "right" if decision == truth else f"wrong: it is {option_name(truth)}"
     judged = f"sums of {len(verdict.used)} judgements: {sums} -> {outcome} ({hit})"
     heading = f"The first held-out item that {label(name)} judges {'right' if decision == truth else 'wrong'}"
-    return "\n".join([heading, *told, block("verdict", judged)])
+    return "\n".join([heading, *blocks, block("verdict", judged)])
 
 
 def summary_text(summary: Mapping[str, Any], examples: Sequence[str]) -> str:
-    """What a report prints: examples, the headline and the differences of each benchmark, and how to read them."""
+    """The terminal's report: examples, headline and differences of each benchmark, and how to read them."""
     ks = summary["ks"]
     shown = sorted({1, max(ks)} & set(ks)) if summary["brief"] else ks
-    told = []
+    paragraphs = []
     for name, block in summary["benchmarks"].items():
-        made = of_benchmark(name, block, ks)
-        made[0] = headline(name, block, shown)
+        tables = of_benchmark(name, block, ks)
+        tables[0] = headline(name, block, shown)
         if summary["brief"]:  # the page has the others
-            made = [made[0], *([differences(block)] if block["paired"] and name == "heldout" else [])]
-        told += [table.text() for table in made]
-        told.append("\n".join(line for remark in remarks(block, ks) for line in textwrap.wrap(remark, WIDTH)))
+            tables = [tables[0], *([differences(block)] if block["paired"] and name == "heldout" else [])]
+        paragraphs += [table.text() for table in tables]
+        paragraphs.append("\n".join(line for remark in remarks(block, ks) for line in textwrap.wrap(remark, WIDTH)))
     if summary["habits"]:
-        told.append(habits(summary["habits"]).text())
+        paragraphs.append(habits(summary["habits"]).text())
     notes = "+- is half the 95 % bootstrap interval over questions and over which k of the samples were drawn. An item "
     notes += "without a parsed judgement counts as wrong, a tie of m as 1/m. By the meta RM, meta@k sums the best of "
     notes += "the k judgements, weighted@k all of them by their chance to be right."
-    told.append("\n".join([*textwrap.wrap(notes, WIDTH), *(f"Missing: {what}." for what in summary["missing"])]))
-    return "\n\n".join([*examples, *told])
+    paragraphs.append("\n".join([*textwrap.wrap(notes, WIDTH), *(f"Missing: {what}." for what in summary["missing"])]))
+    return "\n\n".join([*examples, *paragraphs])

@@ -1,7 +1,7 @@
-"""One estimator of a vote: which k of the K judgements are taken, and how they are put together to one decision.
+"""Estimates votes: draws k of the K judgements, and aggregates them to one decision.
 
-Nothing is generated twice: every smaller k, and every aggregator, is computed from the same samples. Axes: I items,
-R draws, K samples, O options (see `spct_ray.evaluation.judgements`).
+Every smaller k and every aggregator is computed from the same samples. Axes: I items, R draws, K samples, O options
+(see `spct_ray.evaluation.judgements`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from spct_ray.judge.vote import meta_weights
 
 PLAIN = ("sum", "mean", "median", "majority")
 GUIDED = ("best_by_meta", "meta_top", "meta_weighted")  # need meta-RM logits
-FILTERS = ("random", "shortest", "longest")  # what keeping k_meta of k is worth without a meta RM
+FILTERS = ("random", "shortest", "longest")  # baselines that keep k_meta of k samples without a meta RM
 
 
 ORDER_DRAWS = 200
 
 
 def draw(table: ScoreTable, k: int, num_draws: int, seed: int) -> Bools:
-    """[I, R, K] ways to take k of the K samples of each item: all K ways for k = 1 (the exact mean over samples), the
-    one way for k = K, `num_draws` random ones between.
+    """[I, R, K] ways to draw k of the K samples of each item: all K ways for k = 1 (the exact mean over samples), the
+    one way for k = K, `num_draws` random ones in between.
 
-    Samples are taken as a run of k would have made them, in balanced rounds: n successive samples, which show each of n
-    responses once in each place, stay together as far as k allows. A last, short round comes in only when the whole
-    ones are used up: it is no random part of a round that was drawn before it. Raises ConfigError for k > K.
+    Draws are balanced as a run of k samples would be: a round of n successive samples, which shows each of n responses
+    once at each position, stays together as far as k allows. An incomplete last round is drawn only after all complete
+    ones, because it is no random part of a round. Raises ConfigError for k > K.
     """
     num_samples = table.num_samples
     if not 1 <= k <= num_samples:
-        raise ConfigError(f"a vote with k = {k} needs at least {k} samples an item, but {num_samples} were drawn")
+        raise ConfigError(f"a vote with k = {k} needs at least {k} samples per item, but {num_samples} were drawn")
     num_items = len(table.used_IK)
     if k == num_samples:
         return np.ones((num_items, 1, num_samples), dtype=bool)
@@ -69,7 +69,7 @@ def meta_weight(table: ScoreTable) -> Floats:
 
 
 def decide(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int = 0) -> list[Decision]:
-    """One Decision a draw. Scores of items with n = 1 are means a judgement, so that they compare across items.
+    """One Decision per draw. Scores of items with n = 1 are means, so that they are comparable across items.
 
     `name` is one of PLAIN, GUIDED or FILTERS; `k_meta` may differ between items [I]. Raises DataError for GUIDED
     without meta-RM logits.
@@ -82,13 +82,13 @@ def decide(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, se
 
 
 def _aggregate(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int) -> Floats:
-    """[I, R, O], NaN where nothing usable was taken."""
+    """[I, R, O], NaN where no usable sample was drawn."""
     weight_IRK = _weights(name, table, take_IRK, k_meta, seed)
     count_IR1 = weight_IRK.sum(axis=-1, keepdims=True)
     if name == "median":
         held = np.where(take_IRK[..., None], table.scores_IKO[:, None], np.nan)
         empty = ~take_IRK.any(axis=-1)
-        held[empty] = 0  # the median of nothing would warn; made NaN below
+        held[empty] = 0  # the median of nothing would warn; NaN below
         total = np.asarray(np.nanmedian(held, axis=2))
     else:
         total = weight_IRK @ (_ballots(table) if name == "majority" else table.scores_IKO)
@@ -99,13 +99,13 @@ def _aggregate(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints
 
 
 def _ballots(table: ScoreTable) -> Floats:
-    """[I, K, O] one vote a sample, shared among its winners."""
+    """[I, K, O] one vote per sample, shared among its winners."""
     winner = winners(table.option_IO, table.scores_IKO)
     return np.asarray(winner / winner.sum(axis=-1, keepdims=True))
 
 
 def _weights(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, seed: int) -> Floats:
-    """[I, R, K] how much each taken sample counts."""
+    """[I, R, K] the weight of each drawn sample."""
     if name in PLAIN:
         return take_IRK.astype(np.float64)
     if name in FILTERS:
@@ -120,16 +120,16 @@ def _weights(name: str, table: ScoreTable, take_IRK: Bools, k_meta: int | Ints, 
 
 
 def _top(rank_IK: Floats, take_IRK: Bools, keep: int | Ints) -> Floats:
-    """The `keep` taken samples of highest rank; equal ranks in order of the samples."""
+    """The `keep` drawn samples of highest rank; equal ranks in order of the samples."""
     held = np.where(take_IRK, rank_IK[:, None], -np.inf)
     place = np.argsort(np.argsort(-held, axis=-1, kind="stable"), axis=-1)
     return np.asarray(take_IRK & (place < np.reshape(keep, (-1, 1, 1))), dtype=np.float64)
 
 
 def draw_independent(table: ScoreTable, k: int, num_draws: int, seed: int) -> Bools:
-    """[I, R, K] `num_draws` ways to take k of the K samples of each pair, each order by a throw of a coin.
+    """[I, R, K] `num_draws` ways to draw k of the K samples of each pair, each in a random order of the pair.
 
-    Needs k samples of each order: meaningful for pairs with k <= K / 2.
+    Needs k samples of each order, so k <= K / 2.
     """
     rng = np.random.default_rng(seed)
     num_items, num_samples = table.used_IK.shape
@@ -144,11 +144,11 @@ def draw_independent(table: ScoreTable, k: int, num_draws: int, seed: int) -> Bo
 
 
 def compare_orders(table: ScoreTable, sheet: Sheet, k: int, seed: int) -> dict[str, Any] | None:
-    """Votes of k over the pairs: share right and variance of an item's outcome over draws, balanced and independent,
-    and their differences with 95 % intervals over items. Balanced votes see either response first equally often;
-    independent ones shuffle anew before every sample (paper, Section 3.3).
+    """Compares votes of k on pairs with balanced and with independent orders: accuracy, variance of an item's outcome
+    over draws, and their differences with 95 % intervals over items. Balanced votes see either response first equally
+    often; independent ones shuffle before every sample (paper, Section 3.3).
 
-    None without pairs that show each order k times.
+    None without pairs that have k samples of each order.
     """
     enough_I = np.minimum((table.first_IK == 0).sum(axis=-1), (table.first_IK != 0).sum(axis=-1)) >= k
     inside_I = (table.num_responses_I == 2) & enough_I

@@ -1,18 +1,19 @@
 """Adaptive k: stop sampling judgements once further ones would hardly change the decision.
 
 The rule. After m usable samples of at most K, the leader's lead over a rival is d_1..d_m (the difference of the two
-scores in each sample). Taken as draws of one normal distribution, the lead after K samples is predicted by Student's
-t: mean K * d, standard deviation s * sqrt(r * (1 + r / m)) for r = K - m more samples, where s^2 = (sum (d_k - d)^2 +
-1) / m holds one pseudo-observation a point off, so that m equal leads are not taken for certain. Sampling stops when
-the chances that a rival draws level, added up over rivals, are at most `error` divided by the number of looks. By
-that model at most `error` of the decisions differ from those of the vote over all K samples.
+scores in each sample). If these are draws from one normal distribution, Student's t predicts the lead after K samples:
+mean K * d, standard deviation s * sqrt(r * (1 + r / m)) for r = K - m more samples. s^2 = (sum (d_k - d)^2 + 1) / m
+includes one pseudo-observation that is one point off, so that m equal leads do not count as certain. Sampling stops
+when the probabilities that a rival draws level, summed over rivals, are at most `error` divided by the number of looks.
+Under this model at most `error` of the decisions differ from those of the vote over all K samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+
+from scipy.special import stdtr
 
 from spct_ray.judge.parse import Scale
 from spct_ray.judge.vote import MetaVote, vote
@@ -23,9 +24,9 @@ PSEUDO_DEVIATION = 1.0  # in points of the scale
 
 
 def looks(num_responses: int, k_max: int) -> list[int]:
-    """Numbers of samples after which to look, the last of them `k_max`: doubling, so that rounds stay few.
+    """Numbers of samples after which to look, up to `k_max`; they double, so that there are few rounds.
 
-    Each is a multiple of `num_responses` where that is possible, because the orders are then balanced.
+    All but `k_max` are multiples of `num_responses`, so that the orders are balanced.
     """
     ends = []
     k = num_responses * math.ceil(FIRST_LOOK / num_responses)
@@ -36,9 +37,9 @@ def looks(num_responses: int, k_max: int) -> list[int]:
 
 
 def num_needed(samples: Sequence[Trajectory], logits: Sequence[float], scale: Scale, error: float) -> int:
-    """After how many of the K `samples` of one item, drawn in this order, the rule stops.
+    """The number of the K `samples` of one item, in the order in which they were drawn, after which the rule stops.
 
-    `logits` has one value per sample, for votes that the meta RM guides, or is empty.
+    `logits` has one value per sample for votes guided by the meta RM, or is empty.
     """
     k_max = len(samples)
     ends = looks(len(samples[0].order), k_max)[:-1]
@@ -55,8 +56,8 @@ def may_stop(
 ) -> bool:
     """The rule at one look, over those of `samples` (of one item, of at most `k_max`) that the vote would count now.
 
-    With a meta RM it waits until `FIRST_LOOK` samples are kept: two that agree, of four, said too little (3.5 % of a
-    nano judge's decisions over eight samples came out otherwise).
+    With a meta RM it waits until `FIRST_LOOK` samples are kept: two of four that agree are too few (3.5 % of a nano
+    judge's decisions then differed from those over eight samples).
     """
     num_responses = len(samples[0].order)
     verdict = vote(samples[0].item_id, num_responses, samples, logits, meta_vote=meta_vote)
@@ -72,11 +73,11 @@ def may_stop(
 def is_settled(
     scores_KN: Sequence[Sequence[int]], num_more: int, scale: Scale, error: float, weights_K: Sequence[float] = ()
 ) -> bool:
-    """Whether the decision over `scores_KN` and `num_more` further samples is today's, but for a chance of `error`.
+    """Whether `num_more` further samples leave the decision over `scores_KN` as it is, except with probability `error`.
 
-    The decision is the response with the highest sum; for N = 1, on which side of the scale's middle the mean lies. A
-    tie is never settled. `error` is that of this look alone (`error` of the rule / number of looks before the last).
-    Where samples have weights, a lead is the weighted difference.
+    The decision is the response with the highest sum; for N = 1, the side of the scale's middle on which the mean lies.
+    A tie is never settled. `error` is that of this look (the rule's `error` / number of looks before the last). Where
+    samples have weights, a lead is the weighted difference.
     """
     if not scores_KN:
         return False
@@ -93,7 +94,9 @@ def is_settled(
             for i in range(len(sums))
             if i != best
         ]
-    most = math.inf if weights_K else scale.high - scale.low  # that one sample can change a lead; a weight has no bound
+    most = (
+        math.inf if weights_K else scale.high - scale.low
+    )  # by which one sample changes a lead; weights are unbounded
     return sum(_chance_to_draw_level(lead, num_more, most) for lead in leads) <= error
 
 
@@ -106,6 +109,4 @@ def _chance_to_draw_level(lead: Sequence[float], num_more: int, most: float) -> 
     mean = total / m
     variance = (sum((d - mean) ** 2 for d in lead) + PSEUDO_DEVIATION**2) / m
     t = (total + num_more * mean) / math.sqrt(variance * num_more * (1 + num_more / m))
-    # Wallace's normal approximation of Student's t with m degrees of freedom, good to about 2 % of the tail here.
-    z = (8 * m + 1) / (8 * m + 3) * math.sqrt(m * math.log1p(t * t / m))
-    return NormalDist().cdf(-z)
+    return float(stdtr(m, -t))

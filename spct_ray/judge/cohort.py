@@ -1,7 +1,7 @@
-"""Scores for many responses to one query: judged together in chunks that share anchors, and put on one scale.
+"""Scores for many responses to one query: judged in chunks that share anchors, and aligned to one scale.
 
-Scores depend on the other responses in the prompt, so those of different prompts are not comparable. Every chunk holds
-the same few anchors; each chunk's scores are shifted so that its anchors have the mean they have over all chunks.
+Scores depend on the other responses in the prompt, so scores from different prompts are not comparable. Every chunk has
+the same few anchors, and its scores are shifted so that the anchors' mean is the same in all chunks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ NUM_ANCHORS = 2
 def chunks(num_responses: int, max_chunk: int) -> list[tuple[int, ...]]:
     """Indices of the responses of each chunk, at most `max_chunk` (>= 2) each; the anchors come first in all.
 
-    Chunks of two share one anchor, larger ones NUM_ANCHORS; where all responses fit, there is one chunk without need of
-    any. Chunks differ in size by at most one.
+    Chunks of two share one anchor, larger ones NUM_ANCHORS. Where all responses fit there is one chunk and no anchor.
+    Chunks differ in size by at most one.
     """
     if max_chunk < 2:
         raise ValueError(f"a chunk of {max_chunk} has no room beside an anchor")
@@ -36,14 +36,14 @@ def chunks(num_responses: int, max_chunk: int) -> list[tuple[int, ...]]:
 
 
 def smaller(size: int) -> int:
-    """The size of chunk to try after `size` responses did not fit one prompt: about twice as many chunks."""
+    """The chunk size to try after chunks of `size` did not fit: about twice as many chunks."""
     return size - 1 if size <= 4 else math.ceil(size / 2) + 1
 
 
 def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | None]) -> list[float]:
-    """One score per response from each chunk's mean scores (in the chunk's order); None is a chunk without a verdict.
+    """One score per response from each chunk's mean scores (in the chunk's order; None for a chunk without a verdict).
 
-    NaN where a response was in no chunk with a verdict.
+    NaN for a response that is in no chunk with a verdict.
     """
     scores = [math.nan] * (1 + max(i for part in parts for i in part))
     judged = [(part, mean) for part, mean in zip(parts, means, strict=True) if mean is not None]
@@ -64,7 +64,7 @@ def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | No
 async def judge_in_chunks(
     num_responses: int, max_chunk: int, judge: Callable[[tuple[int, ...]], Awaitable[T]]
 ) -> tuple[list[tuple[int, ...]], list[T | TooLongError]]:
-    """The chunks of `num_responses` responses, and what `judge` returns for each.
+    """The chunks of `num_responses` responses, and the result of `judge` for each.
 
     Where `judge` raises TooLongError for any chunk, all responses are judged again in smaller chunks, down to pairs; a
     pair that still does not fit has the error as its result. Any other error cancels the remaining chunks.

@@ -1,4 +1,4 @@
-"""A judge: an engine, the prompt and the parser made one. Tasks go in, trajectories come out."""
+"""The judge's interface, from tasks to trajectories; and judgements that take several prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spct_ray.records import Item, Record, StopReason, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class JudgeTask(Record):
-    """One judgement to make: this item, its responses in this order, at this temperature, with this seed."""
+    """One judgement to sample: item, order of its responses, temperature and seed."""
 
     item: Item
     order: tuple[int, ...]
@@ -28,7 +28,7 @@ class JudgeTask(Record):
 
 
 class Judge(Protocol):
-    """Whatever turns tasks into trajectories: an engine with a prompt, or a program."""
+    """Turns tasks into trajectories: an engine with a prompt, or a program."""
 
     def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]: ...
 
@@ -36,12 +36,12 @@ class Judge(Protocol):
 def to_trajectory(
     task: JudgeTask, config: JudgeConfig, *, text: str, stop_reason: StopReason, model: str
 ) -> Trajectory:
-    """Parse a judgement's text and put its scores back into the item's order. What only an engine knows (tokens, the
-    version of its weights) is 0."""
+    """Parse a judgement's text and put its scores into the item's order. Fields that only an engine knows (tokens,
+    weight version) are 0."""
     num = len(task.order)
     read, thinks = mode_of(num, config).read, config.thinking_tokens > 0
     if thinks and "</think>" in text and not text.lstrip().startswith("<think>"):
-        text = "<think>" + text  # the opening tag stood in the prompt
+        text = "<think>" + text  # the opening tag was in the prompt
     parsed = parse_scores(text, num, scale_of(num, config), stop_reason, read, thinks)
     failure, scores = (str(parsed), ()) if isinstance(parsed, Failure) else ("", to_item_order(parsed, task.order))
     return Trajectory(
@@ -64,7 +64,7 @@ def to_trajectory(
 
 
 def part_of(task: JudgeTask, part: tuple[int, ...]) -> JudgeTask:
-    """The task to judge only the responses `part` (indices into the item), shown in this order, in one prompt."""
+    """The task of judging only the responses `part` (indices into the item) in one prompt, shown in this order."""
     if part == task.order:
         return task
     item = task.item
@@ -81,9 +81,9 @@ def part_of(task: JudgeTask, part: tuple[int, ...]) -> JudgeTask:
 
 
 def joined(task: JudgeTask, parts: Sequence[tuple[int, ...]], judged: Sequence[Trajectory]) -> Trajectory:
-    """One trajectory from those of all `parts`: a response's score is the sum of its scores, tokens are summed.
+    """One trajectory from those of all `parts`: scores are summed per response, tokens over all.
 
-    It fails as the first part that failed.
+    If parts failed, it has the failure of the first.
     """
     if len(parts) == 1:
         return judged[0]
@@ -109,6 +109,6 @@ def joined(task: JudgeTask, parts: Sequence[tuple[int, ...]], judged: Sequence[T
 
 
 def on_one_scale(chunks: Sequence[tuple[int, ...]], judged: Sequence[Trajectory], scale: Scale) -> tuple[int, ...]:
-    """Whole scores of all responses from those of chunks that share anchors, see `judge.cohort.merge`."""
+    """Integer scores of all responses from those of chunks that share anchors, see `judge.cohort.merge`."""
     merged = merge(chunks, [one.scores for one in judged])
     return tuple(min(max(math.floor(score + 0.5), scale.low), scale.high) for score in merged)

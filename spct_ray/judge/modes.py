@@ -1,7 +1,7 @@
-"""The ways to judge, by name (`JudgeConfig.mode`): what a judgement asks, how its reply is read, what scores it gives.
+"""The ways to judge, by name (`JudgeConfig.mode`): what a prompt asks, how the reply is parsed into scores.
 
-Whatever the mode, a judgement ends as one integer score a response, so that votes, rewards and reports need not know.
-A single response has nothing to be compared with: modes that compare rate it, in the prompt of "list".
+In every mode a judgement gives one integer score per response, so that votes, rewards and reports do not depend on the
+mode. Modes that compare responses rate a single one in the prompt of "list".
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ def _pairs(order: Sequence[int]) -> list[tuple[int, ...]]:
 class Mode:
     """One way to judge n >= 2 responses.
 
-    `parts` splits the order in which responses are shown into prompts; a response's score is the sum of what its
-    prompts gave it. `needs` is the field of an item that must not be empty. With `writes_principles` the judge first
-    writes them from the query alone; with empty `criteria` it neither states nor is shown any. `task`, `how` and
-    `answer` are the words of the full prompt that differ (None: as in "list"), `short` the first line of the compact
-    one.
+    `parts` splits the order of the responses into prompts; a response's score is the sum over its prompts. `needs` is
+    the field of an item that must not be empty. With `writes_principles` the judge first writes them from the query
+    alone; with empty `criteria` it neither states nor is shown any. `task`, `how` and `answer` replace parts of the
+    full prompt (None: as in "list"), `short` the first line of the compact one.
     """
 
     parts: Parts = _together
@@ -53,17 +52,17 @@ class Mode:
 
     @property
     def compares(self) -> bool:
-        """Whether it makes no sense of a single response."""
+        """Whether it needs at least two responses."""
         return self.read is not read_scores
 
     @property
     def rates_together(self) -> bool:
-        """Whether all responses stand in one prompt and each gets a score: too many of them may be judged in chunks."""
+        """Whether all responses are in one prompt and each gets a score, so that many may be judged in chunks."""
         return self.parts is _together and not self.compares
 
     @property
     def is_trainable(self) -> bool:
-        """Whether a judgement is one prompt and one reply that holds scores, as RFT and GRPO have it."""
+        """Whether a judgement is one prompt and one reply with scores, as RFT and GRPO require."""
         return self.rates_together and not self.writes_principles
 
 

@@ -1,7 +1,7 @@
-"""Orders in which responses are shown, balanced over samples so that a judge's taste for a place cancels out.
+"""Orders in which responses are shown, balanced over samples so that position bias cancels out.
 
-Sampled judges shuffle before each sample (paper, Section 3.3). Independent shuffles leave position noise at small K;
-here every N samples show each response once in each place, and every N! samples use each order once.
+The paper shuffles before each sample (Section 3.3). Independent shuffles leave position noise at small K; here every N
+samples show each response once at each position, and every N! samples use each order once.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-_ENUMERATED = 6  # up to 5! = 120 classes of orders are dealt without repetition; beyond that repeats are negligible
+_ENUMERATED = 6  # responses: up to 5! = 120 classes of orders are dealt without repetition; beyond, repeats are rare
 
 
 def balanced_orders(num_responses: int, num_samples: int, seed: int) -> list[tuple[int, ...]]:
-    """`num_samples` orders; order[p] is the item's index of the response shown at place p. Every prefix is balanced."""
+    """`num_samples` orders; order[p] is the item's index of the response at position p. Every prefix is balanced."""
     rng = random.Random(seed)
     orders: list[tuple[int, ...]] = []
     for base in _bases(num_responses, rng):
@@ -27,7 +27,7 @@ def balanced_orders(num_responses: int, num_samples: int, seed: int) -> list[tup
 
 
 def _bases(num_responses: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
-    """One order from each class of rotations, endlessly, all classes before any comes again."""
+    """One order from each class of rotations, endlessly; no class repeats before all others have come."""
     while True:
         if num_responses > _ENUMERATED:
             yield tuple(rng.sample(range(num_responses), num_responses))
@@ -38,7 +38,7 @@ def _bases(num_responses: int, rng: random.Random) -> Iterator[tuple[int, ...]]:
 
 
 def to_item_order(shown: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Values given in the order of the prompt, put back into the item's order."""
+    """Values in the order of the prompt, rearranged to the item's order."""
     values = [0] * len(order)
     for place, index in enumerate(order):
         values[index] = shown[place]

@@ -1,6 +1,6 @@
-"""From the text of a judgement to its scores, or to the name of what is wrong with it. Never to a default score.
+"""Parses a judgement into its scores or a named failure, never into a default score.
 
-A thinking model's `<think>...</think>` at the beginning is no part of the judgement.
+A thinking model's leading `<think>...</think>` is not part of the judgement.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from spct_ray.records import StopReason
 class Failure(StrEnum):
     """Why a judgement gives no scores."""
 
-    NO_BOX = "no_box"  # ended without a complete \boxed{...}
+    NO_BOX = "no_box"  # no complete \boxed{...} at the end
     TRUNCATED = "truncated"  # hit the token limit before the box was complete
-    TOO_LONG = "too_long"  # the prompt has no room in the engine's context
-    ABORTED = "aborted"  # the engine refused the request or gave it up
+    TOO_LONG = "too_long"  # the prompt does not fit the engine's context
+    ABORTED = "aborted"  # the engine refused or aborted the request
     NOT_INTEGER = "not_integer"
     WRONG_COUNT = "wrong_count"
     OUT_OF_RANGE = "out_of_range"
     NOT_A_VERDICT = "not_a_verdict"  # neither 1 nor 2 nor tie
     TRUNCATED_THINKING = "truncated_thinking"  # the thought did not end
-    NO_PRINCIPLES = "no_principles"  # asked for principles, the judge wrote none
+    NO_PRINCIPLES = "no_principles"  # the judge wrote none when asked to
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ def read_scores(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...
 
 def read_best(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:
     """The number of one response, from 1: it scores 1, the others 0."""
-    found = read_scores(inside, 1, Scale(1, num_responses))
-    return found if isinstance(found, Failure) else tuple(int(p == found[0]) for p in range(1, num_responses + 1))
+    number = read_scores(inside, 1, Scale(1, num_responses))
+    return number if isinstance(number, Failure) else tuple(int(p == number[0]) for p in range(1, num_responses + 1))
 
 
 def read_verdict(inside: str, num_responses: int, scale: Scale) -> tuple[int, ...] | Failure:
@@ -77,7 +77,7 @@ def parse_scores(
 ) -> tuple[int, ...] | Failure:
     """Scores in the order of the prompt, from the LAST `\\boxed{...}` of `text`, by `read`.
 
-    Anything else is a Failure: a last box that is not closed hides an earlier one, for the judge meant to go on.
+    Anything else is a Failure: an unclosed last box hides an earlier one, because the judge meant to revise it.
     `thinks` is as in `after_thinking`.
     """
     if stop_reason == "abort":
@@ -93,9 +93,9 @@ def parse_scores(
 
 
 def after_thinking(text: str, thinks: bool = False, stop_reason: StopReason = "stop") -> str | None:
-    """What follows a leading `<think>...</think>`, all of a text without one; None when the thought has no end.
+    """The text after a leading `<think>...</think>`, or all of it if there is none; None if the thought does not end.
 
-    A model that `thinks` may have the opening tag in its prompt: its text then begins inside the thought.
+    With `thinks` the opening tag may be in the prompt, so that the text begins inside the thought.
     """
     opened = text.lstrip().startswith("<think>")
     if not opened and not thinks:
@@ -107,7 +107,7 @@ def after_thinking(text: str, thinks: bool = False, stop_reason: StopReason = "s
 
 
 def has_three_parts(text: str) -> bool:
-    """Whether criteria, analysis and boxed scores stand under their labels in this order, the first two not empty."""
+    """Whether criteria, analysis and boxed scores follow their labels in this order, the first two not empty."""
     _, _, rest = text.partition("Specific Criteria:")
     criteria, _, rest = rest.partition("Analysis:")
     analysis, _, scores = rest.rpartition("Scores:")

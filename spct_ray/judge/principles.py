@@ -16,7 +16,7 @@ Write = Callable[[Sequence[Message]], Awaitable[Completion]]
 
 @dataclass(frozen=True, slots=True)
 class Principles:
-    """`text` is what the judge is shown, or why it wrote none; `is_cached`: an earlier call paid for `completion`."""
+    """`text` is shown to the judge, or names why there is none; `is_cached`: an earlier call paid for `completion`."""
 
     text: str | Failure
     completion: Completion
@@ -24,7 +24,7 @@ class Principles:
 
 
 class PrinciplesCache:
-    """What `write` wrote for the `size` queries used last, except what an older version of the judge wrote."""
+    """Principles for the `size` most recent queries, written by `write` with the current version of the judge."""
 
     def __init__(self, write: Write, config: JudgeConfig, size: int) -> None:
         self._write, self._config, self._size = write, config, size
@@ -34,9 +34,9 @@ class PrinciplesCache:
     async def of(self, messages: Sequence[Message]) -> Principles:
         """Principles for a conversation.
 
-        Concurrent calls share one generation, which goes on when one of them is cancelled. An error of `write` is
-        raised to all of them, and the next call tries again; a text without principles is kept, because writing is
-        greedy and would give the same text.
+        Concurrent calls share one generation, which continues when one of them is cancelled. An error of `write` is
+        raised in all of them, and the next call tries again. A text without principles is cached, too, because
+        decoding is greedy and would give the same text.
         """
         key = tuple(messages)
         task = self._tasks.get(key)

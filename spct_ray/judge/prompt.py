@@ -1,12 +1,12 @@
-"""What the judge and the meta RM read: the paper's prompt frame in our words, and a short one for tiny judges.
+"""The prompts of the judge and the meta RM: the paper's frame in our words, and a compact one for tiny judges.
 
-All n responses go into one prompt, in a user turn without a system prompt. `full` carries the general criteria with
-their bands; `compact` is the same frame for models with a context of a few hundred tokens. Responses stand between
-begin and end markers that carry a number.
+All n responses go into one prompt, in a user turn without a system prompt. `full` (full.j2) has the general criteria
+with their bands; `compact` is for models with a context of a few hundred tokens. Responses are between numbered begin
+and end markers.
 
-Text from outside (conversation, responses, reference, principles) cannot pass for a part of the frame: a marker,
-heading or turn label in it gets a backslash before its name, and a `\\boxed{` a space before its brace, so that a judge
-who quotes it gives no score. Distinct texts stay distinct, and text without any of these is shown as it is.
+Text from outside (conversation, responses, reference, principles) cannot pass as part of the frame: a marker, heading
+or turn label in it gets a backslash before its name, and `\\boxed{` a space before its brace, so that a judge that
+quotes it gives no score. Distinct texts stay distinct, and other text is shown unchanged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spct_ray.errors import DataError
 from spct_ray.judge.modes import MODES, Mode, ModeName
@@ -27,7 +29,7 @@ class JudgeConfig:
     """The judge's prompt and the length of its answer, the same in every stage of a run.
 
     `single` is the scale for n = 1: binary 0/1 (the paper's training template) or 1..10 (its test time). A model that
-    thinks before it answers gets `thinking_tokens` on top of `max_tokens`; with 0 it is not expected to.
+    thinks before it answers gets `thinking_tokens` on top of `max_tokens`; 0 means that it does not think.
     """
 
     template: Literal["full", "compact"] = "full"
@@ -42,26 +44,9 @@ class JudgeConfig:
         return self.max_tokens + self.thinking_tokens
 
 
-_FULL = """You are a skilled expert at scoring responses. {task}
-
-{how}
-
-#### General criteria ####
-{criteria}
-
-#### Conversation ####
-{conversation}
-{principles}{reference}
-#### Responses to be scored ####
-{responses}
-
-#### Output format ####
-{specific}Analysis: <{compare} by the {which}>
-{answer}
-"""
-_TASK = "By the general criteria below{by}, {task}"
-_HOW = """Scoring is on a scale of {low} to {high}. {anchors}
-Before scoring, analyse step by step, and score as strictly as you can."""
+_TEMPLATES = Environment(
+    loader=PackageLoader("spct_ray.judge", "."), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+)
 _ASK_PRINCIPLES = """You are a skilled expert at scoring responses. State the principles by which responses to the \
 query below should be scored: only such as matter for this query, each with its weight. Do not answer the query.
 
@@ -71,19 +56,6 @@ query below should be scored: only such as matter for this query, each with its 
 #### Output format ####
 Specific Criteria: <principles, each with its weight>
 """
-_PRINCIPLES = "\n#### Principles for this query ####\nTake these as the specific criteria.\n{}\n"
-_BANDS = """1. Instruction adherence: 9-10 follows every instruction and constraint; 6-8 follows most, small slips; \
-3-5 misses important parts; 1-2 ignores the instructions.
-2. Usefulness: 9-10 solves the problem fully and correctly; 6-8 helps, with small errors; 3-5 helps little; \
-1-2 is of no use or misleads.
-3. Level of detail: 9-10 as deep as the query needs; 6-8 mostly enough; 3-5 important details are missing; \
-1-2 almost none.
-4. Relevance: 9-10 entirely on topic; 6-8 mostly, some digression; 3-5 often off topic; 1-2 unrelated."""
-_SINGLE_CRITERIA = """1. Instruction adherence: every instruction and constraint of the query is followed.
-2. Clarity: the response is clear and well ordered.
-3. Accuracy: the response is correct, its final answer included."""
-_ANCHORS = "1 means useless or harmful, 6 means acceptable with clear shortcomings, 10 means flawless."
-_BINARY_ANCHORS = "1 means that the response is correct, 0 that it is not."
 
 
 def mode_of(num_responses: int, config: JudgeConfig) -> Mode:
@@ -93,8 +65,8 @@ def mode_of(num_responses: int, config: JudgeConfig) -> Mode:
 
 
 def scale_of(num_responses: int, config: JudgeConfig) -> Scale:
-    """Of the scores of an item: 0..1 for a single response under the binary template, else 1..10; 0..1 where one is
-    named the best; two points for each pair that was won."""
+    """The scale of an item's scores: 0..1 for a single response under the binary template, else 1..10; in mode "best"
+    0..1, in mode "pairwise" two points per pair that a response can win."""
     if config.mode == "best" and num_responses > 1:
         return Scale(0, 1)
     if config.mode == "pairwise" and num_responses > 1:
@@ -110,15 +82,15 @@ def check_items(items: Iterable[Item], config: JudgeConfig) -> None:
         if needs and not getattr(item, needs).strip():
             raise DataError(
                 f"judge.mode {config.mode!r} needs {needs!r} with every item, but {item.id} has none; give it in a "
-                "column of that name, in a file of our own shape, or judge in another mode"
+                "column of that name, in a file of the own shape, or judge in another mode"
             )
 
 
 def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: bool = False) -> tuple[Message, ...]:
     """One user turn that asks for principles, critique and scores of the item's responses, shown in `order`.
 
-    With `hint`, the place of the best response (and HelpSteer2's preference strength) is told at the end: for sampling
-    only, never for training targets.
+    With `hint`, the prompt ends with the position of the best response (and HelpSteer2's preference strength): for
+    sampling only, never for training targets.
     """
     num = len(order)
     check_items([item], config)
@@ -131,10 +103,10 @@ def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: 
 
 
 def principles_messages(messages: Sequence[Message], config: JudgeConfig) -> tuple[Message, ...]:
-    """One user turn that asks for principles from the conversation alone, before any response is seen.
+    """One user turn that asks for principles from the conversation alone, before any response is shown.
 
-    The compact frame has no words for it: it ends where the responses would begin, and the judge starts with its
-    principles as always.
+    The compact prompt does not ask: it ends where the responses would begin, and the judge begins with its principles
+    as always.
     """
     if config.template == "compact":
         return (Message("user", f"Score 1-10.\nQuery: {_query(messages)}\n"),)
@@ -150,24 +122,17 @@ def _hint(item: Item, order: Sequence[int]) -> str:
 
 def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
     num, scale, mode = len(shown), scale_of(len(shown), config), mode_of(len(shown), config)
-    binary = num == 1 and scale.high == 1
-    task = mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num)
-    anchors = _BINARY_ANCHORS if binary else _ANCHORS
     box = "x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1))
-    return _FULL.format(
-        task=_TASK.format(by=mode.by and f", and {mode.by}", task=task),
-        how=mode.how or _HOW.format(low=scale.low, high=scale.high, anchors=anchors),
-        specific=mode.criteria and f"Specific Criteria: <{mode.criteria}>\n",
-        which="general and the specific criteria" if mode.criteria else "general criteria",
-        answer=mode.answer or f"Scores: \\boxed{{{box}}}",
-        criteria=_SINGLE_CRITERIA if binary else _BANDS,
+    return _TEMPLATES.get_template("full.j2").render(
+        mode=mode,
+        scale=scale,
+        binary=num == 1 and scale.high == 1,
+        task=mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num),
         conversation=conversation(item.messages),
-        principles=_PRINCIPLES.format(_inert(item.principles)) if item.principles and mode.criteria else "",
-        reference=f"\n#### Reference answer ####\n{_inert(item.reference)}\n" if item.reference else "",
-        responses="\n".join(
-            f"[The Begin of Response {p}]\n{_inert(text)}\n[The End of Response {p}]" for p, text in enumerate(shown, 1)
-        ),
-        compare="judge the response" if num == 1 else "compare the responses",
+        principles=mode.criteria and _inert(item.principles),
+        reference=_inert(item.reference),
+        responses=[_inert(text) for text in shown],
+        answer=mode.answer or f"Scores: \\boxed{{{box}}}",
     )
 
 
@@ -185,7 +150,7 @@ def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
 def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> str | Failure:
     """The principles in a reply to `principles_messages`: from "Specific Criteria:" to "Analysis:" or the end.
 
-    A last line that hit the token limit is left out.
+    A last line cut off by the token limit is dropped.
     """
     written = after_thinking(text, config.thinking_tokens > 0, stop_reason)
     if written is None:
@@ -198,7 +163,7 @@ def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> 
 
 
 def conversation(messages: Sequence[Message]) -> str:
-    """A conversation as text, one labelled turn after the other."""
+    """A conversation as text, with a label before each turn."""
     return "\n\n".join(f"{m.role.capitalize()}: {_inert_turn(m.content)}" for m in messages)
 
 
@@ -224,12 +189,12 @@ _LABEL = re.compile(
 
 
 def _inert(text: str) -> str:
-    """`text` without a marker, heading or box of ours: it may stand between two markers."""
+    """`text` with every marker, heading and box of the frame disarmed, safe between two markers."""
     return _BOX.sub(r"\1 {", _FRAME.sub(r"\g<0>\\", text))
 
 
 def _inert_turn(text: str) -> str:
-    """The same, and no line begins with a label: it may stand where labels part one text from the next."""
+    """The same with turn labels disarmed, safe where labels separate texts."""
     return _LABEL.sub(r"\g<0>\\", _inert(text))
 
 
@@ -240,7 +205,7 @@ PRINCIPLES_GUIDE = f"Specific Criteria:( {_LINE}{{10,120}}\\n){{1,3}}"
 def guide(num_responses: int, config: JudgeConfig) -> str:
     """A regular expression for the three parts of a judgement, for engines with structured output.
 
-    It bounds the length of each part, so that a model that cannot write the format yet comes to its scores.
+    It bounds the length of each part, so that a model that has not learnt the format gets to its scores.
     """
     low_high = scale_of(num_responses, config)
     score = "[01]" if low_high.high == 1 else "(10|[1-9])"
@@ -249,7 +214,7 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
 
 
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
-    """What the meta RM reads: the query and the responses as the judge saw them, then the judgement, without a thought
+    """The meta RM's conversation: query and responses as the judge saw them, and the judgement, without any thought
     before it, as the answer."""
     shown = _marked([item.responses[i] for i in order])
     ask = f"Please score the responses.\nQuery: {_query(item.messages)}\n{shown}\n"

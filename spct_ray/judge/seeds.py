@@ -1,4 +1,4 @@
-"""Seeds for everything random: a pure function of names, so that a run repeats whatever the number of workers."""
+"""Seeds for everything random: a pure function of names, so that runs are reproducible with any number of workers."""
 
 import hashlib
 

@@ -21,10 +21,10 @@ _LEAST_LOGIT = -700.0  # below, exp(logit) is 0, and so would be the weight
 
 
 def meta_weights(logits: ArrayLike) -> NDArray[np.float64]:
-    """-log(1 - p) of each meta-RM logit, p being the chance to be right: what a sample counts in a weighted vote.
+    """-log(1 - p) of each meta-RM logit, p being the chance to be right: a sample's weight in a weighted vote.
 
-    Added up over the judgements for one response, it is -log of the chance that all of them are wrong. It is nearly the
-    log-odds where p is large, and never negative.
+    The sum over the judgements for one response is -log of the chance that all of them are wrong. The weight is close
+    to the log-odds where p is large, and never negative.
     """
     return np.asarray(np.logaddexp(0.0, logits), dtype=np.float64)
 
@@ -39,7 +39,7 @@ def vote(
 ) -> Verdict:
     """Sum the scores of K judgements (Eq. 14), guided by the meta RM where there are `logits`.
 
-    Unparsable samples are left out and counted by name, never scored. `logits` has one value per trajectory (NaN where
+    Unparsable samples are excluded and counted by name, never scored. `logits` has one value per trajectory (NaN where
     the sample is unparsable) or is empty for plain voting. The meta vote "best" sums the `k_meta` samples with the
     highest logits (default: K // 2, at least 1). "weighted" sums all of them, each times `meta_weights`, scaled to 1 on
     average, which changes no winner.
@@ -84,10 +84,10 @@ def decide_single(verdict: Verdict, scale: Scale, seed: int) -> int | None:
 
 
 def confidence(scores_KN: Sequence[Sequence[int]], winner: int, seed: int, weights_K: Sequence[float] = ()) -> float:
-    """Share of NUM_RESAMPLES bootstrap resamples of K samples in which `winner` has the highest (weighted) sum, a tie
-    counting as its share.
+    """Share of NUM_RESAMPLES bootstrap resamples of the K samples in which `winner` has the highest (weighted) sum;
+    a tie of m counts 1/m.
 
-    It says how far the vote hangs on which samples were drawn, not how often the judge is right.
+    It measures how much the vote depends on which samples were drawn, not how often the judge is right.
     """
     scores = np.asarray(scores_KN) * np.asarray(weights_K)[:, None] if weights_K else np.asarray(scores_KN)
     num_samples = len(scores)

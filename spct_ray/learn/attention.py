@@ -1,8 +1,8 @@
-"""Attention over packed rows, plugged into transformers' models: each sequence sees its own tokens only.
+"""Attention over packed rows for transformers' models: each sequence attends only to its own tokens.
 
-On CPU one call of PyTorch's kernel a trunk and a branch, in fp32: for judge-shaped sequences this beats a block mask
-over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x), which is slow there. On CUDA it is one compiled call.
-Sliding windows and Gemma-2's soft-cap of the scores are applied; what else a model asks of its attention is refused.
+On CPU, one call of PyTorch's kernel per trunk and per branch, in fp32: for judge-shaped sequences this beats a block
+mask over the row (by 7x) and the kernel in bf16 (by 1.3-1.8x). On CUDA, one compiled call. Sliding windows and
+Gemma-2's soft-capping of the scores are applied; models with any other kind of attention are refused.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from spct_ray.errors import ConfigError
 from spct_ray.learn.batch import Tree
 
 NAME = "spct_packed"
-BLOCK = 128  # tokens of a block of flex attention's mask
+BLOCK = 128  # tokens per block of flex attention's mask
 FLEX_BACKENDS = {"cuda": "inductor"}  # torch.compile's, by kind of device; elsewhere attention runs tree by tree
-KERNEL_OPTIONS: dict[int, Any] = {}  # by head size, where torch's choice for flex attention is not the best
+KERNEL_OPTIONS: dict[int, Any] = {}  # by head size, to override torch's choice for flex attention
 Ordered = tuple[Tensor, Tensor]
+Rows = tuple[Tensor, ...]  # query, key and value, or the three bounds of `intervals`
 
 _MAX_GRAPHS = 16  # with and without gradients, of the few models that a process may hold
 _UNSUPPORTED = ("s_aux", "position_bias", "cache", "head_mask")  # attention sinks (gpt-oss), biases, caches
@@ -38,19 +39,19 @@ def register() -> None:
 
 
 def check_model(model_dir: str, config: Any) -> None:
-    """Raise ConfigError for a (text) config whose layers mix tokens by more than the attention that is done here."""
+    """Raise ConfigError for a (text) config whose layers mix tokens in a way that is not implemented here."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ConfigError(
-            f"{model_dir}: {type(config).__name__} has layers of kind {', '.join(sorted(kinds))}; packed rows are "
-            "right for full and sliding attention only"
+            f"{model_dir}: {type(config).__name__} has layers of kind {', '.join(sorted(kinds))}; packed rows support "
+            "full and sliding attention only"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError(f"{model_dir}: attention_dropout is {config.attention_dropout}; set it to 0 in config.json")
 
 
 def num_padding(num_tokens: int, device: torch.device) -> int:
-    """Tokens that a row lacks to whole blocks, at least two of them; 0 where `device` does not work on blocks."""
+    """Tokens of padding that complete a row to whole blocks, at least two; 0 on devices that do not use blocks."""
     return max(2 * BLOCK, -(-num_tokens // BLOCK) * BLOCK) - num_tokens if device.type in FLEX_BACKENDS else 0
 
 
@@ -69,27 +70,26 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D].
 
-    Raises ConfigError where the model asks for something that is not done here.
+    Raises ConfigError where the model asks for something that is not implemented here.
     """
-    asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
-    if trees is None or attention_mask is not None or dropout or asked:
+    refused = [name for name in _UNSUPPORTED if options.get(name) is not None]
+    if trees is None or attention_mask is not None or dropout or refused:
         raise ConfigError(
             f"{type(module).__name__} does not work on packed rows: trees given: {trees is not None}, mask given: "
-            f"{attention_mask is not None}, dropout {dropout}, unsupported options: {asked or 'none'}"
+            f"{attention_mask is not None}, dropout {dropout}, unsupported options: {refused or 'none'}"
         )
     scale = module.head_dim**-0.5 if scaling is None else scaling
-    arguments = (query, key, value, tuple(trees), scale, sliding_window, softcap)
+    arguments = ((query, key, value), tuple(trees), scale, sliding_window, softcap)
     backend = FLEX_BACKENDS.get(query.device.type)
     output = _attend_flex(*arguments, backend) if backend else _attend_tree_by_tree(*arguments)
     return output.transpose(1, 2).to(query.dtype), None
 
 
 def _attend_tree_by_tree(
-    query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
+    qkv: Rows, trees: tuple[Tree, ...], scale: float, window: int | None, softcap: float | None
+) -> Tensor:
     """In fp32 [1, heads, T, D]."""
-    query, key, value = query.float(), key.float(), value.float()
+    query, key, value = (rows.float() for rows in qkv)
     groups = query.shape[1] // key.shape[1]
     outputs = []
     for piece in _pieces(trees):
@@ -109,13 +109,13 @@ def _attend_tree_by_tree(
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A trunk, or a branch with the trunk before it, as places in the row."""
+    """A trunk, or a branch with the trunk that it attends to, as slices of the row."""
 
     own: slice
     trunk: slice | None = None
 
     def seen(self, row: Tensor) -> Tensor:
-        """Keys or values [1, heads, K, D] of all that the piece's tokens may attend to."""
+        """Keys or values [1, heads, K, D] that the piece's tokens may attend to."""
         if self.trunk is None:
             return row[:, :, self.own]
         if self.trunk.stop == self.own.start:
@@ -124,7 +124,7 @@ class _Piece:
         return torch.cat([by_token[:, self.trunk], by_token[:, self.own]], 1).transpose(1, 2)
 
     def mask(self, window: int | None) -> dict[str, Any]:
-        """What the kernel is told of who sees whom."""
+        """The kernel's arguments for the mask."""
         num = self.own.stop - self.own.start
         num_keys = num + (self.trunk.stop - self.trunk.start if self.trunk else 0)
         causal = num == num_keys and (window is None or num_keys <= window)
@@ -133,7 +133,7 @@ class _Piece:
 
 @functools.lru_cache(maxsize=4)  # the layers of a row share its pieces
 def _pieces(trees: tuple[Tree, ...]) -> tuple[_Piece, ...]:
-    """In the order of the row, but for branches without tokens."""
+    """In the order of the row, without empty branches."""
     pieces, end = [], 0
     for tree in trees:
         trunk = slice(end, end + tree.trunk)
@@ -148,25 +148,24 @@ def _pieces(trees: tuple[Tree, ...]) -> tuple[_Piece, ...]:
 
 @functools.lru_cache(maxsize=64)  # the layers of a row share its masks
 def _causal_mask(num: int, num_keys: int, window: int | None) -> Tensor:
-    """[num, num_keys] of the last tokens to all, added to their scores."""
+    """[num, num_keys], from the last `num` tokens to all, to add to the scores."""
     back = torch.arange(num_keys - num, num_keys)[:, None] - torch.arange(num_keys)  # tokens from query back to key
     return torch.zeros(num, num_keys).masked_fill_((back < 0) | (back >= (window or num_keys)), -math.inf)
 
 
 def _attend_flex(
-    query: Tensor, key: Tensor, value: Tensor, trees: tuple[Tree, ...], scale: float, window: int | None,
-    softcap: float | None, backend: str,
-) -> Tensor:  # fmt: skip
+    qkv: Rows, trees: tuple[Tree, ...], scale: float, window: int | None, softcap: float | None, backend: str
+) -> Tensor:
     """One compiled flex-attention call [1, heads, T, D]; T is a multiple of BLOCK and at least two of it.
 
     Only T varies between calls, and all that depends on it is marked dynamic: each model has one graph with gradients
     and one without, whatever its rows hold. Compiling more than _MAX_GRAPHS of them raises instead of running eagerly,
     which would materialise T x T scores.
     """
-    blocks = [rows.view(1, rows.shape[1], -1, BLOCK, rows.shape[3]) for rows in (query, key, value)]
+    blocks = tuple(rows.view(1, rows.shape[1], -1, BLOCK, rows.shape[3]) for rows in qkv)
     for rows in blocks:
         torch._dynamo.mark_dynamic(rows, 2)
-    return _compiled_flex(backend)(*blocks, *_flex_mask(trees, window, query.device), scale, softcap)  # type: ignore[no-any-return]
+    return _compiled_flex(backend)(blocks, *_flex_mask(trees, window, qkv[0].device), scale, softcap)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -175,11 +174,8 @@ def _compiled_flex(backend: str) -> Any:
     return torch.compile(_flex, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _flex(
-    query: Tensor, key: Tensor, value: Tensor, sees: tuple[Tensor, Tensor, Tensor], partial: Ordered, full: Ordered,
-    partial_by_key: Ordered, full_by_key: Ordered, scale: float, softcap: float | None,
-) -> Tensor:  # fmt: skip
-    """Query, key, value [1, heads, T / BLOCK, BLOCK, D]: so the compiler knows that BLOCK divides T, and leaves out the
+def _flex(qkv: Rows, sees: Rows, blocks: tuple[Ordered, ...], scale: float, softcap: float | None) -> Tensor:
+    """Query, key, value [1, heads, T / BLOCK, BLOCK, D]: so the compiler knows that BLOCK divides T, and omits the
     kernel's bounds checks."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -192,7 +188,8 @@ def _flex(
         assert softcap
         return softcap * torch.tanh(score / softcap)
 
-    query, key, value = query.flatten(2, 3), key.flatten(2, 3), value.flatten(2, 3)
+    query, key, value = (rows.flatten(2, 3) for rows in qkv)
+    partial, full, partial_by_key, full_by_key = blocks
     mask = BlockMask(
         (query.shape[2], key.shape[2]), *partial, *full, *partial_by_key, *full_by_key,
         BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen,
@@ -204,18 +201,18 @@ def _flex(
 
 
 @functools.lru_cache(maxsize=4)  # all layers of a row share a mask, or two: with and without a sliding window
-def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> tuple[tuple[Tensor, ...], ...]:
+def _flex_mask(trees: tuple[Tree, ...], window: int | None, device: torch.device) -> tuple[Rows, tuple[Ordered, ...]]:
     """`intervals` on the device, and which of its blocks are partly and wholly seen, by queries and by keys."""
     intervals_3T = intervals(trees, window).to(device, non_blocking=True)
     partial_QK, full_QK = _seen_blocks(intervals_3T)
     sees = tuple(places_T.clone() for places_T in intervals_3T)
     for places_T in sees:
         torch._dynamo.mark_dynamic(places_T, 0)
-    return sees, *map(_ordered, (partial_QK, full_QK, partial_QK.T, full_QK.T))
+    return sees, (_ordered(partial_QK), _ordered(full_QK), _ordered(partial_QK.T), _ordered(full_QK.T))
 
 
 def intervals(trees: Sequence[Tree], window: int | None) -> Tensor:
-    """What each token of a row sees, as two intervals of places in it: own .. itself, and start .. stop - 1.
+    """What each token of a row attends to, as two intervals of the row: own .. itself, and start .. stop - 1.
 
     Returns (own, start, stop) [3, T] int32. A trunk's token sees its trunk so far, a branch's token its branch so far
     and the trunk, and either no more than `window` tokens, itself included.

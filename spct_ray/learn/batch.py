@@ -1,4 +1,4 @@
-"""Packed rows: many sequences in one row without padding, each prompt once, and which sequences go together.
+"""Packed rows: many sequences in one row without padding, each prompt once; and the plan of what goes in which row.
 
 A judge's prompt is several times its completion, and all completions of a group share it. A row therefore holds trees:
 a trunk (the prompt) and the branches (its completions), each of which attends to the trunk and to itself (see
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Tokens = Sequence[int] | npt.NDArray[np.int32]  # ids; of arrays nothing is copied before they are put into a row
+Tokens = Sequence[int] | npt.NDArray[np.int32]  # ids; arrays are copied only when they are put into a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Batch:
     """One row of T tokens with B sequences, N of whose tokens are trained on, sequence after sequence.
 
     Trained token n is `target_N[n]`, predicted by the hidden state at `source_N[n]`; the first tokens of all branches
-    of a tree have the same source. `extras` carries what a loss needs beside it: tensors over N or B.
+    of a tree have the same source. `extras` has what else a loss needs, as tensors over N or B.
     """
 
     input_ids: Tensor  # [1, T] int64
@@ -65,7 +65,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Of one update, over all ranks: what a loss divides by."""
+    """The size of one update over all ranks, by which losses are normalised."""
 
     num_sequences: int
     num_tokens: int  # trained on

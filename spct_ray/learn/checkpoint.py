@@ -1,10 +1,9 @@
-"""Training checkpoints: fp32 master weights and the optimizer's moments in safetensors, everything else in JSON. No
-pickle.
+"""Training checkpoints: fp32 master weights and optimizer moments in safetensors, the rest in JSON, no pickle.
 
-Every rank writes the pieces it owns, without communication; a reader takes from all files the pieces that it owns
-under its own partitioning, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint
-is `step-00000100/` and counts only when its `checkpoint.json` is there, which is written last. Learning
-rate and random state are functions of the step number and not in it.
+Every rank writes the pieces it owns, without communication. A reader takes the pieces that it owns under its own
+partitioning from all files, so the number of ranks and the ZeRO stage may change between save and resume. A checkpoint
+is a directory such as `step-00000100/`, complete once it has a `checkpoint.json`, which is written last. Learning rate
+and random state are functions of the step number, and are not stored.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from spct_ray.errors import DataError
 from spct_ray.files import write_atomically
 
 _KEEP = 2
-_FILE_NUMEL = 1 << 28  # elements a file (1 GiB): bounds the copies made while writing
+_FILE_NUMEL = 1 << 28  # elements per file (1 GiB), which bounds the copies made while writing
 
 
 @dataclass(frozen=True)
 class Fragment:
     """The part [start, start + n) of one flattened parameter that this rank holds: a view [n] of each kind of state.
 
-    Kinds are fp32 (the master weight), exp_avg, exp_avg_sq (AdamW's) and momentum_buffer (Muon's). Fragments of one
-    parameter may differ by kind, and what several ranks hold is equal.
+    Kinds are fp32 (the master weight), exp_avg and exp_avg_sq (AdamW), and momentum_buffer (Muon). Fragments of one
+    parameter may differ by kind; pieces held by several ranks are equal.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Fragment:
 
 
 def checkpoint_dir(directory: str, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """The directory of the checkpoint after `step` updates."""
     return Path(directory) / f"step-{step:08d}"
 
 
@@ -76,7 +75,7 @@ def write_fragments(path: Path, rank: int, fragments: Iterator[Fragment]) -> Non
 
 
 def complete(directory: str, step: int, content: dict[str, Any]) -> None:
-    """Make the checkpoint count, by writing `checkpoint.json`, and delete all but the newest two."""
+    """Complete the checkpoint by writing `checkpoint.json`, and delete all but the newest two."""
     path = checkpoint_dir(directory, step)
     content = {**content, "step": step, "files": sorted(f.name for f in path.glob("*.safetensors"))}
     write_atomically(path / "checkpoint.json", json.dumps(content, indent=1).encode())
@@ -86,7 +85,7 @@ def complete(directory: str, step: int, content: dict[str, Any]) -> None:
 
 
 def read_content(path: Path) -> dict[str, Any]:
-    """What `complete` was given, with `step` and `files`."""
+    """The `content` given to `complete`, with `step` and `files`."""
     content: dict[str, Any] = json.loads((path / "checkpoint.json").read_text())
     return content
 
@@ -127,5 +126,5 @@ def _write_file(path: Path, fragments: list[Fragment]) -> None:
 
 def complete_steps(directory: str) -> list[int]:
     """Step numbers of the complete checkpoints, in order."""
-    found = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(directory).glob("step-*/checkpoint.json"))
-    return sorted(int(match[1]) for match in found if match)
+    names = (re.fullmatch(r"step-(\d+)", path.parent.name) for path in Path(directory).glob("step-*/checkpoint.json"))
+    return sorted(int(match[1]) for match in names if match)

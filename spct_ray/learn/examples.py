@@ -1,6 +1,6 @@
-"""Tokenised training examples on disk, shared by all ranks through memory mapping, and the order they are drawn in.
+"""Tokenised training examples on disk, memory-mapped by all ranks, and the order in which they are drawn.
 
-The step number alone decides the batch, so a resumed run neither repeats nor skips data.
+The step number alone determines the batch, so a resumed run neither repeats nor skips data.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def write_examples(path: str, examples: Iterable[Example]) -> int:
 
 @dataclass(frozen=True)
 class MixedOrder:
-    """`num_drawn` draws from examples of one or two kinds, of which there are `sizes`; those of the second kind come
-    after those of the first.
+    """`num_drawn` draws from examples of one or two kinds, of which there are `sizes`; the second kind is stored after
+    the first.
 
-    The second kind has `shares` of the batches, one for each of as many equal parts of the training. Each kind is drawn
-    epoch after epoch, each in a random order of its own.
+    `shares` are the second kind's shares of a batch, one per equal part of the training. Each kind is drawn epoch by
+    epoch, each epoch in its own random order.
     """
 
     sizes: tuple[int, ...]

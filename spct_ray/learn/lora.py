@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: put into a loaded model, and added to its weights.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by peft: added to a loaded model, and merged into its weights.
 
-The trunk's linear layers compute W x + (alpha / rank) B A x, of which A and B alone are trained; embeddings and output
-layer stay as they are, and a new scalar head is trained in full. What leaves the trainer (weights for engines, exports)
-is the sum W + (alpha / rank) B A under the names of the model without adapters, or A and B alone.
+The trunk's linear layers compute W x + (alpha / rank) B A x, of which only A and B are trained; embeddings and output
+layer are frozen, a new scalar head is trained in full. The trainer hands out (to engines, in exports) the merged weight
+W + (alpha / rank) B A under the names of the model without adapters, or A and B alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ADAPTER = "default"  # peft's name of the one adapter
 
 
 def add_adapters(model: Any, lora: LoraConfig) -> None:
-    """Freeze a transformers model, but for a scalar head, and give its trunk adapters in the dtype of its weights.
+    """Freeze a transformers model except for a scalar head, and add adapters to its trunk in the dtype of its weights.
 
-    Their A is drawn at random, their B is 0: the model computes what it did. Raises ConfigError for a name in
-    `target_modules` that is no linear layer of the trunk.
+    A is random and B is 0, so the outputs do not change yet. Raises ConfigError for a name in `target_modules` that is
+    not a linear layer of the trunk.
     """
     import peft
 
@@ -54,7 +54,7 @@ def add_adapters(model: Any, lora: LoraConfig) -> None:
 
 @dataclass(frozen=True)
 class WholeWeight:
-    """One weight of the model as it is without adapters: its HF name, and the parameters that it is made of."""
+    """One weight of the model without adapters: its HF name, and the parameters that it is merged from."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
@@ -62,14 +62,14 @@ class WholeWeight:
 
     @torch.no_grad()
     def value(self, with_adapter: bool = True) -> Tensor:
-        """The live weight or, with an adapter, a new tensor: the sum. Needs whole parameters."""
+        """The live weight or, with an adapter, the merged one as a new tensor. Needs unpartitioned parameters."""
         weight = self.parameters[0].detach()
         adapted = self.layer is not None and with_adapter
         return weight + self.layer.get_delta_weight(_ADAPTER) if adapted else weight
 
     @torch.no_grad()
     def adapter(self) -> dict[str, Tensor]:
-        """A [rank, in] and alpha / rank times B [out, rank] under the names of a PEFT checkpoint; empty without."""
+        """A [rank, in] and alpha / rank times B [out, rank] by their names in a PEFT checkpoint; else empty."""
         if self.layer is None:
             return {}
         name = f"base_model.model.{self.name.removesuffix('.weight')}"
@@ -78,7 +78,7 @@ class WholeWeight:
 
 
 def whole_weights(model: nn.Module) -> list[WholeWeight]:
-    """All weights, tied ones once; of a model with or without adapters."""
+    """All weights of a model with or without adapters, tied ones once."""
     weights = []
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:

@@ -1,4 +1,4 @@
-"""What supervised training minimises, and how the examples of an update become one rank's packed rows.
+"""The losses of supervised training, and the packed rows of each rank.
 
 SFT (RFT's judgements) trains the language model's head; the meta RM and the Bradley-Terry baseline a scalar one.
 """

@@ -1,8 +1,8 @@
-"""metrics.jsonl, the record of a training run: one JSON object per step, without gaps or duplicates over restarts.
+"""metrics.jsonl, the record of a training run: one JSON object per step, without gaps or duplicates across restarts.
 
-metrics.parquet holds a copy of it in the end, and a tracker (TensorBoard, Weights & Biases, MLflow, Trackio) follows
-it step by step. accelerate's trackers do not serve: they log nothing without accelerate's process-wide PartialState,
-which chooses the CUDA device itself, and none of them says which steps a resumed run already has.
+metrics.parquet is its final copy, and a tracker (TensorBoard, Weights & Biases, MLflow, Trackio) receives every step.
+Not by accelerate's trackers: they log nothing without accelerate's process-wide PartialState, which chooses the CUDA
+device itself, and they cannot say which steps a resumed run already has.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of the metrics.jsonl in a step's directory, but for half a line that a killed process left; none where
-    there is no such file."""
+    """The lines of metrics.jsonl in a step's directory, without a half-written last line; empty if there is no file."""
     path = Path(directory, "metrics.jsonl")
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -40,9 +39,9 @@ def mean_of_last_tenth(lines: Sequence[Mapping[str, float]], name: str) -> float
 
 
 class MetricsFile:
-    """The metrics.jsonl of a step's directory, opened at `first_step`: it forgets the lines of that and later steps.
+    """The metrics.jsonl of a step's directory, opened at `first_step`: lines of that and later steps are discarded.
 
-    The tracker is told of what it has missed. Raises ConfigError where its package is not installed.
+    The tracker receives the lines that it missed. Raises ConfigError where its package is not installed.
     """
 
     def __init__(self, directory: str | Path, first_step: int, tracker: TrackerName = "none") -> None:
@@ -59,7 +58,7 @@ class MetricsFile:
         return cls(directory, first_step, tracker) if rank == 0 else None
 
     def append(self, line: Mapping[str, float]) -> None:
-        """Write one line through to the disk. Raises ValueError for a number that is not finite."""
+        """Append one line and sync it to disk. Raises ValueError for a number that is not finite."""
         with self._path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
@@ -85,9 +84,9 @@ class MetricsFile:
 
 
 class Tracker(Protocol):
-    """An open tracker of one training step of the graph, which is given each of its steps once, also over restarts."""
+    """An open tracker of one training run, which receives each step once, also across restarts."""
 
-    next_step: int  # the first step that it does not have
+    next_step: int  # the first step that it has not received
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -103,7 +102,7 @@ def require_tracker(name: TrackerName) -> None:
 
 
 def open_tracker(name: TrackerName, directory: Path) -> Tracker | None:
-    """The tracker of the training step in `directory`, the same run of it when opened again; None for "none"."""
+    """The tracker of the training run in `directory`, which continues the same run when reopened; None for "none"."""
     require_tracker(name)
     kinds: dict[str, Callable[[Path], Tracker]] = {
         "tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio,
@@ -112,7 +111,7 @@ def open_tracker(name: TrackerName, directory: Path) -> Tracker | None:
 
 
 class _TensorBoard:
-    """Event files in tensorboard/. Event files only grow, so they are made anew when opened again."""
+    """Event files in tensorboard/, rewritten when reopened because event files are append-only."""
 
     next_step = 0
 
@@ -132,7 +131,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of the project `PROJECT`; account, server and offline mode by W&B's own environment variables."""
+    """A run of the project `PROJECT`; W&B's environment variables set account, server and offline mode."""
 
     def __init__(self, directory: Path) -> None:
         import wandb
@@ -149,7 +148,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    """A run of the experiment `PROJECT` on the server that MLFLOW_TRACKING_URI names."""
+    """A run of the experiment `PROJECT` at MLFLOW_TRACKING_URI."""
 
     def __init__(self, directory: Path) -> None:
         from mlflow import MlflowClient
@@ -176,7 +175,7 @@ class _Mlflow:
 
 
 class _Trackio(_Wandb):
-    """The same by Trackio, whose runs have W&B's interface; directory, Space or server by its environment variables."""
+    """The same with Trackio, whose runs have W&B's interface; its environment variables set directory or server."""
 
     def __init__(self, directory: Path) -> None:
         import trackio
@@ -184,12 +183,12 @@ class _Trackio(_Wandb):
         self._run: Any = trackio.init(
             PROJECT, directory.name, resume="allow", embed=False, auto_log_cpu=False, auto_log_gpu=False
         )
-        # Trackio has no public name for it, neither for local runs nor for those on a server.
+        # Private, because Trackio has no public name for it, for local or remote runs.
         self.next_step = self._run._next_step
 
 
 def _remembered(path: Path, make: Callable[[], str]) -> str:
-    """The text of a file, which is made on first use."""
+    """The text of a file, written on first use."""
     if not path.exists():
         write_atomically(path, make().encode())
     return path.read_text()

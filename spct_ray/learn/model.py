@@ -1,6 +1,6 @@
-"""The model under training: loading, and the two heads a Trainer can drive (next-token log-probs, one score).
+"""The model in training: loading it, and the two heads of a Trainer (next-token log-probs, one score).
 
-The network is transformers' own; how it is optimised and distributed is in trainer.py.
+The network is transformers' own; trainer.py optimises and distributes it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from spct_ray.learn.batch import Batch, Tree
 
 Head = Literal["lm", "scalar"]
 
-_MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # alive at once, in fp32: what a cache keeps, what a GPU is busy with
+_MAX_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # in memory at once, in fp32: fits a CPU's cache, keeps a GPU busy
 
 
 def load_model(model_dir: str, head: Head, dtype: torch.dtype, on_gpu: bool) -> Any:
     """A transformers causal LM, or sequence classifier with one output, with its weights in `dtype`.
 
-    It takes packed rows. On a GPU, norms, gated MLPs and rotary embeddings are Liger's fused kernels, for architectures
-    that Liger knows. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
+    It takes packed rows. On a GPU, norms, gated MLPs and rotary embeddings are Liger's fused kernels for architectures
+    that Liger supports. Under an active ZeRO-3 `HfDeepSpeedConfig` the weights arrive partitioned. Raises ConfigError
     for models whose output layer does more than a linear map and a soft-cap, or whose attention is of another kind.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -66,9 +66,9 @@ def partitioned_loading(config: dict[str, Any] | None) -> Iterator[None]:
 
 
 def fuse_layers(model: Any) -> None:
-    """Let a loaded model compute with Liger's Triton kernels; its weights and their names stay as they are.
+    """Switch a loaded model to Liger's Triton kernels; weights and their names do not change.
 
-    They also replace the rotary embedding of the architecture's module in transformers, for all models of this process.
+    This also replaces the rotary embedding in the architecture's module of transformers, for all models in the process.
     """
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -79,7 +79,7 @@ def fuse_layers(model: Any) -> None:
 
 
 class TokenLogprobs(nn.Module):
-    """A causal LM that answers with log-probabilities of given next tokens instead of all logits."""
+    """A causal LM that returns log-probs of given next tokens instead of all logits."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TokenLogprobs(nn.Module):
         self.head = LogprobHead(model.get_output_embeddings(), model.config.get_text_config())
 
     def forward(self, batch: Batch) -> Tensor:
-        """Log p [N] in fp32 of each trained token. Only what predicts them passes through the output layer."""
+        """Log p [N] in fp32 of each trained token. Only positions that predict one pass through the output layer."""
         return self.head(_hidden_states(self.model, batch)[batch.source_N], batch.target_N)  # type: ignore[no-any-return]
 
 
@@ -105,10 +105,10 @@ class LogprobHead(nn.Module):
 
 
 class _Logprobs(torch.autograd.Function):
-    """Log-softmax of given tokens, slice by slice of the vocabulary, of whose logits none are kept.
+    """Log-softmax of given tokens, slice by slice of the vocabulary, without keeping any logits.
 
-    The forward pass keeps the logsumexp of each token; the backward pass computes a slice's logits again, and from them
-    this slice's rows of the weight's gradient, which are then final, and its part of the hidden states' gradient.
+    The forward pass keeps the logsumexp of each token. The backward pass recomputes a slice's logits, and from them its
+    rows of the weight's gradient, which are then final, and its share of the hidden states' gradient.
     """
 
     @staticmethod
@@ -165,7 +165,7 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, part: s
 
 
 def _places(targets_N: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Each target's place in a slice of the vocabulary (some place, where it is elsewhere), and whether it is there."""
+    """Each target's index in a slice of the vocabulary (any index if it is outside), and whether it is inside."""
     place_N = (targets_N - part.start).clamp(0, part.stop - part.start - 1)
     return place_N, (targets_N >= part.start) & (targets_N < part.stop)
 

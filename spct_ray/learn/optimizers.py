@@ -1,6 +1,6 @@
-"""Optimizers for DeepSpeed's ZeRO: AdamW, or its Muon for the matrices beside AdamW for the rest.
+"""Optimizers for DeepSpeed's ZeRO: AdamW, or Muon for the matrices and AdamW for the rest.
 
-The trainer sets learning rates before each update; checkpoints of the moments are in zero_state.py.
+The trainer sets learning rates before each update; zero_state.py checkpoints the moments.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from spct_ray.learn.train_config import OptimConfig, TrainResources
 
 
 def run_muon_eagerly() -> None:
-    """Have DeepSpeed's Muon run uncompiled and in fp32, in this process.
+    """Make DeepSpeed's Muon run uncompiled and in fp32 in this process.
 
     DeepSpeed decorates its Newton-Schulz iteration with torch.compile, which on CPU needs a C++ compiler, takes 20 s at
-    the first update and gains nothing there, and iterates in fp16 where a CPU has instructions for it. Raises SpctError
-    where this DeepSpeed does so in another way.
+    the first update and gains nothing; and it iterates in fp16 on CPUs that support it. Raises SpctError for a
+    DeepSpeed version that does either differently.
     """
     import deepspeed
     from deepspeed.runtime import compiler
@@ -60,7 +60,7 @@ def make_optimizer(module: Any, optim: OptimConfig, resources: TrainResources) -
 
 
 def _make_muon(trunk: Any, parameters: list[Any], optim: OptimConfig, options: dict[str, Any]) -> Any:
-    """Muon for the trunk's matrices but embeddings, AdamW with `options` for the other `parameters`."""
+    """Muon for the trunk's matrices except embeddings, AdamW with `options` for the other `parameters`."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     embeddings = {m.weight for m in trunk.modules() if isinstance(m, torch.nn.Embedding)}

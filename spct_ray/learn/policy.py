@@ -1,7 +1,7 @@
-"""GRPO's update: the objectives (Eq. 11 and two variants of it), the KL term's reference (Eq. 15), the optimiser step.
+"""GRPO's update: the objectives (Eq. 11 and two variants), the reference of the KL term (Eq. 15), the optimiser step.
 
-Rollouts and rewards come from `stages.rollouts`, the loop is `stages.grpo`. An objective of your own is a subclass of
-`Grpo`, in any module. Axes: M groups, G rollouts of one group, N completion tokens of all sequences, one after another.
+Rollouts and rewards come from `stages.rollouts`; the loop is in `stages.grpo`. Your own objective is a subclass of
+`Grpo` in any module. Axes: M groups, G rollouts per group, N completion tokens of all sequences, concatenated.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from spct_ray.learn.trainer import Trainer
 
 @dataclass(frozen=True)
 class Grpo:
-    """GRPO (Eq. 11): advantages in units of their group's spread, the mean over each sequence, then over sequences.
+    """GRPO (Eq. 11): advantages in units of the group's standard deviation; the mean per sequence, then over sequences.
 
-    `max_tokens` is the longest completion that an engine may write. Subclasses change any of the three methods.
+    `max_tokens` is the longest completion that an engine may write. Subclasses override any of the three methods.
     """
 
     loss: PolicyLoss
@@ -43,19 +43,19 @@ class Grpo:
         return (centred(rewards_MG) / std_M1.clamp(min=torch.finfo(torch.float64).tiny)).float()
 
     def token_weights(self, num_trained: Sequence[int], size: BatchSize) -> Tensor:
-        """Weight of each token [N] in the loss; `num_trained` are the tokens of each sequence, `size` is the whole
-        update's, so that the losses of all rows and ranks add up to the batch's."""
+        """Weight of each token [N] in the loss. `num_trained` is the number of tokens per sequence, `size` that of the
+        whole update, so that the losses of all rows and ranks add up to the batch's."""
         lengths_B = torch.tensor(num_trained)
         return 1.0 / (lengths_B.repeat_interleave(lengths_B) * size.num_sequences)
 
     def surrogate(self, ratio_N: Tensor, advantages_N: Tensor) -> Tensor:
-        """PPO's clipped gain of each token: min(rho A, clip(rho) A)."""
+        """PPO's clipped surrogate of each token: min(rho A, clip(rho) A)."""
         return torch.minimum(ratio_N * advantages_N, ratio_N.clamp(*self.loss.clip_range) * advantages_N)
 
 
 class DrGrpo(Grpo):
-    """Dr. GRPO (arXiv 2503.20783, Section 3.2): no division by std, which favours very easy and very hard prompts, and
-    sums over each sequence, divided by a constant, which do not favour long wrong answers."""
+    """Dr. GRPO (arXiv 2503.20783, Section 3.2): no division by std, which favours very easy and very hard prompts; sums
+    over each sequence divided by a constant, because means favour long wrong answers."""
 
     def advantages(self, rewards_MG: Tensor) -> Tensor:
         """r - mean over each group."""
@@ -85,7 +85,7 @@ def objective_of(loss: PolicyLoss, max_tokens: int) -> Grpo:
 def centred(rewards_MG: Tensor) -> Tensor:
     """r - mean over each group, in float64; exactly 0 where all rewards of a group are equal.
 
-    Rounding would else leave 1e-17, of which division by a std of 1e-17 makes advantages of +-1.
+    Without the mask, rounding leaves 1e-17, which division by a std of 1e-17 turns into advantages of +-1.
     """
     rewards_MG = rewards_MG.double()
     equal_M1 = rewards_MG.amax(-1, keepdim=True) == rewards_MG.amin(-1, keepdim=True)
@@ -95,7 +95,7 @@ def centred(rewards_MG: Tensor) -> Tensor:
 def kl_N(logp_N: Tensor, ref_logp_N: Tensor, estimator: str = "k3") -> Tensor:
     """Estimates KL(policy || reference) at each sampled token (Schulman 2020, "Approximating KL divergence").
 
-    k2: half the squared log-ratio, whose gradient is the KL's. k3: unbiased, >= 0, of low variance; what GRPO takes.
+    k2: half the squared log-ratio, whose gradient is the KL's. k3: unbiased, >= 0 and of low variance, GRPO's choice.
     """
     delta_N = ref_logp_N - logp_N
     return delta_N.square() / 2 if estimator == "k2" else delta_N.exp() - delta_N - 1.0
@@ -103,8 +103,8 @@ def kl_N(logp_N: Tensor, ref_logp_N: Tensor, estimator: str = "k3") -> Tensor:
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """Log-probs [N] of the sampled tokens: of the policy in training, of the policy before the batch's first update, of
-    the engine that sampled them, and of the reference, which beta 0 does without."""
+    """Log-probs [N] of the sampled tokens under the policy in training, the policy before the batch's first update, the
+    engine that sampled them, and the reference (None at beta 0)."""
 
     policy: Tensor
     old: Tensor
@@ -113,8 +113,8 @@ class TokenLogps:
 
     @property
     def importance(self) -> Tensor:
-        """pi_trainer / pi_engine, without gradient: the engine's arithmetic samples from a slightly different policy
-        than the trainer holds."""
+        """pi_trainer / pi_engine, without gradient: the engine's arithmetic makes its policy differ slightly from the
+        trainer's."""
         return (self.policy.detach() - self.engine).exp()
 
     @property
@@ -136,11 +136,11 @@ def policy_loss(objective: Grpo, logps: TokenLogps, advantages_N: Tensor, weight
 
 
 class TokenStatistics:
-    """Means over the tokens of one update, of all its rows and ranks.
+    """Means over the tokens of one update, over all rows and ranks.
 
     `entropy` is the Monte-Carlo estimate -log p of the sampled tokens, in nats, not a sum over the vocabulary.
-    `clip_share` counts ratios outside the clip range: 0 in a batch's first update. `tis_capped_share` counts importance
-    weights cut off at the cap. `kl` is k3's mean, 0 without a reference.
+    `clip_share` is the share of ratios outside the clip range, 0 in a batch's first update; `tis_capped_share` that of
+    importance weights above the cap. `kl` is k3's mean, 0 without a reference.
     """
 
     NAMES = ("tokens", "entropy", "clip_share", "tis_capped_share", "prob_diff_mean", "kl")
@@ -151,7 +151,7 @@ class TokenStatistics:
         self._max_prob_diff = torch.zeros((), device=device)
 
     def add(self, logps: TokenLogps) -> None:
-        """Counts one row."""
+        """Add one row."""
         policy_N, (low, high) = logps.policy.detach(), self._loss.clip_range
         if not len(policy_N):
             return
@@ -168,7 +168,7 @@ class TokenStatistics:
         self._max_prob_diff = torch.maximum(self._max_prob_diff, logps.prob_diff.max())
 
     def reduce(self) -> dict[str, float]:
-        """The means, with `prob_diff_max`. Collective: every rank calls it, also one that added nothing."""
+        """The means, and `prob_diff_max`. Collective: every rank calls it, even if it added nothing."""
         dist.all_reduce(self._sums)
         dist.all_reduce(self._max_prob_diff, op=dist.ReduceOp.MAX)
         tokens, *sums = self._sums.tolist()
@@ -191,8 +191,8 @@ def sample_rows(
 ) -> tuple[list[Batch], int]:
     """This rank's share as packed rows, and how many rows the rank with the most has.
 
-    Every rank passes the same `samples`; each is trained on by exactly one of them. Samples of one prompt share it,
-    which changes neither loss nor gradient; `share_prompts` False is the naive way, for comparisons.
+    Every rank passes the same `samples`, and each sample is trained on by exactly one rank. Samples of one prompt share
+    it, which changes neither loss nor gradient; `share_prompts` False is for comparisons.
     """
     rows, num_passes = packed_rows(
         [np.array(sample.token_ids, np.int32) for sample in samples],
@@ -220,8 +220,8 @@ class MiniBatch:
     """The samples of one update: this rank's rows of them, and the size of the whole."""
 
     def __init__(self, samples: Sequence[Sample], trainer: Trainer, micro_tokens: int, beta: float) -> None:
-        """Samples with advantage 0 have no gradient and are not trained on, unless they count for the KL term or there
-        are no others: an update is made in every step. They count in `size` either way."""
+        """Samples with advantage 0 have no gradient and are skipped, unless there is a KL term or no other sample:
+        every step makes an update. They count in `size` either way."""
         self.size = BatchSize(len(samples), sum(len(sample.engine_logprobs) for sample in samples))
         trained = samples if beta else [sample for sample in samples if sample.advantage] or samples
         self.rows, self._num_passes = sample_rows(trained, trainer.rank, trainer.world_size, micro_tokens)
@@ -232,7 +232,7 @@ class MiniBatch:
 
 
 def mini_batches(samples: Sequence[Sample], trainer: Trainer, micro_tokens: int, loss: PolicyLoss) -> list[MiniBatch]:
-    """The samples in order, in `updates_per_batch` parts whose sizes differ by 1 at most."""
+    """The samples in order, in `updates_per_batch` parts whose sizes differ by at most 1."""
     num = loss.updates_per_batch
     bounds = [len(samples) * place // num for place in range(num + 1)]
     parts = [samples[start:stop] for start, stop in itertools.pairwise(bounds)]
@@ -240,10 +240,10 @@ def mini_batches(samples: Sequence[Sample], trainer: Trainer, micro_tokens: int,
 
 
 def train_on(trainer: Trainer, batches: Sequence[MiniBatch], objective: Grpo) -> dict[str, float]:
-    """One update after the other, with ratios to the policy before the first. Collective.
+    """One update per mini-batch, with ratios to the policy before the first. Collective.
 
-    Returns the numbers of `update_policy`: sums of the tokens, the last learning rate, the largest `prob_diff_max`, and
-    the mean over the updates of all others.
+    Returns the metrics of `update_policy`: tokens summed, the last learning rate, the largest `prob_diff_max`, and all
+    others averaged over the updates.
     """
     if len(batches) > 1:
         for batch in batches:
@@ -258,9 +258,9 @@ def train_on(trainer: Trainer, batches: Sequence[MiniBatch], objective: Grpo) ->
 def update_policy(trainer: Trainer, rows: Sequence[Batch], objective: Grpo, size: BatchSize) -> dict[str, float]:
     """One optimiser step on Eq. 11 over the sequences and completion tokens in `size` (all ranks'). Collective.
 
-    Rows without the extra `old_logp` are on-policy: the old log-probs are then those of this very forward pass.
-    Returns `Trainer.step`'s numbers, the token statistics (no `kl` at beta 0), the tokens that passed through the
-    network as `tokens_trained`, and what they would be without shared prompts as `tokens_naive`.
+    Rows without the extra `old_logp` are on-policy: their old log-probs are those of this forward pass. Returns
+    `Trainer.step`'s metrics, the token statistics (no `kl` at beta 0), `tokens_trained`, which passed through the
+    network, and `tokens_naive`, which would have done so without shared prompts.
     """
     token_statistics = TokenStatistics(objective.loss, trainer.device)
 
@@ -276,17 +276,17 @@ def update_policy(trainer: Trainer, rows: Sequence[Batch], objective: Grpo, size
     counts = torch.tensor([[row.num_tokens, row.num_naive] for row in rows], dtype=torch.float64).view(-1, 2).sum(0)
     numbers = {**trainer.step(rows, loss_fn), **token_statistics.reduce()}
     if objective.loss.beta == 0:
-        del numbers["kl"]  # not measured, which is not the same as 0
+        del numbers["kl"]  # not measured, rather than 0
     trained, naive = trainer.sum_over_ranks(counts).tolist()
     return {**numbers, "tokens_trained": trained, "tokens_naive": naive}
 
 
 class Reference:
-    """The frozen model that the KL term holds the policy to (Eq. 15): forward passes only, no optimiser.
+    """The frozen model in the KL term (Eq. 15): forward passes only, no optimiser.
 
-    Made after the policy, whose process group and device it uses. Under ZeRO-3 its weights are partitioned like the
-    policy's, else every rank holds a copy. With LoRA there is no second model: the policy without its adapters is the
-    model that training began with.
+    Created after the policy, whose process group and device it uses. Under ZeRO-3 its weights are partitioned like the
+    policy's, otherwise every rank holds a copy. With LoRA there is no second model: the policy without its adapters is
+    the initial model.
     """
 
     def __init__(self, model_dir: str, policy: Trainer, resources: TrainResources) -> None:
@@ -299,7 +299,7 @@ class Reference:
             self._adapters_off = partial(rescale_adapter_scale, policy.model, 0.0)
             self._module: Callable[[Batch], Tensor] = policy.logprobs
             return
-        dtype, on_gpu = policy.dtype, policy.device.type == "cuda"  # with another dtype there is a KL before step 1
+        dtype, on_gpu = policy.dtype, policy.device.type == "cuda"  # another dtype would mean a KL before step 1
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "bf16": {"enabled": dtype == torch.bfloat16},

@@ -1,4 +1,4 @@
-"""Scalar models at work: the meta RM's logits of judgements, and the scores of any reward model of its own kind."""
+"""Inference with scalar models: the meta RM's logits of judgements, and the scores of third-party reward models."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class MetaScorer:
         self._micro_tokens = micro_tokens
 
     def warm_up(self) -> None:
-        """Score a short and a full row, so that no later call waits for attention to be compiled, or is the first to
-        find that the memory does not suffice."""
+        """Score a short and a full row, so that no later call waits for compilation or runs out of memory first."""
         full = self._micro_tokens if self._device == "cuda" else 512  # on CPU nothing is compiled
         limit = getattr(self._module.model.config, "max_position_embeddings", full)
         for num_tokens in (64, min(full, limit)):
@@ -57,14 +56,14 @@ class MetaScorer:
 
 
 def encode_judgement(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], int]:
-    """Token ids of `judge.prompt.meta_messages`, up to and with the end of the judgement's turn, and how many of them
-    are its prompt: judgements of the same responses in the same order share it."""
+    """Token ids of `judge.prompt.meta_messages` including the end of the judgement's turn, and the length of the prompt
+    that judgements of the same responses in the same order share."""
     *prompt, judgement = messages
     return encode_example(tokenizer, prompt, judgement.content)
 
 
 def score_over_ranks(trainer: Trainer, examples: Sequence[Example], micro_tokens: int) -> list[float]:
-    """Logits of all judgements from the model in training, the work shared by all ranks. Collective."""
+    """Logits of all judgements from the model in training, computed by all ranks together. Collective."""
     ids, prompts = [e.ids for e in examples], [e.prompt_length for e in examples]
     rows, num_passes = packed_rows(ids, prompts, micro_tokens, (trainer.rank, trainer.world_size))
     logits = torch.zeros(len(examples), dtype=torch.float64)
@@ -78,8 +77,8 @@ def score_over_ranks(trainer: Trainer, examples: Sequence[Example], micro_tokens
 class RewardModel:
     """A scalar reward model: a directory whose config names a ...ForSequenceClassification with one output.
 
-    It is called as its authors would call it, one sequence at a time, so every architecture that transformers knows
-    works. With a chat template a response is the assistant's turn after the query; without one (encoders), query and
+    It is called one sequence at a time, as its authors would, so every architecture in transformers works.
+    With a chat template a response is the assistant's turn after the query; without one (encoders), query and
     response are the tokenizer's pair of texts. Raises ConfigError for more than one output.
     """
 

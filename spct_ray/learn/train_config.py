@@ -1,4 +1,4 @@
-"""Settings of a training run: how it trains (method) and where it runs (resources). Loads no torch."""
+"""Configuration of a training run: method and resources. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class OptimConfig:
     """AdamW at `lr` or, where `muon_lr` is above 0, Muon at `muon_lr` for the matrices and AdamW for the rest.
 
     The rest are embeddings, output layer, norms, biases and a scalar head. Both learning rates warm up linearly, then
-    stay or fall to 0 at the last step; the fall takes the last `decay_share` of the steps after the warm-up. `dtype` is
-    that of the weights in use, see `spct_ray.precision`; checkpoints hold fp32 masters either way.
+    stay constant or decay to 0 over the last `decay_share` of the steps after the warm-up. `dtype` is that of the
+    working weights, see `spct_ray.precision`; checkpoints hold fp32 masters either way.
     """
 
     lr: float = 5e-6
@@ -46,9 +46,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in place of training all weights, see `spct_ray.learn.lora`. `rank` 0 is off.
+    """Low-rank adapters instead of training all weights, see `spct_ray.learn.lora`; off at `rank` 0.
 
-    `target_modules` are names of linear layers, such as q_proj; none stands for all of the trunk's.
+    `target_modules` are names of linear layers such as q_proj; empty means all linear layers of the trunk.
     """
 
     rank: int = 0
@@ -72,7 +72,7 @@ OBJECTIVES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """What an update of the policy minimises; see `learn.policy` for the objectives and the KL estimators.
+    """The policy's loss; see `learn.policy` for the objectives and the KL estimators.
 
     `objective` is a name in `OBJECTIVES` or the import path `module:Class` of a subclass of `learn.policy.Grpo`. A
     batch of rollouts is split into `updates_per_batch` updates of equal size, whose ratios are to the policy before the
@@ -111,9 +111,9 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class TrainResources:
-    """Where training runs. `threads` 0 shares out the machine's cores; `micro_tokens` bounds a packed row.
+    """Where training runs. `threads` 0 divides the machine's cores among its ranks; `micro_tokens` bounds a packed row.
 
-    `offload_optimizer` keeps master weights and moments in CPU memory (compiles DeepSpeedCPUAdam on first use).
+    `offload_optimizer` keeps master weights and moments in CPU memory (DeepSpeedCPUAdam is compiled on first use).
     `tracker` is set for the whole run by `resources.tracker`, see `learn.metrics_file`.
     """
 
@@ -130,7 +130,7 @@ class TrainResources:
 
 
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """What `lr` and `muon_lr` are multiplied with in update number `step` (from 0)."""
+    """The factor of `lr` and `muon_lr` in update `step` (from 0)."""
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     falling = max(1.0, optim.decay_share * (total_steps - optim.warmup_steps))

@@ -1,7 +1,7 @@
 """One training rank on DeepSpeed ZeRO: forward, update, checkpoint, export. The same code on CPU and CUDA.
 
-Weights are bf16 (or fp32) with fp32 master copies, gradients are summed in fp32, so that neither micro-batches nor the
-number of ranks change an update beyond bf16 rounding of the forward pass. Losses and data come from the caller; Ray
+Weights are bf16 (or fp32) with fp32 master copies, and gradients are summed in fp32, so neither micro-batches nor the
+number of ranks change an update beyond bf16 rounding in the forward pass. Losses and data come from the caller; Ray
 Train starts the processes (`spct_ray.cluster.train`).
 """
 
@@ -34,11 +34,11 @@ _GATHER_NUMEL = 1 << 28  # elements gathered at once under ZeRO-3
 
 
 class Trainer:
-    """One rank of data-parallel training. All methods but the attributes are collective: every rank calls them alike.
+    """One rank of data-parallel training. All methods are collective unless they say otherwise: every rank calls them.
 
-    Uses the process group that is there, or makes one of its own for a single process. Head "lm" drives `logprobs`,
-    head "scalar" drives `scores`. With `lora`, adapters alone (and a scalar head) are trained and checkpointed.
-    `steps_done` counts updates, also over resumes.
+    Uses the existing process group, or creates one for a single process. Head "lm" drives `logprobs`, head "scalar"
+    drives `scores`. With `lora`, only adapters (and a scalar head) are trained and checkpointed. `steps_done` counts
+    updates, across resumes.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Trainer:
         """One update with the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
 
         `loss_fn` calls `logprobs` (or `scores`) once and divides by the normaliser of the whole update. Ranks may hold
-        different numbers of micro-batches, also none. Returns the summed loss, the gradient's norm before clipping
-        (with Muon, of its orthogonalised updates and AdamW's gradients together) and AdamW's learning rate. Raises
-        SpctError when the gradient is not finite (the weights are then of no use: restart from the last checkpoint).
+        different numbers of micro-batches, or none. Returns the summed loss, the gradient norm before clipping (with
+        Muon, of its orthogonalised updates and AdamW's gradients together) and AdamW's learning rate. Raises SpctError
+        when the gradient is not finite; the weights are then unusable: restart from the last checkpoint.
         """
         torch.manual_seed(derive_seed(self.seed, "step", self.steps_done, self.rank))
         factor = lr_factor(self.optim, self.steps_done, self.total_steps)
@@ -117,7 +117,7 @@ class Trainer:
         for i in range(count):
             self._engine.set_gradient_accumulation_boundary(i == count - 1)
             loss = loss_fn(micro_batches[i]) if i < len(micro_batches) else self._empty_loss()
-            self._engine.backward(loss * self.world_size)  # DeepSpeed takes the mean over ranks
+            self._engine.backward(loss * self.world_size)  # because DeepSpeed averages over ranks
             loss_sum += loss.detach()
         if self.device.type == "cpu":
             give_back_freed()
@@ -146,8 +146,8 @@ class Trainer:
         dist.barrier()
 
     def resume(self, directory: str, at: int | None = None) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint, or that of step `at`, whatever number of ranks wrote it; None when there
-        is none."""
+        """Load the newest complete checkpoint, or that of step `at`, written by any number of ranks; None if there is
+        none. Returns the `state` it was saved with."""
         newest = checkpoint.newest_step(directory) if at is None and self.rank == 0 else at
         chosen = torch.tensor(-1 if newest is None else newest)
         step = int(self._reduce(chosen if self.rank == 0 else torch.tensor(-1), dist.ReduceOp.MAX))
@@ -165,9 +165,9 @@ class Trainer:
         return state
 
     def named_weights(self, with_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under their HF names, tied ones once, adapters added; every rank must iterate to the end.
+        """Full weights by their HF names, tied ones once, adapters added; every rank must iterate to the end.
 
-        Under ZeRO-3 they are gathered bucket by bucket and are copies; else they are the live weights, valid until the
+        Under ZeRO-3 they are copies, gathered bucket by bucket; otherwise they are the live weights, valid until the
         next `step`.
         """
         waiting = whole_weights(self.model)
@@ -199,14 +199,14 @@ class Trainer:
         yield from weights
 
     def weight_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of what `named_weights` gives, without gathering it. Not collective."""
+        """Names and shapes of `named_weights`, without gathering them. Not collective."""
         firsts = [(whole.name, whole.parameters[0]) for whole in whole_weights(self.model)]
         return [(name, tuple(getattr(weight, "ds_shape", weight.shape))) for name, weight in firsts]
 
     def export(self, directory: str) -> None:
         """Write model, config, generation config, tokenizer and chat template for transformers and vLLM.
 
-        The directory appears whole or not at all. Rank 0 holds all weights in CPU memory for it.
+        The directory appears whole or not at all. Rank 0 holds all weights in CPU memory meanwhile.
         """
         weights: dict[str, Tensor] = {}
         for name, weight in self.named_weights():
@@ -233,7 +233,7 @@ class Trainer:
 
 
 def _import_deepspeed(resources: TrainResources) -> Any:
-    """DeepSpeed, set up for this process: accelerator, process group, threads. It reads the environment on import."""
+    """DeepSpeed, set up for this process: accelerator, process group, threads. Importing it reads the environment."""
     if resources.gpus_per_worker == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -241,16 +241,16 @@ def _import_deepspeed(resources: TrainResources) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    found = deepspeed.get_accelerator().device_name()
+    kind = deepspeed.get_accelerator().device_name()
     wanted = "cuda" if resources.gpus_per_worker else "cpu"
-    if found != wanted:
-        raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {found}, not {wanted}")
+    if kind != wanted:
+        raise ConfigError(f"gpus_per_worker is {resources.gpus_per_worker}, but DeepSpeed found {kind}, not {wanted}")
     if wanted == "cpu":
         run_muon_eagerly()
     if not dist.is_initialized():
         backend = "nccl" if resources.gpus_per_worker else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # A private name: nothing public keeps DeepSpeed from compiling its own shared-memory all-reduce for CPU ranks.
+    # Private, because no public option keeps DeepSpeed from compiling its shared-memory all-reduce for CPU ranks.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     if resources.gpus_per_worker:
@@ -268,7 +268,7 @@ def _deepspeed_config(optim: OptimConfig, resources: TrainResources, dtype: torc
         "contiguous_gradients": on_gpu,
     }
     if optim.muon_lr and resources.zero_stage == 3:
-        zero["reduce_scatter"] = False  # DeepSpeed's condition
+        zero["reduce_scatter"] = False  # required by DeepSpeed
     if resources.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {

@@ -1,8 +1,8 @@
-"""ZeRO's share of an optimiser's state on one rank: fp32 master weights and moments, as views for checkpoints.
+"""One rank's part of the optimizer state under ZeRO: fp32 master weights and moments, as views for checkpoints.
 
-DeepSpeed's own checkpoints are pickles of its partitioning. Its public functions (`safe_get_local_fp32_param` and the
-like) cover ZeRO-3 alone and copy what is offloaded, so views take private names of its optimisers;
-tests/test_private_names.py fails by name where a version has dropped one.
+DeepSpeed's own checkpoints are pickles of its partitioning. Its public functions (`safe_get_local_fp32_param` and
+similar) cover only ZeRO-3 and copy offloaded state, so views need private names of its optimizers;
+tests/test_private_names.py names each one that a version drops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ZeroState:
         )  # fmt: skip
 
     def fragments(self) -> Iterator[Fragment]:
-        """Views of the master weights and moments that this rank owns; `create_moments` comes first."""
+        """Views of the master weights and moments that this rank owns; call `create_moments` first."""
         momentum = dict[Any, Tensor]()  # of whole matrices
         for master, matrices in self._muon_masters():
             if matrices is not None:
@@ -43,7 +43,7 @@ class ZeroState:
                 yield Fragment(name, *start_and_views)
 
     def _views(self, param: Any, keys: dict[str, str | None]) -> tuple[int, dict[str, Tensor]] | None:
-        """Where this rank's part of a parameter starts, and its state by kind; None where it owns nothing of it."""
+        """Where this rank's part of a parameter starts, and its state by kind; None if it owns none of it."""
         if self._stage == 3:
             start = self._rank * param.partition_numel()
             length = min(param.partition_numel(), param.ds_numel - start)  # the rest is padding
@@ -58,7 +58,7 @@ class ZeroState:
         return mapping.lp_fragment_address.start, {k: part.detach() for k, part in parts.items()}
 
     def create_moments(self) -> None:
-        """The optimiser's state as it is before the first update, where there is none yet."""
+        """Create the optimizer state of before the first update, where there is none yet."""
         for master, matrices in self._muon_masters():
             numel = len(master) if matrices is None else sum(p.numel() for p in matrices)
             self._optimizer.state[master].setdefault("momentum_buffer", master.new_zeros(numel, requires_grad=False))
@@ -70,19 +70,19 @@ class ZeroState:
                 state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
                 state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
         if self._stage < 3:
-            # DeepSpeed links the state of all groups once, after the first one's update, when others may have none.
+            # DeepSpeed links the state of all groups only once, after the first update, when some may have none.
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def set_step(self, step: int) -> None:
-        """Tells the optimiser how many updates were made."""
+        """Set the number of updates in the optimizer."""
         for state in (self._optimizer.state[master] for master in self._masters()):
             counter = state.get("step")
             if counter is not None:
                 state["step"] = torch.full_like(counter, step) if isinstance(counter, Tensor) else step
 
     def update_weights(self) -> None:
-        """Copies the master weights into the weights that the forward pass uses."""
+        """Copy the master weights into the weights of the forward pass."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return
@@ -92,7 +92,7 @@ class ZeroState:
         self._zero.checkpoint_event_epilogue()
 
     def _masters(self) -> list[Tensor]:
-        """The flat fp32 tensors that the optimiser updates (DeepSpeed hides ZeRO-3's from the parameter groups)."""
+        """The flat fp32 tensors that the optimizer updates (under ZeRO-3 they are not in the parameter groups)."""
         if self._stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
         return [p for group in self._optimizer.param_groups for p in group["params"]]

@@ -1,5 +1,4 @@
-"""Clients of the service, synchronous and asynchronous. Reward functions for trainers, which build on these, are in
-rewards.py."""
+"""Synchronous and asynchronous clients of the service; rewards.py builds reward functions for trainers on them."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class Options(TypedDict, total=False):
-    """What a request may set beside the query and the responses; see `schema.JudgeRequest`."""
+    """Optional fields of a request, see `schema.JudgeRequest`."""
 
     k: int | Literal["auto"]
     k_meta: int
@@ -35,7 +34,7 @@ class Options(TypedDict, total=False):
 
 
 class ServerError(SpctError):
-    """The server refused or failed: HTTP status, the error's type and the message that it sent."""
+    """The server refused or failed: HTTP status, type of the error and the server's message."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(f"HTTP {status} ({kind}): {message}")
@@ -46,9 +45,9 @@ class ServerError(SpctError):
 class JudgeClient:
     """`with JudgeClient("http://127.0.0.1:8000") as client: client.judge(messages, responses, k=8).winner`.
 
-    Busy servers (429, 502, 503, 504) and lost connections are tried again, waiting as `Retry-After` says. Calls raise
-    ServerError for any status but 200, and httpx.TransportError when no server answers, both after `max_attempts` where
-    another attempt may help. A stream is tried again only until it begins.
+    Calls retry when the server is busy (429, 502, 503, 504; waiting as `Retry-After` says) or the connection is lost,
+    up to `max_attempts` in all. They raise ServerError for any status but 200, and httpx.TransportError when no server
+    answers. A stream is retried only until it begins.
     """
 
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
@@ -66,7 +65,7 @@ class JudgeClient:
     def stream(
         self, messages: Sequence[Message], responses: Sequence[str], **options: Unpack[Options]
     ) -> Iterator[Tally | JudgeAnswer]:
-        """Each judgement as it comes, and the verdict as the last."""
+        """Each judgement as it arrives, and finally the verdict."""
         body = request(messages, responses, **options) | {"stream": True}
         with connect_sse(self._http, "POST", "/v1/judge", json=body) as source:
             if source.response.status_code != 200:
@@ -84,7 +83,7 @@ class JudgeClient:
 
 
 class AsyncJudgeClient:
-    """As JudgeClient, for `async with`; one client may have any number of calls under way in one event loop."""
+    """Like JudgeClient, for `async with`; one client may have any number of concurrent calls in one event loop."""
 
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
         limits = httpx.Limits(max_connections=None)
@@ -105,7 +104,7 @@ class AsyncJudgeClient:
     async def stream(
         self, messages: Sequence[Message], responses: Sequence[str], **options: Unpack[Options]
     ) -> AsyncIterator[Tally | JudgeAnswer]:
-        """Each judgement as it comes, and the verdict as the last."""
+        """Each judgement as it arrives, and finally the verdict."""
         body = request(messages, responses, **options) | {"stream": True}
         async with aconnect_sse(self._http, "POST", "/v1/judge", json=body) as source:
             if source.response.status_code != 200:
@@ -130,7 +129,7 @@ def request(messages: Sequence[Message], responses: Sequence[str], **options: Un
 
 
 class _Jittered(Retry):
-    """Clients that a server told to come back at the same time do not all come at once."""
+    """Spreads out clients that the server told to retry at the same time."""
 
     def parse_retry_after(self, retry_after: str) -> float:
         return super().parse_retry_after(retry_after) * random.uniform(1.0, 1.5)
@@ -148,7 +147,7 @@ def _retry(max_attempts: int) -> Retry:
 
 
 def _proxy(base_url: str) -> str | None:
-    """The proxy that the environment names for the server; httpx looks for it only without a transport."""
+    """The environment's proxy for the server, which httpx ignores when it is given a transport."""
     url = httpx.URL(base_url)
     return None if proxy_bypass(url.host) else getproxies().get(url.scheme)
 
@@ -163,7 +162,7 @@ def _read(reply: httpx.Response, answer: type[Answer]) -> Answer:
         return answer.model_validate_json(reply.content)
     try:
         fault = ErrorAnswer.model_validate_json(reply.content).error
-    except ValidationError:  # from what stands before our gateway: Serve's proxy, another proxy
+    except ValidationError:  # from a proxy in front of the gateway
         fault = Fault(type="http", message=reply.text)
     raise ServerError(reply.status_code, fault.type, fault.message)
 
@@ -175,7 +174,7 @@ def _checked(source: EventSource) -> EventSource:
 
 
 def _event(event: ServerSentEvent) -> Tally | JudgeAnswer:
-    """What a server-sent event holds. Raises ServerError for an `error` event."""
+    """The content of a server-sent event. Raises ServerError for an `error` event."""
     if event.event == "sample":
         return Tally.model_validate_json(event.data)
     if event.event == "verdict":

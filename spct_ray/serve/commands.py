@@ -36,8 +36,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="key=value",
-        help="change one value of what is served, e.g. resources.judge.num_gpus=2 resources.engine.tensor_parallel=2 "
-        "(default: the GPUs and engine that the run was evaluated with; of a model: one GPU, if there are any)",
+        help="override one value of the configuration, e.g. resources.judge.num_gpus=2 "
+        "resources.engine.tensor_parallel=2 (default: GPUs and engine of the run's evaluation; of a model: one GPU, "
+        "if there is any)",
     ),
 ]
 Meta = Annotated[str, typer.Option(metavar="DIR", help="model directory of the meta RM")]
@@ -86,7 +87,7 @@ def serve_update(
 ) -> None:
     """Give the running service new weights of the same model, replica by replica; no request is dropped.
 
-    It is found at RAY_ADDRESS, else on this machine.
+    The service is looked for at RAY_ADDRESS, else on this machine.
     """
     from spct_ray.cluster import session
     from spct_ray.serve import app
@@ -148,7 +149,7 @@ def judge(
 
 
 def format_answer(answer: JudgeAnswer, request: JudgeRequest) -> str:
-    """Critiques in brief, the table of scores, the winner. Responses count from 1, as in the prompt."""
+    """Shortened critiques, the table of scores and the winner. Responses are numbered from 1, as in the prompt."""
     lines = []
     for k, sample in enumerate(answer.samples):
         shown = ", ".join(str(i + 1) for i in sample.order)

@@ -1,6 +1,6 @@
-"""From a request to a verdict: seeds, fan-out, meta scores, vote. Knows neither HTTP (routes.py) nor Ray (app.py).
+"""From a request to a verdict: seeds, fan-out, meta scores, vote. HTTP is in routes.py, Ray in app.py.
 
-A sample that cannot be parsed is a named failure in the answer and never a score.
+A sample that cannot be parsed appears in the answer as a named failure, never as a score.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -31,14 +31,14 @@ from spct_ray.serve.backends import JudgeBackend, MetaBackend
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.schema import MAX_SEED, JudgeAnswer, JudgeRequest, Tally
 
-MAX_CHARACTERS_PER_TOKEN = 32  # longer texts are refused unread: to encode them k times would keep the engine busy
+MAX_CHARACTERS_PER_TOKEN = 32  # longer texts are refused without encoding them k times, which would block the engine
 
 OnSample = Callable[[Tally], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to judge an item, whatever request it came with. A temperature or seed of None is the server's choice."""
+    """How to judge an item, whichever route it came by. A temperature or seed of None is the server's choice."""
 
     k: int | Literal["auto"] = 8
     k_meta: int | None = None
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class CohortScores:
-    """Scores [N] of many responses on the judge's scale, NaN without a verdict; and what they cost, in tokens."""
+    """Scores [N] of many responses on the judge's scale, NaN where there is no verdict, and the tokens they cost."""
 
     scores: list[float]
     scale: Scale
@@ -58,14 +58,14 @@ class CohortScores:
 
     @property
     def shares(self) -> list[float]:
-        """The scores on a scale of 0 to 1; what alignment moved beyond the ends is cut off."""
+        """The scores on a scale of 0 to 1, clipped where aligning the chunks moved them beyond its ends."""
         low, high = self.scale.low, self.scale.high
         return [s if math.isnan(s) else min(max((s - low) / (high - low), 0.0), 1.0) for s in self.scores]
 
 
 @dataclass
 class _Progress:
-    """What has come of one request so far."""
+    """The state of one request."""
 
     item: Item
     plan: Plan
@@ -77,20 +77,22 @@ class _Progress:
 
 
 class Gateway:
-    """Judges requests with `judge` and, where there is one, lets `meta` guide the vote."""
+    """Judges requests with `judge`; a `meta` RM, where there is one, guides the votes."""
 
     def __init__(self, config: ServeConfig, judge: JudgeBackend, meta: MetaBackend | None) -> None:
         self.config = config
         self.judge = judge
         self.meta = meta
-        self.on_verdict: Callable[[JudgeAnswer], None] = lambda answer: None  # told of each, those of cohorts too
+        self.on_verdict: Callable[[JudgeAnswer], None] = lambda answer: (
+            None
+        )  # called with every verdict, also of cohorts
         self._principles = PrinciplesCache(self._write_principles, config.judge, config.principles_cache)
         replicas = config.resources.judge
-        # Parts of batches and cohorts wait here, so that a large one does not overrun the judge's queue.
-        self._parts = asyncio.Semaphore(replicas.max_ongoing_requests * replicas.max_replicas)
+        # Held by each part of a batch or cohort, so that a large one does not overrun the judge's queue.
+        self.parts = asyncio.Semaphore(replicas.max_ongoing_requests * replicas.max_replicas)
 
     async def answer(self, request: JudgeRequest, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
-        """Sample k judgements, vote, answer; `on_sample` is told of each as it comes.
+        """Sample k judgements and vote; `on_sample` is called for each judgement as it arrives.
 
         Raises RequestError (TooLongError for the prompt), schema.InvalidRequest, EngineError (judge not available) and
         TimeoutError.
@@ -106,14 +108,9 @@ class Gateway:
         plan = Plan(request.k, request.k_meta, request.temperature, request.seed, is_auto, request.budget)
         return await self.verdict(item, plan, on_sample)
 
-    async def part(self, work: Callable[[], Awaitable[JudgeAnswer]]) -> JudgeAnswer:
-        """`work()` once there is room for one more part of a batch or cohort."""
-        async with self._parts:
-            return await work()
-
     async def cohort(self, item: Item, plan: Plan) -> CohortScores:
-        """Mean scores of all responses of `item`, judged in chunks of `config.max_cohort`, or smaller ones where these
-        are too long. Raises as `answer`."""
+        """Mean scores of all responses of `item`, judged in chunks of at most `config.max_cohort` that fit the context.
+        Raises the errors of `answer`."""
         seed = _seed(plan)
         tokens = 0
 
@@ -121,7 +118,8 @@ class Gateway:
             nonlocal tokens
             chunk = replace(item, responses=tuple(item.responses[i] for i in part))
             own = replace(plan, seed=derive_seed(seed, *part) % MAX_SEED)
-            answer = await self.part(lambda: self.verdict(chunk, own))
+            async with self.parts:
+                answer = await self.verdict(chunk, own)
             tokens += answer.prompt_tokens + answer.completion_tokens
             return answer.mean_scores
 
@@ -129,7 +127,7 @@ class Gateway:
         return CohortScores(scores, scale_of(len(item.responses), self.config.judge), tokens)
 
     async def verdict(self, item: Item, plan: Plan, on_sample: OnSample = lambda tally: None) -> JudgeAnswer:
-        """As `answer`, for an item."""
+        """Like `answer`, for an item."""
         config, budget_s = self.config, (plan.budget.milliseconds or math.inf) / 1000
         self._check(item, plan)
         progress = _Progress(item, plan, _seed(plan))
@@ -151,7 +149,7 @@ class Gateway:
 
     def _check(self, item: Item, plan: Plan) -> None:
         if plan.k_meta is not None and self.config.meta_vote == "weighted":
-            message = "must be left out, because all samples count with meta_vote: weighted"
+            message = "must not be given, because with meta_vote: weighted all samples count"
             raise schema.InvalidRequest([{"path": "k_meta", "message": message}])
         texts = (*(m.content for m in item.messages), *item.responses, item.reference, item.principles)
         max_tokens = self.config.resources.engine.max_model_len
@@ -242,7 +240,7 @@ class Gateway:
 
 
 class _Scorer:
-    """Meta-RM logits of samples, asked for as the samples come. Without a working meta RM it says why."""
+    """Scores samples with the meta RM as they arrive. Where that fails, the vote is plain, and the answer says why."""
 
     def __init__(self, meta: MetaBackend | None, item: Item, timeout_s: float) -> None:
         self._meta, self._item, self._timeout_s = meta, item, timeout_s
@@ -260,7 +258,7 @@ class _Scorer:
         while self._running and not self._plain_because:
             numbers, task = self._running[0]
             try:
-                scored = await asyncio.shield(task)  # else the end of a budget, in here, would lose them
+                scored = await asyncio.shield(task)  # a budget that ends here must not cancel the scoring
             except TimeoutError:
                 self._plain_because = f"the meta RM did not answer within {self._timeout_s:g} s"
             except (EngineError, RequestError) as error:

@@ -1,6 +1,6 @@
-"""What all gateways count together: requests, samples, tokens and votes for Prometheus, and each client's rate limit.
+"""Counts over all gateways: requests, samples, tokens and votes for Prometheus, and each client's rate limit.
 
-`ray.serve.metrics` was tried: it reaches only the port of each node's agent, up to ten seconds later.
+Not by `ray.serve.metrics`, which is exported only on the port of each node's agent, and up to ten seconds late.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from spct_ray.errors import SpctError
 from spct_ray.serve.schema import JudgeAnswer
 
-MAX_CLIENTS = 10_000  # remembered; the client that asked least recently is forgotten, and may ask at once
+MAX_CLIENTS = 10_000  # with a bucket; the least recent one is dropped, and starts with a full bucket again
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_METRICS = {  # by the name in events: what Prometheus is told, with its labels
+_METRICS = {  # by the name in events: Prometheus name, description, labels
     "requests": ("spct_requests", "Requests by route and HTTP status.", ("route", "status")),
     "samples": ("spct_samples", "Judgements by outcome: ok, or the name of the failure.", ("outcome",)),
     "tokens": ("spct_tokens", "Tokens read and written.", ("kind",)),
@@ -30,39 +30,38 @@ _METRICS = {  # by the name in events: what Prometheus is told, with its labels
     "in_flight": ("spct_requests_in_flight", "Requests being answered; of streams, those not begun.", ()),
 }
 
-Event = tuple[str, tuple[str, ...], float]  # name of a metric, values of its labels, by how much
+Event = tuple[str, tuple[str, ...], float]  # name of a metric, values of its labels, increment
 
 
 class RateLimited(SpctError):
-    """A client asks too fast. After `retry_after_s` whole seconds it may ask again."""
+    """A client exceeds its rate limit, and may try again after `retry_after_s` whole seconds."""
 
     def __init__(self, judgements_per_minute: int, retry_after_s: int) -> None:
         super().__init__(
-            f"you ask for more than {judgements_per_minute} judgements a minute (k for each prompt); "
-            f"wait {retry_after_s} s"
+            f"more than {judgements_per_minute} judgements per minute (k for each prompt); wait {retry_after_s} s"
         )
         self.retry_after_s = retry_after_s
 
 
 class Ledger(Protocol):
-    """Kept in the gateway's process (`LocalLedger`), or in one replica of its own where there are several gateways."""
+    """In the gateway's process (`LocalLedger`), or in a replica of its own where there are several gateways."""
 
     def record(self, events: Sequence[Event]) -> None:
         """Count events."""
 
     async def take(self, client: str, judgements: int) -> int:
-        """Charge a client for judgements. Returns 0, or for how many seconds it has to wait, and then charges none."""
+        """Charge a client for judgements and return 0, or return the seconds it has to wait and charge nothing."""
 
     async def exposition(self) -> bytes:
         """All counts in Prometheus' text format."""
 
 
 class LocalLedger:
-    """Counts since it was made; a client may ask for `judgements_per_minute` judgements (0: any number).
+    """Counts in this process, and a token bucket per client: `judgements_per_minute` judgements (0: no limit).
 
-    A minute's worth may come at once, then as many as a minute gives back: a token bucket. A request passes when one
-    judgement is left and then takes all it asks for, on credit if need be, so that none is too large to pass and what
-    follows waits the longer. (The windows of the library `limits` refuse for ever what costs more than one window.)
+    A minute's worth may come at once, then the bucket refills at the rate. A request passes if one judgement is left,
+    and takes all that it asks for, on credit if need be: no request is too large to pass, the next ones wait longer.
+    Not by the library `limits`, whose windows refuse a request that costs more than one window for ever.
     """
 
     def __init__(self, model: str, judgements_per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:

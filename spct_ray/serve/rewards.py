@@ -1,8 +1,8 @@
 """The served judge as the reward of other trainers: TRL's GRPOTrainer and verl's batch reward manager.
 
 All completions of one prompt are judged together, because scores are only comparable within one prompt. A completion's
-reward is its mean score on the judge's scale. Where there is no verdict it is None (TRL) or NaN (verl), never a number
-that a trainer would take for a low score. OpenRLHF needs no function: it calls `POST /v1/reward` by itself.
+reward is its mean score on the judge's scale. Without a verdict it is None (TRL) or NaN (verl), never a number that a
+trainer would mistake for a low score. OpenRLHF needs no function: it calls `POST /v1/reward` itself.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from spct_ray.records import Message, Role
 from spct_ray.serve.client import AsyncJudgeClient, Options, ServerError
 from spct_ray.serve.schema import MAX_SEED
 
-Cohort = tuple[tuple[Message, ...], str]  # a conversation and its reference answer: completions of equal ones compare
+Cohort = tuple[tuple[Message, ...], str]  # conversation and reference answer; completions of equal ones are comparable
 TrlReward = Callable[..., Awaitable[list[float | None]]]
-MAX_UNDER_WAY = 32  # requests; a server refuses what its queue has no room for
-MAX_ATTEMPTS = 8  # a reward that is missing costs a trainer more than a wait
+MAX_UNDER_WAY = 32  # concurrent requests; a server refuses what its queue has no room for
+MAX_ATTEMPTS = 8  # waiting costs a trainer less than a missing reward
 _BLANK = "(no text)"  # shown for a blank completion, which the server would refuse
 
 
@@ -35,8 +35,8 @@ async def cohort_rewards(
     max_cohort: int = 8,
     **options: Unpack[Options],
 ) -> list[float]:
-    """One reward a completion; those with equal cohorts are judged together, at most `max_cohort` in one prompt, and
-    fewer where so many are too long.
+    """One reward per completion. Completions with equal cohorts are judged together, at most `max_cohort` per prompt,
+    fewer where so many do not fit.
 
     NaN where the server refused (too long even in a pair), failed after all attempts, or gave no usable judgement.
     Raises ServerError where no request could succeed (wrong key, wrong address, options that the schema refuses).
@@ -62,7 +62,7 @@ async def cohort_rewards(
                 if error.kind == "too_long":
                     raise TooLongError(str(error)) from error
                 if error.status in (401, 404, 405) or error.kind == "invalid_request":
-                    raise  # a mistake of the set-up: no reward would ever come
+                    raise  # misconfigured: no request would ever succeed
                 return None
             return answer.mean_scores
 
@@ -84,7 +84,7 @@ def trl_reward(
 
     async def judged(
         prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float | None]:  # a coroutine function: TRL runs such functions side by side
+    ) -> list[float | None]:  # a coroutine function, because TRL runs those concurrently
         answers = columns[reference_column] if reference_column else [""] * len(prompts)
         cohorts = [(_conversation(p), answer) for p, answer in zip(prompts, answers, strict=True)]
         async with AsyncJudgeClient(base_url, api_key, max_attempts=MAX_ATTEMPTS) as client:

@@ -1,7 +1,7 @@
-"""The HTTP routes around a Gateway, for any ASGI server. Judging is gateway.py's, Ray app.py's.
+"""The HTTP routes of a Gateway, for any ASGI server. Judging is in gateway.py, Ray in app.py.
 
 Every error is JSON of one shape: {"error": {"type": ..., "message": ..., "details": [{"path": ..., "message": ...}]}}.
-A client that goes away ends the work on its request. Texts of requests are never logged.
+A client that disconnects cancels the work on its request. Texts of requests are never logged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from spct_ray.serve.ledger import CONTENT_TYPE, Ledger, RateLimited, verdict_eve
 from spct_ray.serve.schema import Fault, InvalidRequest
 
 RETRY_AFTER_S = 5
-CLIENT_GONE = 499  # nobody reads it; the metrics count it
+CLIENT_GONE = 499  # nobody receives it, but the metrics count it
 
 Work = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -64,7 +64,7 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
 
     class Guarded(APIRoute):
-        """Checks key and size before FastAPI reads the body, counts, and ends the work for a client that has left."""
+        """Checks key and size before FastAPI reads the body; counts; cancels the work when the client disconnects."""
 
         def get_route_handler(self) -> Work:
             return partial(service.guard, self.path, super().get_route_handler())
@@ -111,7 +111,7 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
 
 
 class _Service:
-    """The handlers of the POST routes, and what stands before them."""
+    """The handlers of the POST routes, and the checks before them."""
 
     def __init__(self, gateway: Gateway, ledger: Ledger) -> None:
         self._gateway, self._ledger, self._config = gateway, ledger, gateway.config
@@ -119,7 +119,7 @@ class _Service:
         gateway.on_verdict = lambda answer: ledger.record(verdict_events(answer))
 
     async def guard(self, path: str, work: Work, request: Request) -> Response:
-        """The answer of `work` to a request that may be read, or the error's."""
+        """The answer of `work` to a request that passes the checks, else the error's answer."""
         started, status = time.perf_counter(), 500
         self._ledger.record([("in_flight", (), 1)])
         try:
@@ -143,7 +143,7 @@ class _Service:
             raise Unauthorized("send the API key as `Authorization: Bearer KEY`")
 
     async def judge(self, body: schema.JudgeRequest, request: Request) -> Response:
-        """The verdict on one query's responses, or with `stream` server-sent events that end with it."""
+        """The verdict on one query's responses; with `stream`, server-sent events that end with it."""
         await self._charge(request, (body.k, 1))
         if body.stream:
             return StreamingResponse(self._events(body), media_type="text/event-stream")
@@ -154,7 +154,8 @@ class _Service:
 
         async def one(single: schema.JudgeRequest) -> schema.BatchResult:
             try:
-                return schema.BatchResult(answer=await self._gateway.part(lambda: self._gateway.answer(single)))
+                async with self._gateway.parts:
+                    return schema.BatchResult(answer=await self._gateway.answer(single))
             except Exception as error:
                 return schema.BatchResult(error=self._fault(error)[1])
 
@@ -162,7 +163,7 @@ class _Service:
         return _json(schema.BatchAnswer(results=await gather_or_cancel(map(one, body.requests))))
 
     async def rerank(self, body: schema.RerankRequest, request: Request) -> Response:
-        """Documents, the best first, as Jina and Cohere answer."""
+        """Documents, best first, in the format of Jina's and Cohere's rerankers."""
         texts = body.documents
         await self._charge(request, (body.k, len(texts)))
         item = Item("rerank", (Message("user", body.query),), tuple(texts))
@@ -189,7 +190,7 @@ class _Service:
         return _json(answer, exclude_none=True)
 
     async def reward(self, body: schema.RewardRequest, request: Request) -> Response:
-        """Rewards of completions, as OpenRLHF asks for them."""
+        """Rewards of completions, in the format of OpenRLHF's remote reward models."""
         labels = [label if isinstance(label, str) else "" for label in body.labels or [""] * len(body.prompts)]
         keys = list(zip(body.prompts, labels, strict=True))
         await self._charge(request, *((body.k, num) for num in Counter(keys).values()))
@@ -209,7 +210,7 @@ class _Service:
         return _json(schema.RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed}))
 
     def refusal(self, error: Exception) -> Response:
-        """The answer to a request that failed; what we did not expect is raised again."""
+        """The answer to a request that failed; unexpected errors are raised again."""
         if isinstance(error, RequestValidationError):
             error = InvalidRequest.of(error.errors())
         elif isinstance(error, HTTPException) and error.status_code == 400:  # FastAPI could not read the body
@@ -250,21 +251,21 @@ class _Service:
             while (tally := await queue.get()) is not None:
                 yield _event("sample", tally)
             yield _event("verdict", await work)
-        except Exception as error:  # the status is sent already; the last event tells what happened
+        except Exception as error:  # the status is already sent, so the last event has the error
             yield _event("error", self._fault(error)[1])
         finally:
             work.cancel()
 
 
 def _event(kind: str, data: BaseModel) -> bytes:
-    """In ASCII, because some readers take U+2028 for the end of a line. (sse-starlette was tried: it writes the text of
-    every event to its log at level DEBUG.)"""
+    """In ASCII, because some clients treat U+2028 as the end of a line. FastAPI's own formatter, not sse-starlette's,
+    which logs the text of every event at level DEBUG."""
     return format_sse_event(event=kind, data_str=data.model_dump_json(ensure_ascii=True))
 
 
 async def _with_body(request: Request, limit: int) -> Request:
-    """The request with its body, which is taken for JSON whatever its type says (curl's default is a form). Raises
-    TooLongError."""
+    """The request with its body read, which counts as JSON whatever its content type (curl's default is a form).
+    Raises TooLongError."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise TooLongError(f"a body of {declared[:20]} bytes exceeds the limit of {limit}; send shorter texts")
@@ -284,7 +285,7 @@ async def _with_body(request: Request, limit: int) -> Request:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response of `work`, which is cancelled when the client goes away."""
+    """The response of `work`, which is cancelled when the client disconnects."""
     answered, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)

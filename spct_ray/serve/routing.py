@@ -1,8 +1,8 @@
-"""Which judge replica gets a call: the one that judged the same item last, because its cache holds the prompt.
+"""Routes a call to the judge replica that judged the same item last, because its cache holds the prompt.
 
-A call carries all samples of one round. Rounds of an adaptive k, retries of a client and requests that repeat an item
-are several calls; Serve's own choice (the shorter of two queues) would spread them over the replicas, and its
-experimental consistent hash would stay with a replica however long its queue is.
+A call carries all samples of one round. The rounds of an adaptive k, a client's retries and repeated requests are
+separate calls. Serve's default router (the shorter of two queues) would spread them over the replicas, and its
+experimental consistent hashing would stay with a replica however long its queue is.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-MAX_ITEMS = 4096  # whose replica is remembered
-MAX_LEAD = 4  # calls that the item's replica may have more than the least busy one, before another is taken
+MAX_ITEMS = 4096  # with a known replica; the least recent one is forgotten
+MAX_LEAD = 4  # calls by which the queue of the item's replica may exceed the shortest before another is chosen
 
 
 class ItemRouter(RequestRouter):  # type: ignore[misc]
-    """Calls with the same `handle.options(session_id=...)`, the item, go to one replica while it lives and is not much
-    busier than others. First calls, and calls without it, go to the shorter of two queues drawn at random."""
+    """Sends calls with the same `handle.options(session_id=...)`, the item, to one replica while it lives and is not
+    much busier than others. First calls, and calls without it, go to the shorter of two random queues."""
 
     def initialize_state(self) -> None:
         """Called by Serve."""
-        self._homes: OrderedDict[str, ReplicaID] = OrderedDict()  # the one used last is the last
+        self._homes: OrderedDict[str, ReplicaID] = OrderedDict()  # least recent first
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Groups of replicas, the best first; of a group Serve takes the one with the shortest queue."""
+        """Groups of replicas in order of preference; within a group, Serve picks the shortest queue."""
         two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
         if pending_request is None:
             return [two]

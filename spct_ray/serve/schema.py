@@ -1,9 +1,9 @@
 """The bodies of requests and answers, for server, command line and client.
 
 Our own requests are strict: unknown keys, unknown roles, numbers as strings, blank texts and lone surrogates are
-refused, each with the path of what is wrong. Those of other people's clients (rerankers, OpenRLHF) are as strict, but
-ignore unknown keys, because these clients send keys that a judge has no use for. Whether a prompt is too long only the
-engine can tell.
+refused with the path of each fault. Requests of third-party clients (rerankers, OpenRLHF) are equally strict, except
+that unknown keys are ignored, because these clients send keys that a judge does not need. Whether a prompt is too long
+is for the engine to find out.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from spct_ray.records import Role, StopReason
 
 MAX_SAMPLES = 64
 MAX_RESPONSES = 64
-MAX_SEED = 2**53  # whole numbers up to here survive JSON readers that use doubles
-
-MAX_BATCH = 256  # requests of a batch
+MAX_SEED = 2**53  # the largest range of integers that JSON readers with doubles keep exact
+MAX_BATCH = 256  # requests per batch
 MAX_DOCUMENTS = 1024
-MAX_DETAILS = 20  # faults of a request that are told
-MAX_PATH = 200  # characters of a fault's path, which may be a key of the request's own
+MAX_DETAILS = 20  # faults reported per request
+MAX_PATH = 200  # characters of a fault's path, which may contain a key from the request
 
 PrinciplesSource = Literal["none", "given", "generated", "cached", "failed"]
 Stopped = Literal["k", "settled", "budget"]
@@ -77,9 +76,10 @@ class MessageIn(_Strict):
 
 
 class Budget(_Strict):
-    """What a verdict may cost. It is over the samples that were there when the budget was spent.
+    """What a verdict may cost; it counts the samples that were complete when the budget was spent.
 
-    No round of samples begins after `tokens` completion tokens; samples under way after `milliseconds` are given up.
+    No round of samples begins after `tokens` completion tokens; samples that take longer than `milliseconds` are
+    cancelled.
     """
 
     tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -87,12 +87,12 @@ class Budget(_Strict):
 
 
 class JudgeRequest(_Strict):
-    """One query with the responses to be scored. A temperature or seed left out is the server's choice.
+    """One query with the responses to score. The server chooses a temperature or seed that is not given.
 
     `k` samples are drawn (Eq. 14), or with "auto" as many as settle the winner; with a meta RM the `k_meta` best of
-    them are summed (default: half, at least 1). `principles` is a rubric to judge by, or "auto" for one that the judge
-    writes from the query alone, once for all samples; `reference` is an answer known to be right. The same seed gives
-    the same response orders and sampling seeds.
+    them are summed (default: half, at least 1). `principles` is a rubric to judge by, or "auto" to have the judge write
+    one from the query alone, once for all samples; `reference` is an answer known to be right. The same seed gives the
+    same response orders and sampling seeds.
     """
 
     messages: list[MessageIn]
@@ -113,16 +113,16 @@ class JudgeRequest(_Strict):
         if self.messages[-1].role != "user":
             raise ValueError(f"messages: the last message must be from the user, not from the {self.messages[-1].role}")
         if self.k_meta is not None and self.k == "auto":
-            raise ValueError('k_meta: must be left out when k is "auto", where it is half of the samples')
+            raise ValueError('k_meta: must not be given when k is "auto", where it is half of the samples')
         if self.k_meta is not None and self.k != "auto" and self.k_meta > self.k:
             raise ValueError(f"k_meta: {self.k_meta} samples cannot be kept of k = {self.k}")
         return self
 
 
 class SampleOut(BaseModel):
-    """One judgement. `order[p]` is the index of the response shown at place p; `scores` is in the request's order.
+    """One judgement. `order[p]` is the index of the response shown at position p; `scores` is in the request's order.
 
-    `scores` is null where `failure` names why there are none. `kept`: whether the vote counted it.
+    `scores` is null where `failure` names the reason. `kept` says whether the vote counted it.
     """
 
     sample: int
@@ -150,13 +150,13 @@ class JudgeAnswer(BaseModel):
     """The verdict. Lists over responses are in the request's order.
 
     `scores` are sums over the `used` samples and `mean_scores` their means; both are null when no sample could be
-    used, then `failures` says why by name. `winner` is one of `winners`, drawn with the seed when they tie; a single
+    used, and `failures` names the reasons. `winner` is one of `winners`, drawn with the seed when they tie; a single
     response has no winner. `confidence` is the share of bootstrap resamples of the used samples that `winner` wins
     (null for fewer than two). `voting` is "plain" where no meta RM scored the samples; `voting_reason` says why.
     `principles` are those that the judge was shown ("" for none): "given" by the request, "generated" for it, or
     "cached" from an earlier one; "failed" means that the judge wrote none when asked to, and judged without.
     `stopped`: all `k` were sampled, an adaptive k was "settled", or the "budget" was spent. `weight_version` is the
-    newest of the samples'. `milliseconds` counts from the gateway's having read the request.
+    newest of the samples'. `milliseconds` counts from when the gateway had read the request.
     """
 
     scores: list[int | float] | None
@@ -184,7 +184,7 @@ class JudgeAnswer(BaseModel):
 
 
 class BatchRequest(_Strict):
-    """Requests to be judged side by side; each gets a verdict or an error of its own."""
+    """Requests to judge side by side; each gets its own verdict or error."""
 
     requests: Annotated[list[JudgeRequest], Field(min_length=1, max_length=MAX_BATCH)]
 
@@ -196,7 +196,7 @@ class BatchRequest(_Strict):
 
 
 class Fault(BaseModel):
-    """What is wrong: `type` is a word for programs, `message` a sentence, `details` name the paths of a request."""
+    """What is wrong: `type` is for programs, `message` for people, `details` have the paths of a malformed request."""
 
     type: str
     message: str
@@ -204,7 +204,7 @@ class Fault(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that is no verdict."""
+    """The body of every error."""
 
     error: Fault
 
@@ -223,7 +223,7 @@ class BatchAnswer(BaseModel):
 
 
 def _text_of(document: Any) -> Any:
-    """Jina and Cohere's first version send documents as `{"text": ...}`, too."""
+    """Jina and Cohere's first API version also send documents as `{"text": ...}`."""
     return document["text"] if isinstance(document, dict) and "text" in document else document
 
 
@@ -235,7 +235,7 @@ class _Lenient(BaseModel):
 
 
 class RerankRequest(_Lenient):
-    """`POST /v1/rerank`: documents to be ordered by how well they answer the query."""
+    """`POST /v1/rerank`: documents to rank by how well they answer the query."""
 
     query: Text
     documents: Annotated[list[DocumentText], Field(min_length=1, max_length=MAX_DOCUMENTS)]
@@ -246,7 +246,7 @@ class RerankRequest(_Lenient):
 
 
 class RerankResult(BaseModel):
-    """One document: its place in the request, and its mean score on a scale of 0 to 1."""
+    """One document: its index in the request, and its mean score on a scale of 0 to 1."""
 
     index: int
     relevance_score: float
@@ -254,7 +254,7 @@ class RerankResult(BaseModel):
 
 
 class RerankAnswer(BaseModel):
-    """Best first, without the documents that have no score; `meta.failed` lists their indices."""
+    """Documents with a score, best first; `meta.failed` has the indices of those without one."""
 
     id: str
     model: str
@@ -264,10 +264,10 @@ class RerankAnswer(BaseModel):
 
 
 class RewardRequest(_Lenient):
-    """`POST /v1/reward`, as OpenRLHF sends it: `query` is prompt and response in one text, `prompts` the prompt alone.
+    """`POST /v1/reward`, as OpenRLHF sends it: `query` is prompt and response in one text, `prompts` the prompts alone.
 
-    A query that does not begin with its prompt is the response alone. `labels` are shown to the judge as reference
-    answers where they are texts. Completions of equal prompts (and labels) are judged together.
+    A query that does not contain its prompt is taken as the response. `labels` that are texts are shown to the judge as
+    reference answers. Completions with equal prompts (and labels) are judged together.
     """
 
     query: Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
@@ -285,9 +285,9 @@ class RewardRequest(_Lenient):
 
 
 class RewardAnswer(BaseModel):
-    """Mean scores of the judge's scale, NaN where there is no verdict; `scores` are the same on a scale of 0 to 1."""
+    """Mean scores on the judge's scale, NaN where there is no verdict; `scores` are the same on a scale of 0 to 1."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")  # NaN is no JSON, but Python's JSON readers take it
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # NaN is not JSON, but Python's readers accept it
 
     rewards: list[float]
     scores: list[float]

@@ -1,4 +1,4 @@
-"""New weights for a running judge: what they are, and whether they fit. app.py gives them to the replicas."""
+"""New weights for a running judge, and the check that they fit; app.py rolls them out to the replicas."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from safetensors import SafetensorError, safe_open
 
 from spct_ray.errors import ConfigError
 
-_MAYBE_TIED = "lm_head.weight"  # written or not where it is the embedding's
+_MAYBE_TIED = "lm_head.weight"  # may be absent where it is tied to the embedding
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Safetensors that replace those of the served judge. Version 0: the judge's own, with no directory."""
+    """Safetensors in place of the served judge's own, which are version 0 and have no directory."""
 
     directory: str = ""
     version: int = 0

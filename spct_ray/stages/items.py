@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spct_ray.data.builtin import BuiltinConfig, generate
-from spct_ray.data.decontaminate import decontaminate
+from spct_ray.data.clean import decontaminate, split_heldout
 from spct_ray.data.sources import BenchmarkSource, Dropped, SourceConfig, read_source
-from spct_ray.data.split import split_heldout
 from spct_ray.data.validate import Limits, Problem
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext

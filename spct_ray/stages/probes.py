@@ -89,7 +89,7 @@ def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -
     about = {"command": context.command, "items": f"{result['num_items']:,}"}
     sections = [page.Section("Who is fooled", made)]
     note = "Items that fooled a judge; their scores are sums over its judgements."
-    html = page.render("Robustness", about, sections, _fooled(rows), ("judge", "probe"), samples_note=note)
+    html = page.render("Robustness", about, sections, page.Samples(_fooled(rows), ("judge", "probe"), note))
     write_atomically(str(out / "index.html"), html.encode())
     return {"summary_text": "\n\n".join(table.text() for table in made)}
 

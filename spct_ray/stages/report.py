@@ -99,15 +99,10 @@ def run(context: StepContext, config: ReportConfig, resources: ReportResources) 
     out = Path(context.out)
     write_rows(str(out / "samples.parquet"), rows)
     about = {"command": context.command, "date": _date(inputs), "seed": str(context.seed), "items": inputs["items"]}
-    html = page.render(
-        "Judge report" if of_run else "Evaluation",
-        about,
-        _sections(result, inputs, ks),
-        _shown(rows, tasks, config.num_examples),
-        ("benchmark", "judge", "outcome"),
-        result["missing"],
-        "Right, wrong, tied and failed ones in turn, not in proportion; all are in samples.parquet.",
-    )
+    note = "Right, wrong, tied and failed ones in turn, not in proportion; all are in samples.parquet."
+    shown = page.Samples(_shown(rows, tasks, config.num_examples), ("benchmark", "judge", "outcome"), note)
+    title = "Judge report" if of_run else "Evaluation"
+    html = page.render(title, about, _sections(result, inputs, ks), shown, result["missing"])
     write_atomically(str(out / "index.html"), html.encode())
     write_atomically(str(out / "summary.json"), (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
     examples = _examples(names[-1], judged[names[-1]]["heldout"], tasks["heldout"], max(ks)) if of_run else []

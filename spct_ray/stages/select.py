@@ -17,7 +17,7 @@ from spct_ray.data.store import read_items
 from spct_ray.errors import DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
-from spct_ray.judge.select import select
+from spct_ray.judge.rule import select
 
 VERSION = 3
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from spct_ray.data.shapes import Cells, Row, UnusableRow
+from spct_ray.data.shapes import Cells, UnusableRow
 from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
 from spct_ray.data.validate import Limits, Problem, find_problem
 from spct_ray.errors import ConfigError, DataError
@@ -54,12 +54,12 @@ def find(name: str) -> Benchmark:
     module, colon, attribute = name.partition(":")
     if colon:
         try:
-            found = getattr(import_module(module), attribute)
+            imported = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"benchmark {name!r}: {error}") from error
-        if not isinstance(found, Benchmark):
-            raise ConfigError(f"benchmark {name!r} is a {type(found).__name__}, expected a Benchmark")
-        return found
+        if not isinstance(imported, Benchmark):
+            raise ConfigError(f"benchmark {name!r} is a {type(imported).__name__}, expected a Benchmark")
+        return imported
     squeezed = {known.replace("_", ""): known for known in BENCHMARKS}
     wanted = "".join(c for c in name.lower() if c.isalnum())
     close = difflib.get_close_matches(wanted, squeezed, n=1, cutoff=0.5)
@@ -99,7 +99,7 @@ def read_benchmark(spec: BenchmarkSpec, limits: Limits, limit: int | None, seed:
             item_id = f"{spec.label}:{next((row[key] for key in _IDS if row.get(key) is not None), number)}"
             if item_id in items or f"{item_id}#0" in items:
                 item_id += f"@{total}"
-            for item in _items(benchmark, spec, row, item_id, where, limits, dropped):
+            for item in _items(benchmark, spec.label, Cells(row, spec.name, where), item_id, limits, dropped):
                 problem = find_problem(item, limits)
                 if problem and not (benchmark.several_right and problem in _SEVERAL_RIGHT):
                     dropped.add(problem, where)
@@ -114,21 +114,20 @@ def read_benchmark(spec: BenchmarkSpec, limits: Limits, limit: int | None, seed:
 
 
 def _items(
-    benchmark: Benchmark, spec: BenchmarkSpec, row: Row, item_id: str, where: str, limits: Limits, dropped: Dropped
+    benchmark: Benchmark, label: str, cells: Cells, item_id: str, limits: Limits, dropped: Dropped
 ) -> list[Item]:
-    cells = Cells(row, spec.name, where)
     try:
-        read = own.read if own.is_own(row) and not benchmark.several_right else benchmark.read
-        found = read(cells, item_id, limits)
+        read = own.read if own.is_own(cells.row) and not benchmark.several_right else benchmark.read
+        of_row = read(cells, item_id, limits)
     except UnusableRow as unusable:
-        dropped.add(unusable.problem, where)
+        dropped.add(unusable.problem, cells.where)
         return []
-    for item in found:
+    for item in of_row:
         if benchmark.subsets and item.subset not in benchmark.subsets:
             close = difflib.get_close_matches(item.subset, benchmark.subsets, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(benchmark.subsets)}"
             raise cells.error(f"'subset' {item.subset!r} is none of {benchmark.title}'s; {hint}")
-    return [replace(item, source=spec.label) for item in found]
+    return [replace(item, source=label) for item in of_row]
 
 
 def _sources(spec: BenchmarkSpec) -> Iterator[SourceConfig]:

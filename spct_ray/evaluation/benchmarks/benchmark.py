@@ -111,6 +111,11 @@ def without_none(parts: dict[str, float | None]) -> Scores:
     return {name: value for name, value in parts.items() if value is not None}
 
 
+def mean_of(parts: dict[str, float | None], **others: float | None) -> Scores:
+    """ "score" as the mean of the parts that have items, the parts, and `others`."""
+    return without_none({"score": average(parts), **parts, **others})
+
+
 def average(parts: dict[str, float | None]) -> float | None:
     values = [value for value in parts.values() if value is not None]
     return sum(values) / len(values) if values else None

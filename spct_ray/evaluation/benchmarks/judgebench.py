@@ -15,7 +15,7 @@ from spct_ray.evaluation.benchmarks.benchmark import (
     weighted_mean,
     without_none,
 )
-from spct_ray.evaluation.judgements import Decision, Floats, Sheet, decided
+from spct_ray.evaluation.judgements import Decision, Floats, Sheet, decided, verdicts
 from spct_ray.records import Item
 
 
@@ -44,16 +44,16 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     After ScalerLab/JudgeBench, utils/metrics.py (compute_final_metrics) and run_judge.py (groups by the beginning of
     the source); arXiv 2410.12784.
     """
-    verdicts = [_verdict(sheet, scores_IO) for scores_IO in (decision.forward_IO, decision.backward_IO)]
-    right_I = np.asarray(verdicts[0] + verdicts[1] > 0, dtype=np.float64)
+    forward_I, backward_I = verdicts(sheet, decision.forward_IO), verdicts(sheet, decision.backward_IO)
+    right_I = np.asarray(forward_I + backward_I > 0, dtype=np.float64)
     everything = weight_I > 0
     parts = {
         name: weighted_mean(right_I, weight_I, in_subsets(sheet, lambda s, prefix=prefix: s.startswith(prefix)))  # type: ignore[misc]
         for name, prefix in JUDGE_BENCH_GROUPS.items()
     }
-    both = np.asarray((verdicts[0] > 0) & (verdicts[1] > 0), dtype=np.float64)
+    both = np.asarray((forward_I > 0) & (backward_I > 0), dtype=np.float64)
     answered = decided(decision.forward_IO) == decided(decision.backward_IO)
-    differ = np.asarray((verdicts[0] != verdicts[1]) | ~answered, dtype=np.float64)
+    differ = np.asarray((forward_I != backward_I) | ~answered, dtype=np.float64)
     overall = {
         "both_right": weighted_mean(both, weight_I, everything),
         "inconsistent": weighted_mean(differ, weight_I, everything),
@@ -61,13 +61,6 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     model_I = np.array([facts.get("response model", "") for facts in sheet.facts_I])
     models = {str(name): weighted_mean(right_I, weight_I, model_I == name) for name in sorted(set(model_I)) if name}
     return without_none({"score": weighted_mean(right_I, weight_I, everything), **parts, **overall, **models})
-
-
-def _verdict(sheet: Sheet, scores_IO: Floats) -> Floats:
-    """[I] 1 right, -1 wrong, 0 tied or undecided."""
-    right = np.where(sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
-    wrong = np.where(sheet.option_IO & ~sheet.right_IO, scores_IO, -np.inf).max(axis=-1)
-    return np.where(np.isnan(right) | np.isnan(wrong), 0.0, np.sign(right - wrong))
 
 
 _HUB = (("ScalerLab/JudgeBench", "gpt"), ("ScalerLab/JudgeBench", "claude"))

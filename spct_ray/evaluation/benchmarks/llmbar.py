@@ -12,9 +12,9 @@ from spct_ray.evaluation.benchmarks.benchmark import (
     average,
     in_subsets,
     make_item,
+    mean_of,
     prompt_of,
     weighted_mean,
-    without_none,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
 from spct_ray.records import Item
@@ -47,9 +47,7 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
         chosen = {name for name, end in ends.items() if end == part.lower()}
         parts[part] = weighted_mean(credit_I, weight_I, in_subsets(sheet, chosen.__contains__))
     hard = average({name: parts[name] for name in LLMBAR_ADVERSARIAL})
-    return without_none(
-        {"score": average(parts), **parts, "adversarial": hard, "CaseStudy": weighted_mean(credit_I, weight_I, study)}
-    )
+    return mean_of(parts, adversarial=hard, CaseStudy=weighted_mean(credit_I, weight_I, study))
 
 
 BENCHMARK = Benchmark("LLMBar", (), read, score)

@@ -11,13 +11,12 @@ from spct_ray.data.validate import Limits, Problem
 from spct_ray.evaluation.benchmarks.benchmark import (
     Benchmark,
     Scores,
-    average,
     fits,
     in_subset,
     make_item,
+    mean_of,
     prompt_of,
     weighted_mean,
-    without_none,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
 from spct_ray.records import Item
@@ -62,7 +61,7 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     credit_I = best_credit(sheet, decision.scores_IO)
     whole_I = np.array([facts.get("kind") == "best of k" for facts in sheet.facts_I])
     parts = {n or "pairs": weighted_mean(credit_I, weight_I, in_subset(sheet, n) & ~whole_I) for n in sheet.names}
-    return without_none({"score": average(parts), **parts, "best of k": weighted_mean(credit_I, weight_I, whole_I)})
+    return mean_of(parts, **{"best of k": weighted_mean(credit_I, weight_I, whole_I)})
 
 
 BENCHMARK = Benchmark(

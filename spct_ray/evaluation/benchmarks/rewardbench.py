@@ -7,12 +7,11 @@ from spct_ray.data.validate import Limits
 from spct_ray.evaluation.benchmarks.benchmark import (
     Benchmark,
     Scores,
-    average,
     in_subset,
     make_item,
+    mean_of,
     prompt_of,
     weighted_mean,
-    without_none,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
 from spct_ray.records import Item
@@ -59,7 +58,7 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
         present = {name: value for name, value in means.items() if value is not None}
         size = sum(counts[name] for name in present)
         sections[section] = sum(counts[name] * value for name, value in present.items()) / size if size else None
-    return without_none({"score": average(sections), **sections})
+    return mean_of(sections)
 
 
 BENCHMARK = Benchmark(

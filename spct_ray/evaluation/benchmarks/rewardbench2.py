@@ -12,13 +12,12 @@ from spct_ray.data.validate import Limits
 from spct_ray.evaluation.benchmarks.benchmark import (
     Benchmark,
     Scores,
-    average,
     in_subset,
     make_item,
+    mean_of,
     prompt_of,
     texts_of,
     weighted_mean,
-    without_none,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
 from spct_ray.records import Item
@@ -54,7 +53,7 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     credit_I = best_credit(sheet, decision.scores_IO)
     parts = {name: weighted_mean(credit_I, weight_I, in_subset(sheet, name)) for name in REWARD_BENCH_2_SUBSETS[:-1]}
     parts["Ties"] = ties(sheet, decision, weight_I)
-    return without_none({"score": average(parts), **parts})
+    return mean_of(parts)
 
 
 def ties(sheet: Sheet, decision: Decision, weight_I: Floats) -> float | None:

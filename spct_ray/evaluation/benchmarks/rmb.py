@@ -12,12 +12,11 @@ from spct_ray.data.validate import Limits
 from spct_ray.evaluation.benchmarks.benchmark import (
     Benchmark,
     Scores,
-    average,
     fits,
     in_subset,
     make_item,
+    mean_of,
     weighted_mean,
-    without_none,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, strict_credit
 from spct_ray.records import Item
@@ -64,7 +63,7 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     np.minimum.at(by_question, sheet.question_I, strict_credit(sheet, decision.scores_IO))
     _, first = np.unique(sheet.question_I, return_index=True)
     parts = {name: weighted_mean(by_question, weight_I[first], in_subset(sheet, name)[first]) for name in sheet.names}
-    return without_none({"score": average(parts), **parts})
+    return mean_of(parts)
 
 
 BENCHMARK = Benchmark("RMB", (), read, score, credit=strict_credit, strict=True)
