@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spct_ray.errors import ConfigError
-from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
+from spct_ray.graph.record import StepRecord, finished_records, local_root, read_record, step_directory
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.stages import report
@@ -39,6 +40,13 @@ class Stored:
         """How it was evaluated."""
         config = self.evaluation.config
         return EvaluateConfig(**config | {"judge": JudgeConfig(**config["judge"])})
+
+    @property
+    def items(self) -> tuple[str, Any]:
+        """The id of the step whose items were judged, and the digests of them that it recorded (of hub data, two steps
+        with one id can have read two revisions)."""
+        record = read_record(self.source(self.evaluation, "items"))
+        return self.evaluation.inputs["items"]["id"], record.metrics.get("content") if record else None
 
     def source(self, record: StepRecord, role: str) -> str:
         """The directory of one of the record's inputs."""
@@ -97,7 +105,7 @@ def report_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: str
     first = next(iter(found.values()))
     inputs = {"items": first.source(first.evaluation, "items")}
     for name, judge in found.items():
-        if judge.evaluation.inputs["items"] != first.evaluation.inputs["items"]:
+        if judge.items != first.items:
             raise ConfigError(
                 f"{name} and {first.name} were evaluated on different items, so they cannot be compared from what they "
                 "stored; `spct evaluate` judges the same items with both"
