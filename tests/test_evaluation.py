@@ -346,6 +346,30 @@ def test_a_run_stands_for_its_last_judge_as_it_was_evaluated(tmp_path: Path) -> 
         resolve(f"{root}:sft", EvaluationConfig())
 
 
+@pytest.mark.parametrize(
+    ("step", "section", "message"),
+    [
+        (
+            "evaluate_rft",
+            "config",
+            r"evaluate_rft-evaluate_rft/record\.json: config: old_name: unknown key; known keys: judge,",
+        ),
+        ("evaluate_rft", "resources", r"evaluate_rft-evaluate_rft/record\.json: resources: old_name: unknown key"),
+        ("meta_scores", "resources", r"meta_scores-meta_scores0/record\.json: resources: old_name: unknown key"),
+    ],
+)
+def test_a_run_of_another_version_is_refused_by_file_and_field(
+    tmp_path: Path, step: str, section: str, message: str
+) -> None:
+    fake_run(tmp_path)
+    path = Path(step_directory(str(tmp_path), step, step.ljust(12, "0")), "record.json")
+    record = json.loads(path.read_text())
+    record[section]["old_name"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=message):
+        resolve(str(tmp_path), EvaluationConfig())
+
+
 def test_judges_run_on_what_they_ran_on_in_the_run_and_else_on_gpus_if_there_are_any(tmp_path: Path) -> None:
     fake_run(tmp_path / "gpus", gpus=2, scoring_gpus=0.5)
     fake_run(tmp_path / "cpus")

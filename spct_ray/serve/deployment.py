@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.config import load, override
+from spct_ray.config import load, override, rebuild
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
@@ -145,16 +145,18 @@ def from_run(root: str) -> ServeConfig:
     if evaluate is None:
         raise ConfigError(f"{root}: no finished evaluation of {judge.name} ({judge.id[:12]}), whose prompt to use")
     where, meta_gpus = evaluate.resources, scores.resources["gpus_per_replica"] if scores else None
+    file = os.path.join(step_directory(root, evaluate.name, evaluate.id), "record.json")
+    prompt = rebuild(JudgeConfig, evaluate.config["judge"], f"{file}: config.judge")
     return ServeConfig(
         judge_model=_model(root, judge),
         meta_model=_model(root, meta) if meta else None,
         name=judge.name,
-        judge=JudgeConfig(**evaluate.config["judge"] | {"single": evaluate.config["single"]}),
+        judge=replace(prompt, single=evaluate.config["single"]),
         temperature=evaluate.config["temperature"],
         resources=ServeResources(
             judge=ReplicaConfig(num_gpus=where["gpus_per_replica"] or None),
             meta=ReplicaConfig(num_cpus=_META_CPUS, num_gpus=meta_gpus or None),
-            engine=EngineConfig(**where["engine"]),
+            engine=rebuild(EngineConfig, where["engine"], f"{file}: resources.engine"),
         ),
     )
 

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.config import override
+from spct_ray.config import override, rebuild
 from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.remote import RemoteConfig
@@ -143,19 +143,21 @@ def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint
 
 def _of_run(target: str, wanted: Sequence[str]) -> Judge:
     found = stored.find(target, wanted)
-    resources = dict(found.evaluation.resources)
-    engine = EngineConfig(**resources.pop("engine"))
     trained: dict[str, str] = {}
     if not found.name.endswith("_base"):
         trained[found.evaluation.inputs["items"]["id"]] = found.source(found.evaluation, "items")
-    scoring = found.scores.resources if found.scores else {}
+    resources = rebuild(SamplingResources, found.evaluation.resources, f"{found.directory}/record.json: resources")
+    scoring = MetaScoresResources()
+    if found.scores:
+        file = f"{step_directory(found.root, found.scores.name, found.scores.id)}/record.json"
+        scoring = rebuild(MetaScoresResources, found.scores.resources, f"{file}: resources")
     return Judge(
         name=found.name,
         model=str(Path(found.judge_model, "model")),
         meta=str(Path(found.meta_model, "model")) if found.meta_model else None,
         config=found.config,
-        resources=_open(SamplingResources(**resources, engine=engine)),
-        scoring=_open(MetaScoresResources(**scoring)),
+        resources=_open(resources),
+        scoring=_open(scoring),
         train=trained,
     )
 

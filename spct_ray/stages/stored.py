@@ -15,9 +15,8 @@ from typing import Any
 from spct_ray.errors import ConfigError
 from spct_ray.graph.record import StepRecord, finished_records, local_root, read_record, step_directory
 from spct_ray.graph.step import StepContext
-from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.stages import report
-from spct_ray.stages.evaluate import EvaluateConfig
+from spct_ray.stages.evaluate import EvaluateConfig, config_of
 
 JUDGES = ("base", "rft", "grpo")  # of a run, the last finished one is its judge
 
@@ -36,10 +35,14 @@ class Stored:
         return f"{clean(Path(self.root).name)}_{self.evaluation.name.removeprefix('evaluate_')}"
 
     @property
+    def directory(self) -> str:
+        """Where the evaluation lies."""
+        return step_directory(self.root, self.evaluation.name, self.evaluation.id)
+
+    @property
     def config(self) -> EvaluateConfig:
         """How it was evaluated."""
-        config = self.evaluation.config
-        return EvaluateConfig(**config | {"judge": JudgeConfig(**config["judge"])})
+        return config_of(self.directory)
 
     @property
     def items(self) -> tuple[str, Any]:
@@ -114,8 +117,7 @@ def report_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: str
             raise ConfigError(
                 f"--k must name numbers from 1 to {judge.config.k_max}, the samples an item that {name} drew, not {ks}"
             )
-        directory = step_directory(judge.root, judge.evaluation.name, judge.evaluation.id)
-        inputs |= {f"evaluate_{name}": directory, f"model_{name}": judge.judge_model}
+        inputs |= {f"evaluate_{name}": judge.directory, f"model_{name}": judge.judge_model}
         if judge.scores and judge.meta_model:
             scores = step_directory(judge.root, judge.scores.name, judge.scores.id)
             inputs |= {f"meta_scores_{name}": scores, f"meta_{name}": judge.meta_model}
