@@ -213,14 +213,16 @@ def test_the_meta_rm_stands_side_by_side_in_and_out_of_its_distribution(report: 
 
 def test_held_out_items_of_a_run_are_a_benchmark(tmp_path: Path) -> None:
     fake_run(tmp_path / "run")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
     made = [Item(f"vif-{i}", (Message("user", f"Q{i}"),), ("a", "b"), (1.0, 0.0), facts="[1]") for i in range(3)]
     write_items(step_directory(str(tmp_path / "run"), "items", "items".ljust(12, "0")) + "/heldout.parquet", made)
     for target in (f"{tmp_path}/run", f"{tmp_path}/run:rft", f"{tmp_path}/run:base@best"):
-        (spec,) = evaluation.specs("heldout", ["models/x", target])
+        (spec,) = evaluation.specs("heldout", [str(tmp_path / "model"), target])
         assert [item.id for item in evaluation_items(spec)] == ["heldout:vif-0", "heldout:vif-1", "heldout:vif-2"]
     assert evaluation_items(spec)[0].responses == ("a", "b")
     with pytest.raises(ConfigError, match="no target is a run"):
-        evaluation.specs("heldout", ["models/x"])
+        evaluation.specs("heldout", [str(tmp_path / "model")])
 
 
 def test_single_responses_are_scored_by_area(report: Any) -> None:
