@@ -23,7 +23,7 @@ from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import load, override
 from spct_ray.errors import ConfigError, SpctError
 from spct_ray.graph.explain import format_plan, link_reused, plan
-from spct_ray.graph.lock import hold, holder, is_held
+from spct_ray.graph.lock import hold, holder
 from spct_ray.graph.record import local_root, read_record, write_atomically
 from spct_ray.graph.room import check as check_steps
 from spct_ray.graph.room import placed
@@ -117,9 +117,8 @@ def plan_command(recipe: RecipeName, overrides: Overrides = None, until: Until =
 
     tree, steps, root = load_graph(recipe, overrides or (), until or ())
     _say(f"{root}\n{format_plan(plan(steps, root, tree.seed, tree.reuse))}")
-    lock = os.path.join(root, ".lock")
-    if is_held(lock):
-        _say(f"now running: {holder(lock)}")
+    if running := holder(os.path.join(root, ".lock")):
+        _say(f"now running: {running}")
     if sizes := checkpoints(tree):
         _say(f"checkpoints (two are kept): {'; '.join(f'{name} {value:.3g}' for name, value in sizes.items())}")
     check(tree)

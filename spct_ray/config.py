@@ -1,9 +1,7 @@
 """Configuration files become frozen dataclasses, and dataclasses become plain values.
 
-OmegaConf reads YAML, merges `key=value` overrides and resolves `${...}`. The types are checked here rather than by
-its structured configs, which neither type a `tuple[SomeDataclass, ...]` nor name the key of a bad list element.
-There is no logic in YAML and there are no `_target_` strings; a file may name another as its `base` and say only what
-differs from it.
+OmegaConf reads YAML, merges `key=value` overrides and resolves `${...}`; pydantic checks the types. There is no logic
+in YAML and there are no `_target_` strings; a file may name another as its `base` and say only what differs from it.
 """
 
 from __future__ import annotations
@@ -12,20 +10,31 @@ import dataclasses
 import difflib
 import enum
 import importlib
+import json
 import math
 import os
-import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from spct_ray.errors import ConfigError
 
 T = TypeVar("T")
+
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "an integer",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list such as [1, 2]",
+    "dict_type": "`key: value` lines",
+    "dataclass_type": "`key: value` lines",
+}
 
 
 def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
@@ -36,30 +45,25 @@ def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
     directory. Raises ConfigError that names the file or override, the full key, the value and what is allowed.
     """
     others = [override.partition("=")[2] for override in overrides if override.startswith("base=")]
-    try:
-        tree = _read(path, other=os.path.abspath(others[-1]) if others else None)
-        for override in overrides:
-            if not override.startswith("base="):
-                _apply(tree, override)
-        values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
-    try:
-        return typing.cast(T, _convert(values, schema, ""))
-    except _BadValueError as error:
-        raise ConfigError(f"{_source(error.key, path, overrides)}: {error}") from error
+    tree = _read(path, other=os.path.abspath(others[-1]) if others else None)
+    return _build(schema, tree, [o for o in overrides if not o.startswith("base=")], path)
 
 
 def override(config: T, overrides: Sequence[str]) -> T:
     """The dataclass with `key=value` overrides (dotted keys) applied, as by `load`. Raises ConfigError."""
-    tree = OmegaConf.create(to_plain(config))
-    for word in overrides:
-        _apply(tree, word)
+    return _build(type(config), OmegaConf.create(to_plain(config)), overrides, type(config).__name__)
+
+
+def rebuild(schema: type[T], plain: Any, place: str) -> T:
+    """The dataclass whose plain form an earlier run stored at `place` (file and field, for messages); what it lacks has
+    its default. Raises ConfigError for keys and values that this version does not know."""
     try:
-        return typing.cast(T, _convert(OmegaConf.to_container(tree, resolve=True), type(config), ""))
-    except _BadValueError as error:
-        raise ConfigError(f"{_source(error.key, type(config).__name__, overrides)}: {error}") from error
+        return _validate(schema, plain, lambda _: place)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nAnother version of spct-ray wrote this. Its record.json names the version under `packages`: "
+            "install that one, or finish the run again with this one (`spct run`; `spct plan` says what it will redo)"
+        ) from error
 
 
 def _read(path: str, above: tuple[str, ...] = (), other: str | None = None) -> DictConfig:
@@ -119,12 +123,15 @@ def to_plain(value: Any) -> Any:
     raise ConfigError(f"a configuration holds {value!r} of type {type(value).__name__}, which is not a plain value")
 
 
-class _BadValueError(Exception):
-    """A value at `key` that the schema does not take."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(f"{key or 'the whole file'}: {message}")
-        self.key = key
+def _build(schema: type[T], tree: DictConfig, overrides: Sequence[str], path: str) -> T:
+    for word in overrides:
+        _apply(tree, word)
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge(_defaults(schema), tree), resolve=True)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
+    return _validate(schema, values, lambda key: _source(key, path, overrides))
 
 
 def _apply(tree: DictConfig, override: str) -> None:
@@ -146,91 +153,59 @@ def _source(key: str, path: str, overrides: Sequence[str]) -> str:
     return path
 
 
-def _convert(value: Any, kind: Any, key: str, default: Any = None) -> Any:
-    """`value` as the annotated type `kind`; a dataclass takes what `value` leaves out from `default`, if it is one.
+def _defaults(schema: type) -> dict[str, Any]:
+    """The defaults of a dataclass as plain values: a section that a file gives in part keeps the rest of them, which
+    may differ from those of the section's own class."""
+    defaults = {}
+    for f in dataclasses.fields(schema):
+        if f.default is not dataclasses.MISSING:
+            defaults[f.name] = to_plain(f.default)
+        elif f.default_factory is not dataclasses.MISSING:
+            defaults[f.name] = to_plain(f.default_factory())
+    return defaults
 
-    Raises _BadValueError.
+
+def _validate(schema: type[T], values: Any, source: Callable[[str], str]) -> T:
+    """`values` as the dataclass `schema`. Raises ConfigError with a line for each problem, which `source(key)` begins.
+
+    As JSON, in which lists are tuples and mappings dataclasses even where 1 must not stand for true. The tuple around
+    the schema is what pydantic takes settings for; a plain dataclass has none.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, arguments, key, default)
-    if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in arguments):
-            return value
-        raise _BadValueError(key, f"{value!r} is not one of {', '.join(repr(choice) for choice in arguments)}")
-    if origin is tuple:
-        return _convert_tuple(value, arguments, key)
-    if origin is dict:
-        if isinstance(value, dict):
-            return {str(name): _convert(item, arguments[1], _join(key, name)) for name, item in value.items()}
-    elif kind is type(None):
-        if value is None:
-            return None
-    elif dataclasses.is_dataclass(kind):
-        return _convert_dataclass(value, typing.cast(type, kind), key, default if type(default) is kind else None)
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif type(value) is kind:
-        return value
-    hint = "; write it in quotes" if kind is str and isinstance(value, int | float) else ""
-    raise _BadValueError(key, f"expected {_describe(kind)}, found {value!r}{hint}")
-
-
-def _convert_union(value: Any, kinds: tuple[Any, ...], key: str, default: Any) -> Any:
-    problems = []
-    for kind in kinds:
-        try:
-            return _convert(value, kind, key, default)
-        except _BadValueError as error:
-            problems.append(error)
-    real = [problem for kind, problem in zip(kinds, problems, strict=True) if kind is not type(None)]
-    if len(real) == 1 and value is not None:
-        raise real[0]
-    raise _BadValueError(key, f"expected {' or '.join(_describe(kind) for kind in kinds)}, found {value!r}")
-
-
-def _convert_tuple(value: Any, kinds: tuple[Any, ...], key: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise _BadValueError(key, f"expected a list such as [1, 2], found {value!r}")
-    if kinds[-1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        raise _BadValueError(key, f"expected a list of {len(kinds)}, found {len(value)}: {value!r}")
-    return tuple(_convert(v, kind, _join(key, i)) for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
-
-
-def _convert_dataclass(value: Any, schema: type, key: str, default: Any) -> Any:
-    if not isinstance(value, dict):
-        raise _BadValueError(key, f"expected `key: value` lines, found {value!r}")
-    hints, fields = typing.get_type_hints(schema), [f for f in dataclasses.fields(schema) if f.init]
-    names = [f.name for f in fields]
-    defaults = {f.name: _default_of(f) if default is None else getattr(default, f.name) for f in fields}
-    for name in value:
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-            hint = f"did you mean {_join(key, close[0])!r}?" if close else f"known keys: {', '.join(names)}"
-            raise _BadValueError(_join(key, name), f"unknown key; {hint}")
-    for f in fields:
-        if f.name not in value and defaults[f.name] is dataclasses.MISSING:
-            raise _BadValueError(_join(key, f.name), f"missing; expected {_describe(hints[f.name])}")
-    given = {name: _convert(item, hints[name], _join(key, name), defaults[name]) for name, item in value.items()}
+    adapter = TypeAdapter(tuple[schema], config=ConfigDict(extra="forbid", strict=True))  # type: ignore[valid-type]
     try:
-        return schema(**{**defaults, **given})
-    except (ValueError, ConfigError) as error:  # a check across fields in __post_init__
-        raise _BadValueError(key, str(error)) from error
+        return typing.cast(T, adapter.validate_json(json.dumps([values]))[0])
+    except ValidationError as failed:
+        lines = []
+        for error in failed.errors():
+            location = error["loc"][1:]
+            key = ".".join(map(str, location))
+            lines.append(f"{source(key)}: {key or 'the whole file'}: {_problem(error, schema, location)}")
+        raise ConfigError("\n".join(lines)) from failed
 
 
-def _default_of(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+def _problem(error: Any, schema: type, location: Sequence[Any]) -> str:
+    kind, value = error["type"], error["input"]
+    if kind == "unexpected_keyword_argument":
+        names, name = _names(schema, location[:-1]), str(location[-1])
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join(map(str, (*location[:-1], *close)))!r}?" if close else ""
+        return f"unknown key; {hint or 'known keys: ' + ', '.join(names)}"
+    if kind == "missing":
+        return "missing"
+    if kind == "value_error":  # a check across fields in __post_init__
+        return str(error["ctx"]["error"])
+    if kind == "literal_error":
+        return f"{value!r} is not one of {error['ctx']['expected'].replace(' or ', ', ')}"
+    quotes = "; write it in quotes" if kind == "string_type" and isinstance(value, int | float) else ""
+    expected = f"expected {_EXPECTED[kind]}" if kind in _EXPECTED else error["msg"]
+    return f"{expected}, found {value!r}{quotes}"
 
 
-def _join(key: str, name: Any) -> str:
-    return f"{key}.{name}" if key else str(name)
-
-
-def _describe(kind: Any) -> str:
-    if kind is type(None):
-        return "null"
-    plain = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    return plain.get(kind, str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind)))
+def _names(kind: Any, location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the dataclass at a location within the annotated type `kind`."""
+    if dataclasses.is_dataclass(kind):
+        if not location:
+            return [f.name for f in dataclasses.fields(kind)]
+        return _names(typing.get_type_hints(kind)[location[0]], location[1:])
+    rest = location[1:] if typing.get_origin(kind) in (tuple, dict) else location
+    return next((names for inner in typing.get_args(kind) if (names := _names(inner, rest))), [])

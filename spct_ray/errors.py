@@ -5,8 +5,8 @@ class SpctError(Exception):
     """Base of all errors meant to be read by a person."""
 
 
-class ConfigError(SpctError):
-    """A configuration value or key that cannot be used."""
+class ConfigError(SpctError, ValueError):
+    """A configuration value or key that cannot be used. A ValueError, so that pydantic says in which field it arose."""
 
 
 class DataError(SpctError):

@@ -33,20 +33,28 @@ def pairs(num: int = NUM, single: int = 0) -> list[Item]:
 
 
 def make_run(
-    root: Path, skill: float, items_id: str = "items0000000", k: int = 8, sets: dict[str, BuiltinConfig] | None = None
+    root: Path,
+    skill: float,
+    items_id: str = "items0000000",
+    k: int = 8,
+    sets: dict[str, BuiltinConfig] | None = None,
+    num: int = NUM,
 ) -> Path:
     """A root with what `spct evaluate --stored` reads of a finished run: one judge, and a meta RM that knows what is
     right; with `sets`, the step that adds them stands for the items."""
 
-    def record(name: str, step_id: str, inputs: dict[str, str], config: Any) -> Path:
+    def record(
+        name: str, step_id: str, inputs: dict[str, str], config: Any, metrics: dict[str, Any] | None = None
+    ) -> Path:
         sources = {role: {"step": role, "id": one} for role, one in inputs.items()}
         directory = Path(step_directory(str(root), name, step_id))
         directory.mkdir(parents=True, exist_ok=True)
-        write_record(str(directory), StepRecord(name, step_id, "f", 1, 1, config, sources, {}))
+        write_record(str(directory), StepRecord(name, step_id, "f", 1, 1, config, sources, {}, metrics or {}))
         return directory
 
     items = record("items", items_id, {}, {})
-    write_items(str(items / "heldout.parquet"), pairs(single=4))
+    content = write_items(str(items / "heldout.parquet"), pairs(num, single=4))
+    record("items", items_id, {}, {}, {"content": {"heldout": content}})
     (items / "data_report.json").write_text("{}")
     if sets:
         plain = items.rename(root / "plain")
@@ -122,8 +130,10 @@ def test_many_runs_are_compared_with_the_first(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = make_run(tmp_path / "one", 0.7, k=2), make_run(tmp_path / "other", 0.7, "itemsB000000", k=2)
+    revised = make_run(tmp_path / "revised", 0.7, k=2, num=NUM - 1)  # the same step, of a hub data set that changed
     for arguments, message in (
         ([str(one), str(other), "--k", "1,2"], "were evaluated on different items"),
+        ([str(one), str(revised), "--k", "1,2"], "were evaluated on different items"),
         ([str(one), "--k", "4"], "--k must name numbers from 1 to 2, the samples an item that one_grpo drew"),
         ([str(one), str(one), "--k", "2"], "the targets have equal names"),
         ([f"{one}:sft"], "not 'sft'"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spct_ray.data.shapes import Shape
-from spct_ray.data.sources import SourceConfig, read_source
+from spct_ray.data.sources import SourceConfig, read_source, with_content
 from spct_ray.data.store import ITEM_SCHEMA, read_items, write_items
 from spct_ray.data.validate import Limits, Problem, find_problem
 from spct_ray.errors import DataError
@@ -134,6 +134,28 @@ def test_gzip_and_parquet_give_the_same_items(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "a.parquet"):
         assert read_source(SourceConfig("s", str(tmp_path / name)), Limits())[0] == expected
     assert read_source(SourceConfig("s", str(tmp_path / "a.parquet"), limit=2), Limits())[0] == expected[:2]
+
+
+def test_a_change_in_the_middle_of_a_large_file_is_another_content(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(66 * 2**20)
+    before = with_content(SourceConfig("s", str(path))).content
+    with path.open("r+b") as file:
+        file.seek(33 * 2**20)
+        file.write(b"x")
+    assert with_content(SourceConfig("s", str(path))).content not in (before, "")
+    copy = tmp_path / "copy"
+    copy.write_bytes(path.read_bytes())
+    assert with_content(SourceConfig("s", str(copy))) != with_content(SourceConfig("s", str(path)))  # by path alone
+    assert with_content(SourceConfig("s", str(copy))).content == with_content(SourceConfig("s", str(path))).content
+
+
+def test_items_have_a_digest(tmp_path: Path) -> None:
+    items = read(tmp_path / "a.jsonl", ROWS)[0]
+    digests = [write_items(str(tmp_path / "x.parquet"), one) for one in (items, items, items[::-1], items[1:])]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 @pytest.mark.slow  # importing datasets takes seconds

@@ -144,7 +144,8 @@ def test_the_stage_accounts_for_every_item_and_keeps_the_benchmark_out(tmp_path:
     mine = sum(sides.get("mine", 0) for sides in report["kept_by_source"].values())
     assert mine + sum(dropped["counts"].values()) == len(rows)
 
-    run(context(tmp_path / "again"), config, ItemsResources())
+    assert metrics["content"].keys() == report["kept"].keys()
+    assert run(context(tmp_path / "again"), config, ItemsResources())["content"] == metrics["content"]
     for name in ("train.parquet", "heldout.parquet", "data_report.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 

@@ -213,14 +213,16 @@ def test_the_meta_rm_stands_side_by_side_in_and_out_of_its_distribution(report: 
 
 def test_held_out_items_of_a_run_are_a_benchmark(tmp_path: Path) -> None:
     fake_run(tmp_path / "run")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
     made = [Item(f"vif-{i}", (Message("user", f"Q{i}"),), ("a", "b"), (1.0, 0.0), facts="[1]") for i in range(3)]
     write_items(step_directory(str(tmp_path / "run"), "items", "items".ljust(12, "0")) + "/heldout.parquet", made)
     for target in (f"{tmp_path}/run", f"{tmp_path}/run:rft", f"{tmp_path}/run:base@best"):
-        (spec,) = evaluation.specs("heldout", ["models/x", target])
+        (spec,) = evaluation.specs("heldout", [str(tmp_path / "model"), target])
         assert [item.id for item in evaluation_items(spec)] == ["heldout:vif-0", "heldout:vif-1", "heldout:vif-2"]
     assert evaluation_items(spec)[0].responses == ("a", "b")
     with pytest.raises(ConfigError, match="no target is a run"):
-        evaluation.specs("heldout", ["models/x"])
+        evaluation.specs("heldout", [str(tmp_path / "model")])
 
 
 def test_single_responses_are_scored_by_area(report: Any) -> None:
@@ -344,6 +346,30 @@ def test_a_run_stands_for_its_last_judge_as_it_was_evaluated(tmp_path: Path) -> 
         resolve(f"{root}:grpo", EvaluationConfig())
     with pytest.raises(ConfigError, match="not 'sft'"):
         resolve(f"{root}:sft", EvaluationConfig())
+
+
+@pytest.mark.parametrize(
+    ("step", "section", "message"),
+    [
+        (
+            "evaluate_rft",
+            "config",
+            r"evaluate_rft-evaluate_rft/record\.json: config: old_name: unknown key; known keys: judge,",
+        ),
+        ("evaluate_rft", "resources", r"evaluate_rft-evaluate_rft/record\.json: resources: old_name: unknown key"),
+        ("meta_scores", "resources", r"meta_scores-meta_scores0/record\.json: resources: old_name: unknown key"),
+    ],
+)
+def test_a_run_of_another_version_is_refused_by_file_and_field(
+    tmp_path: Path, step: str, section: str, message: str
+) -> None:
+    fake_run(tmp_path)
+    path = Path(step_directory(str(tmp_path), step, step.ljust(12, "0")), "record.json")
+    record = json.loads(path.read_text())
+    record[section]["old_name"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=message):
+        resolve(str(tmp_path), EvaluationConfig())
 
 
 def test_judges_run_on_what_they_ran_on_in_the_run_and_else_on_gpus_if_there_are_any(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from spct_ray.config import to_plain
 from spct_ray.errors import ConfigError, StepError
 from spct_ray.graph.explain import link_reused, plan
 from spct_ray.graph.fingerprint import fingerprint, step_ids, topological
-from spct_ray.graph.lock import hold, holder, is_held
+from spct_ray.graph.lock import hold, holder
 from spct_ray.graph.record import describe, finished_records, local_root, read_record, step_directory, write_record
 from spct_ray.graph.step import Demand, Step, StepContext, format_seconds
 from spct_ray.graph.worker import execute
@@ -224,7 +224,7 @@ def test_lock_waits_names_its_holder_and_gives_up_after_its_limit(tmp_path: Path
     thread = threading.Thread(target=second)
     with hold(path, "first", print):
         assert f"process {os.getpid()} on" in holder(path)
-        assert is_held(path)
+        assert {file.name for file in (tmp_path / "run").iterdir()} == {".lock", ".lock.holder"}
         thread.start()
         wait_until(lambda: said)
         with (
@@ -236,15 +236,18 @@ def test_lock_waits_names_its_holder_and_gives_up_after_its_limit(tmp_path: Path
     thread.join()
     assert order == ["first", "second"]
     assert "(first, since" in said[0]
-    assert not is_held(path)
     assert holder(path) == ""
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {".lock"}
+    assert holder(str(tmp_path / "none" / ".lock")) == ""
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_process_that_dies_leaves_no_lock(tmp_path: Path) -> None:
     path = str(tmp_path / ".lock")
     code = f"import os; from spct_ray.graph.lock import hold\nwith hold({path!r}, 'dies', print): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
-    assert not is_held(path)
+    assert Path(f"{path}.holder").exists()  # what it left behind names nobody
+    assert holder(path) == ""
     with hold(path, "next", lambda line: pytest.fail(line)):
         pass
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -51,6 +51,7 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the hub's API that reading one public data set takes: what it is, its tree, its files."""
 
     repository = "allenai/reward-bench"
+    asked: ClassVar[list[str]] = []
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -66,6 +67,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         about, files = f"api/datasets/{self.repository}", f"datasets/{self.repository}/resolve/"
+        self.asked.append(path)
         if path == about or path.startswith(f"{about}/revision/"):
             known = {"id": self.repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
             self.answer(json.dumps(known).encode())
@@ -106,7 +108,7 @@ from spct_ray.errors import DataError
 
 items, dropped = read_benchmark(parse_spec("rewardbench"), Limits(), None, 0)
 found = {"items": [[i.id, i.subset, *i.responses] for i in items], "dropped": dropped.counts}
-raw = SourceConfig("s", "allenai/reward-bench", "hub", split="raw")
+raw = SourceConfig("s", "allenai/reward-bench", "hub", split="raw", revision="v9")
 found["training"] = [item.id for item in read_source(raw, Limits())[0]]
 for name, source in {
     "split": SourceConfig("s", "allenai/reward-bench", "hub", split="test"),
@@ -133,6 +135,7 @@ def test_a_benchmark_is_read_by_its_hub_id(hub: str, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found["dropped"] == {}
     assert len(found["training"]) == 5
+    assert any("/resolve/v9/" in path for path in Hub.asked)
     assert "'allenai/reward-bench'" in found["split"]
     assert "split 'test'" in found["split"]
     assert "'allenai/reward-bnch'" in found["repository"]

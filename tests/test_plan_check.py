@@ -30,6 +30,13 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_settings_that_the_paper_recipe_shows_in_comments_exist(tmp_path: Path) -> None:
+    text, num = re.subn(r"^( +)# ([a-z_]+: )", r"\1\2", Path(PAPER).read_text(), flags=re.MULTILINE)
+    assert num == 2
+    (tmp_path / "paper.yaml").write_text(text)
+    assert load(Recipe, str(tmp_path / "paper.yaml")).rft.general_shares == (0.85,)
+
+
 @pytest.mark.parametrize(
     "config",
     [LlamaConfig(**SIZES, tie_word_embeddings=False), Gemma2Config(**SIZES), Qwen3Config(**SIZES)],

@@ -85,6 +85,14 @@ def test_only_short_examples_are_kept_and_general_ones_are_mixed_in(tmp_path: Pa
     assert [file.read_bytes() for file in files] == first
 
 
+@pytest.mark.parametrize(
+    "changes", [{"general_paths": ("a.jsonl",)}, {"general_builtin": 5}, {"general_shares": (0.85,)}]
+)
+def test_general_instructions_without_a_share_or_a_share_of_none_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"rft\.general_shares is .*give files"):
+        replace(CONFIG, **changes)
+
+
 def test_unusable_training_data_is_refused_by_name(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
     context = make_context(tmp_path, "rft", inputs)

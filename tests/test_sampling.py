@@ -156,6 +156,24 @@ def test_a_dead_engine_is_replaced_and_its_block_done_again(tmp_path, ray_sessio
 
 
 @pytest.mark.slow
+def test_sampling_resumes_with_another_block_size(tmp_path, ray_session):
+    """What was judged in small blocks counts, and larger blocks hold only the rest."""
+    from spct_ray.cluster.sampling import read_trajectories
+    from spct_ray.cluster.sampling import sample as sample_tasks
+
+    _, train = items_dir(tmp_path, 3)
+    tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
+    make_judge, where = partial(dying_judge, str(tmp_path), 0), [SamplingResources(block_size=b) for b in (2, 6)]
+    sample_tasks(tasks[:4], make_judge, str(tmp_path), where[0], lambda *a: None)
+    sample_tasks(tasks, make_judge, str(tmp_path / "whole"), where[0], lambda *a: None)
+    assert sample_tasks(tasks, make_judge, str(tmp_path), where[1], lambda *a: None)["judgements"] == 8
+    assert sample_tasks(tasks, make_judge, str(tmp_path / "whole"), where[1], lambda *a: None)["judgements"] == 0
+    for directory in (tmp_path, tmp_path / "whole"):
+        assert len({t.key for t in read_trajectories(str(directory))}) == 12
+        assert len(list((directory / "tasks").glob("*.parquet"))) == 2
+
+
+@pytest.mark.slow
 def test_an_engine_that_always_dies_ends_in_a_clear_error(tmp_path, ray_session):
     from spct_ray.cluster.sampling import sample as sample_tasks
 

@@ -265,8 +265,8 @@ def test_other_routes():
     assert (unready.get("/healthz").status_code, unready.get("/readyz").status_code) == (200, 503)
 
 
-def finish(root, name, step_id, inputs=(), stage="", resources=None, **config):
-    """Commit a step as the runner does; later calls are newer."""
+def finish(root, name, step_id, resources=None, inputs=(), **config):
+    """Commit a step as the runner does; later calls are newer. `inputs` are (role, step, id)."""
     finish.count = getattr(finish, "count", 0) + 1
     directory = root / "steps" / f"{name}-{step_id}"
     (directory / "model").mkdir(parents=True)
@@ -274,11 +274,11 @@ def finish(root, name, step_id, inputs=(), stage="", resources=None, **config):
     record = StepRecord(
         name=name,
         id=step_id,
-        function=f"spct_ray.stages.{stage or name}:run",
+        function="f",
         version=1,
         seed=0,
         config=config,
-        inputs={f"input{i}": {"step": source, "id": source} for i, source in enumerate(inputs)},
+        inputs={role: {"step": step, "id": source} for role, step, source in inputs},
         resources=resources or {},
         finished_at=f"2026-01-01T00:00:{finish.count:02d}",
     )
@@ -298,33 +298,39 @@ def evaluated_on(gpus):
     return to_plain(SamplingResources(gpus_per_replica=gpus, engine=engine))
 
 
-def test_a_run_serves_its_newest_judge_with_the_meta_rm_trained_on_it(tmp_path):
+def test_a_run_serves_its_last_evaluated_judge_with_the_meta_rm_that_scored_it(tmp_path):
     (tmp_path / "steps").mkdir()
-    with pytest.raises(ConfigError, match="no finished grpo or rft step"):
+    rft = finish(tmp_path, "rft_2", "r1")
+    with pytest.raises(ConfigError, match=r"no finished evaluation of grpo or rft; finish the run \(`spct run`\)"):
         resolve(str(tmp_path))
-    rft = finish(tmp_path, "rft_2", "r1", stage="rft")
-    with pytest.raises(ConfigError, match="no finished evaluation of rft_2"):
-        resolve(str(tmp_path))
-    finish(tmp_path, "evaluate_rft", "e1", ["r1"], stage="evaluate", resources=evaluated_on(0), **EVALUATED)
-    assert (resolve(str(tmp_path)).judge_model, resolve(str(tmp_path)).meta_model) == (rft, None)
-    finish(tmp_path, "grpo", "g1", ["r1"])
-    grpo = finish(tmp_path, "grpo", "g2", ["r1"])
-    finish(tmp_path, "onpolicy", "o1", ["g1"], stage="sample")
-    finish(tmp_path, "meta", "m1", ["o1", "r1"])
-    finish(tmp_path, "evaluate_grpo", "e2", ["g2"], stage="evaluate", resources=evaluated_on(2), **EVALUATED)
+    judge = [("judge", "rft_2", "r1")]
+    finish(tmp_path, "evaluate_rft", "e1", evaluated_on(0), judge, **EVALUATED)
+    config = resolve(str(tmp_path))
+    assert (config.judge_model, config.name, config.meta_model) == (rft, "rft_2", None)
+    finish(tmp_path, "meta", "m1")
+    finish(tmp_path, "evaluate_grpo", "e2", evaluated_on(0), [("judge", "grpo", "g1")], **EVALUATED)
+    finish(
+        tmp_path, "meta_scores", "s1", {"gpus_per_replica": 0}, [("meta", "meta", "m1"), ("x", "evaluate_grpo", "e2")]
+    )
+    grpo = finish(tmp_path, "grpo", "g2")
+    finish(tmp_path, "evaluate_grpo", "e3", evaluated_on(2), [("judge", "grpo", "g2")], **EVALUATED)
     (tmp_path / "steps" / "grpo-unfinished").mkdir()
     config = resolve(str(tmp_path))
     assert (config.judge_model, config.name) == (grpo, "grpo")
-    assert config.meta_model is None  # m1 was trained on the older judge g1
+    assert config.meta_model is None  # m1 scored the older judge g1
     assert config.judge == JudgeConfig(template="compact", single="scale", max_tokens=96)
     assert config.temperature == 0.7
     assert config.resources.engine == EngineConfig(max_model_len=640, tensor_parallel=2)
     assert (config.resources.judge.num_gpus, config.resources.meta.num_gpus) == (2, None)
-    finish(tmp_path, "onpolicy", "o2", ["g2"], stage="sample")
-    meta = finish(tmp_path, "meta", "m2", ["o2", "r1"])
-    assert resolve(str(tmp_path)).meta_model == meta
-    finish(tmp_path, "meta_scores", "s2", ["m2", "e2"], resources={"gpus_per_replica": 1})
-    assert resolve(str(tmp_path)).resources.meta.num_gpus == 1
+    meta = finish(tmp_path, "meta", "m2")
+    finish(
+        tmp_path, "meta_scores", "s2", {"gpus_per_replica": 1}, [("meta", "meta", "m2"), ("x", "evaluate_grpo", "e3")]
+    )
+    config = resolve(str(tmp_path))
+    assert (config.meta_model, config.resources.meta.num_gpus) == (meta, 1)
+    assert resolve(f"{tmp_path}:rft").judge_model == rft
+    with pytest.raises(ConfigError, match="a run's judges are base, rft, grpo, not 'sft'"):
+        resolve(f"{tmp_path}:sft")
     words = ["resources.judge.num_gpus=null", "resources.engine.tensor_parallel=1", "temperature=0.2"]
     config = resolve(str(tmp_path), words)
     assert (config.resources.judge.num_gpus, config.resources.engine.max_model_len) == (None, 640)

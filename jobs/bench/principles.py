@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from spct_ray.engines.base import Engine
 from spct_ray.errors import ConfigError, RequestError
 from spct_ray.evaluation.judgements import Sheet, best_credit, options_of
 from spct_ray.evaluation.statistics import bootstrap_ci, paired_difference
-from spct_ray.graph.record import finished_records, local_root, step_directory
+from spct_ray.graph.targets import newest_step, parse_target
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item
 from spct_ray.serve.backends import LocalJudge
@@ -166,11 +165,10 @@ def _credits(items: Sequence[Item], made: Sequence[Pass]) -> list[float]:
 
 def _items(target: str, number: int) -> list[Item]:
     """Held-out items of the run `target`, drawn; built-in ones for a model. Raises ConfigError."""
-    if not (Path(target) / "steps").is_dir():
+    meant = parse_target(target)
+    if meant.model:
         return generate(BuiltinConfig(0, number), SEED)[1]
-    root = local_root(target)
-    record = next((r for r in reversed(finished_records(root)) if r.function == "spct_ray.stages.items:run"), None)
-    file = judged_files(step_directory(root, record.name, record.id)).get("heldout") if record else None
+    file = judged_files(newest_step(meant, "items")[1]).get("heldout")
     if file is None:
         raise ConfigError(f"{target}: no held-out items of a finished run; give a model directory for built-in ones")
     found = read_items(str(file))

@@ -20,6 +20,7 @@ import ray
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.errors import EngineError
+from spct_ray.files import replacing
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.records import Item, Trajectory
 
@@ -172,18 +173,16 @@ class _watch:
 
 
 def _write_tasks(tasks: Sequence[JudgeTask], directory: Path, block_size: int) -> int:
-    """One Parquet file a block; deterministic, so that a resumed run reads the same blocks."""
+    """Write one Parquet file per block, in place of those of an earlier call, which may have had another block size."""
     if not tasks:
         raise ValueError("nothing to judge")
-    directory.mkdir(parents=True, exist_ok=True)
-    num_blocks = -(-len(tasks) // block_size)
-    for block in range(num_blocks):
-        rows = [_task_to_row(t) for t in tasks[block * block_size : (block + 1) * block_size]]
-        place = directory / f"block-{block:06d}.parquet"
-        temporary = place.with_suffix(".tmp")
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
-        os.replace(temporary, place)
-    return num_blocks
+    blocks = [tasks[start : start + block_size] for start in range(0, len(tasks), block_size)]
+    with replacing(directory) as fresh:
+        fresh.mkdir(parents=True)
+        for number, block in enumerate(blocks):
+            rows = pa.Table.from_pylist([_task_to_row(task) for task in block])
+            pq.write_table(rows, fresh / f"block-{number:06d}.parquet")
+    return len(blocks)
 
 
 def _task_to_row(task: JudgeTask) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,7 +28,8 @@ BATCH_ROWS = 1000  # of Parquet in memory at once
 @dataclass(frozen=True)
 class SourceConfig:
     """One data set for training. `name` goes into every item id. `path` is a file, or a hub id such as
-    "nvidia/HelpSteer2" for kind "hub"; `data_dir` and `split` are only read for the hub. `limit` counts kept items."""
+    "nvidia/HelpSteer2" for kind "hub"; `data_dir`, `split` and `revision` (a commit, tag or branch) are only read for
+    the hub. `limit` counts kept items."""
 
     name: str
     path: str
@@ -35,6 +37,7 @@ class SourceConfig:
     shape: Literal["auto", "own", "hh", "helpsteer2", "ultrafeedback", "chosen_rejected"] = "auto"
     data_dir: str | None = None
     split: str = "train"
+    revision: str | None = None
     limit: int | None = None
     content: str = ""  # what a file holds, filled in by `with_content`: changed data is a changed step
 
@@ -52,23 +55,24 @@ S = TypeVar("S", SourceConfig, BenchmarkSource)
 
 
 def with_content(source: S) -> S:
-    """The same source with a digest of its file: whole up to 64 MiB, else its size and its first and last MiB.
+    """The same source with a digest of all of its file.
 
-    Hub data sets and files that are not there (yet) are left as they are; reading says what is wrong with them.
+    A hub data set is named by its `revision`; the steps that read one record a digest of the items they read. A file
+    that is not there (yet) is left as it is; reading it says what is wrong.
     """
     path = Path(source.path)
     if (isinstance(source, SourceConfig) and source.kind == "hub") or not path.is_file():
         return source
-    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
-    digest.update(str(size).encode())
-    with path.open("rb") as file:
-        if size <= 64 * 2**20:
-            digest.update(file.read())
-        else:
-            digest.update(file.read(2**20))
-            file.seek(-(2**20), 2)
-            digest.update(file.read())
-    return replace(source, content=digest.hexdigest())
+    status = path.stat()
+    return replace(source, content=_digest(str(path.resolve()), status.st_size, status.st_mtime_ns))
+
+
+@cache
+def _digest(path: str, size: int, mtime_ns: int) -> str:
+    """Hash of a file's size and bytes. `mtime_ns` makes the cache notice a rewritten file."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 @dataclass
@@ -191,11 +195,11 @@ def _hub_rows(config: SourceConfig) -> Iterator[tuple[int, str, Row]]:
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = load_dataset(config.path, data_dir=config.data_dir, split=config.split)
+        rows = load_dataset(config.path, data_dir=config.data_dir, split=config.split, revision=config.revision)
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            f"hub data set {config.path!r} (data_dir {config.data_dir!r}, split {config.split!r}) cannot be loaded: "
-            f"{error}. Check the three, and that the hub can be reached"
+            f"hub data set {config.path!r} (data_dir {config.data_dir!r}, split {config.split!r}, revision "
+            f"{config.revision!r}) cannot be loaded: {error}. Check the four, and that the hub can be reached"
         ) from error
     for number, row in enumerate(rows, 1):
         yield number, f"{config.path}[{config.split}]:row {number}", row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,9 +39,14 @@ def write_rows(path: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema |
     os.replace(partial, path)
 
 
-def write_items(path: str, items: Sequence[Item]) -> None:
-    """Write `items` to the Parquet file `path`, as `write_rows`."""
-    write_rows(path, [item.to_row() for item in items], ITEM_SCHEMA)
+def write_items(path: str, items: Sequence[Item]) -> str:
+    """Write `items` to the Parquet file `path`, as `write_rows`. Returns a digest of the items."""
+    rows = [item.to_row() for item in items]
+    write_rows(path, rows, ITEM_SCHEMA)
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def read_items(path: str) -> list[Item]:

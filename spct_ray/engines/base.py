@@ -47,7 +47,7 @@ class EngineConfig:
     max_model_len: int = 4096  # prompt + completion, tokens
     max_num_seqs: int = 0  # sequences in one forward pass; 0: what vLLM takes on the device
     max_num_batched_tokens: int = 0  # tokens in one forward pass; 0: what vLLM takes on the device
-    dtype: Precision | Literal["float16"] = "auto"  # see `spct_ray.precision`
+    dtype: Literal[Precision, "float16"] = "auto"  # see `spct_ray.precision`
     tensor_parallel: int = 1  # GPUs of one replica
     gpu_memory_utilization: float = 0.85  # GPU only: share of memory for weights and cache
     transfer: Literal["directory", "nccl", "ipc"] = "directory"  # GRPO's way for new weights, see docs/training.md

@@ -29,7 +29,7 @@ Target = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        help="a run's root (its newest judge and meta RM), a model directory, or a YAML file such as conf/serve.yaml",
+        help="a run's root (its last judge and meta RM), RUN:rft, a model directory, or a YAML file as conf/serve.yaml",
     ),
 ]
 Overrides = Annotated[

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.config import load, override
+from spct_ray.config import load, override, rebuild
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
-from spct_ray.graph.record import StepRecord, finished_records, local_root, step_directory
+from spct_ray.graph.targets import Target, find_judge, parse_target
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.vote import MetaVote
 from spct_ray.placement import Nodes, check_engine, check_room, gpus_of
@@ -114,47 +114,35 @@ class ServeConfig:
 
 
 def resolve(target: str, overrides: Sequence[str] = ()) -> ServeConfig:
-    """What `target` says to serve: a YAML file of a ServeConfig, the root of a run, or a model directory; with
+    """What `target` says to serve: a YAML file of a ServeConfig, RUN, RUN:rft, or a model directory; with
     `key=value` overrides of ServeConfig's fields."""
-    path = Path(target)
-    if path.suffix in (".yaml", ".yml"):
+    if target.endswith((".yaml", ".yml")):
         return load(ServeConfig, target, overrides)
-    if (path / "steps").is_dir():
-        return override(from_run(target), overrides)
-    if (path / "config.json").is_file():
-        return override(from_model(target), overrides)
-    raise ConfigError(
-        f"{target} is no configuration (*.yaml), no run (no steps/ in it) and no model directory (no config.json in it)"
-    )
+    meant = parse_target(target)
+    return override(from_model(target) if meant.model else from_run(meant), overrides)
 
 
-def from_run(root: str) -> ServeConfig:
-    """The newest finished judge of a run (GRPO, else RFT), used as it was evaluated, with the meta RM trained on it.
+def from_run(target: Target) -> ServeConfig:
+    """A run's judge (GRPO, else RFT) as its newest evaluation used it, with the meta RM that scored that evaluation.
 
     Engine and GPUs are those of its evaluation, and of the meta RM's scoring; what ran on CPUs is left to the cluster.
 
-    Raises ConfigError when `root` has no finished judge, or no finished evaluation of it.
+    Raises ConfigError when the run has no finished evaluation of it.
     """
-    root = local_root(root)
-    records = finished_records(root)
-    judge = _newest(records, "grpo") or _newest(records, "rft")
-    if judge is None:
-        raise ConfigError(f"{root}: no finished grpo or rft step under steps/; finish the run (`spct run`) first")
-    after = [record for record in records if _descends(record, judge.id, records)]
-    evaluate, meta, scores = (_newest(after, stage) for stage in ("evaluate", "meta", "meta_scores"))
-    if evaluate is None:
-        raise ConfigError(f"{root}: no finished evaluation of {judge.name} ({judge.id[:12]}), whose prompt to use")
-    where, meta_gpus = evaluate.resources, scores.resources["gpus_per_replica"] if scores else None
+    found = find_judge(target, ("grpo", "rft"))
+    evaluated, file = found.evaluation, f"{found.directory}/record.json"
+    prompt = rebuild(JudgeConfig, evaluated.config["judge"], f"{file}: config.judge")
+    meta_gpus = found.scores.resources["gpus_per_replica"] if found.scores else None
     return ServeConfig(
-        judge_model=_model(root, judge),
-        meta_model=_model(root, meta) if meta else None,
-        name=judge.name,
-        judge=JudgeConfig(**evaluate.config["judge"] | {"single": evaluate.config["single"]}),
-        temperature=evaluate.config["temperature"],
+        judge_model=os.path.join(found.judge_model, "model"),
+        meta_model=os.path.join(found.meta_model, "model") if found.meta_model else None,
+        name=evaluated.inputs["judge"]["step"],
+        judge=replace(prompt, single=evaluated.config["single"]),
+        temperature=evaluated.config["temperature"],
         resources=ServeResources(
-            judge=ReplicaConfig(num_gpus=where["gpus_per_replica"] or None),
+            judge=ReplicaConfig(num_gpus=evaluated.resources["gpus_per_replica"] or None),
             meta=ReplicaConfig(num_cpus=_META_CPUS, num_gpus=meta_gpus or None),
-            engine=EngineConfig(**where["engine"]),
+            engine=rebuild(EngineConfig, evaluated.resources["engine"], f"{file}: resources.engine"),
         ),
     )
 
@@ -169,20 +157,6 @@ def from_model(directory: str) -> ServeConfig:
         judge=JudgeConfig(single="scale", max_tokens=min(JudgeConfig.max_tokens, engine.max_model_len // 2)),
         resources=ServeResources(engine=engine),
     )
-
-
-def _newest(records: Sequence[StepRecord], stage: str) -> StepRecord | None:
-    return next((r for r in reversed(records) if r.function == f"spct_ray.stages.{stage}:run"), None)
-
-
-def _descends(record: StepRecord, ancestor: str, records: Sequence[StepRecord]) -> bool:
-    """Whether the step with id `ancestor` is among the inputs of `record`, or of its inputs."""
-    ids = {source["id"] for source in record.inputs.values()}
-    return ancestor in ids or any(_descends(r, ancestor, records) for r in records if r.id in ids)
-
-
-def _model(root: str, record: StepRecord) -> str:
-    return os.path.join(step_directory(root, record.name, record.id), "model")
 
 
 def _engine(model: str) -> EngineConfig:

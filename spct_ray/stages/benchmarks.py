@@ -50,17 +50,21 @@ def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksRes
     for spec in config.benchmarks:
         context.log(f"reading {spec.label} from {spec.path or 'the hub'}")
         items, dropped = read_benchmark(spec, config.limits, config.limit, context.seed)
-        write_items(str(Path(context.out) / f"bench_{spec.label}.parquet"), items)
+        content = write_items(f"{context.out}/bench_{spec.label}.parquet", items)
         # Searched the other way round: which of the benchmark's items overlap a training query.
         _, overlaps = decontaminate(items, train, config.words)
         report[spec.label] = {
             "name": spec.name,
             "title": find(spec.name).title,
             "num_items": len(items),
+            "content": content,
             "num_questions": len({facts_of(item)["question"] for item in items}),
             "layout": layout(items),
             "dropped": asdict(dropped),
             "contaminated": [overlap.item.id for overlap in overlaps] if train else None,
         }
     write_atomically(f"{context.out}/data_report.json", json.dumps(report, indent=2).encode())
-    return {label: {"items": r["num_items"], "dropped": r["dropped"]["counts"]} for label, r in report.items()}
+    return {
+        label: {"items": r["num_items"], "dropped": r["dropped"]["counts"], "content": r["content"]}
+        for label, r in report.items()
+    }

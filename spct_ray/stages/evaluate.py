@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.config import rebuild
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
-from spct_ray.errors import ConfigError, RequestError
+from spct_ray.errors import ConfigError, DataError, RequestError
+from spct_ray.graph.record import read_record
 from spct_ray.graph.step import Demand, Step, StepContext
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.orders import balanced_orders
@@ -77,6 +79,14 @@ def run_endpoint(context: StepContext, config: EvaluateConfig, resources: Endpoi
     _greet(resources.endpoint)
     make_judge = partial(remote_judge, resources.endpoint, config.prompt, False, config.in_chunks)
     return _judge(context, config, SamplingResources(block_size=resources.block_size), make_judge)
+
+
+def config_of(directory: str) -> EvaluateConfig:
+    """How a finished evaluation judged. Raises DataError without its record, ConfigError for one of another version."""
+    record = read_record(directory)
+    if record is None:
+        raise DataError(f"{directory}: no record of a finished evaluation; run the step again")
+    return rebuild(EvaluateConfig, record.config, f"{directory}/record.json: config")
 
 
 def step(

@@ -17,22 +17,21 @@ from typing import Literal, TypeVar
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.config import override
+from spct_ray.config import override, rebuild
 from spct_ray.data.validate import Limits
 from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
 from spct_ray.evaluation.benchmarks import BenchmarkSpec, parse_spec, with_digest
-from spct_ray.graph.record import finished_records, local_root, step_directory
+from spct_ray.graph.record import local_root, step_directory
 from spct_ray.graph.step import Demand, Step
-from spct_ray.judge.modes import MODES
+from spct_ray.graph.targets import SCALAR, Target, clean, directory_of, find_judge, newest_step, parse_target
+from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.stages import benchmarks, evaluate, judge_model, meta_scores, probes, report, scalar, stored
+from spct_ray.stages import benchmarks, evaluate, judge_model, meta_scores, probes, report, scalar
 from spct_ray.stages.judge_model import JudgeModelConfig, JudgeModelResources
 from spct_ray.stages.meta_scores import MetaScoresResources
-from spct_ray.stages.stored import JUDGES, clean
 
-SCALAR = "bradley_terry"
 R = TypeVar("R", SamplingResources, MetaScoresResources)
 
 
@@ -99,63 +98,59 @@ def specs(text: str, targets: Sequence[str] = ()) -> tuple[BenchmarkSpec, ...]:
 
 
 def _heldout(targets: Sequence[str]) -> str:
-    for target in targets:
-        run = target.partition("@")[0]
-        root = run if (Path(run) / "steps").is_dir() else run.rpartition(":")[0]
-        records = finished_records(local_root(root)) if root and (Path(root) / "steps").is_dir() else []
-        for record in reversed(records):
-            if record.name == "items":
-                return str(Path(step_directory(local_root(root), record.name, record.id), "heldout.parquet"))
+    for word in targets:
+        if not word.startswith(("http://", "https://")) and (run := parse_target(_without_mode(word)[0])).run:
+            return str(Path(newest_step(run, "items")[1], "heldout.parquet"))
     raise ConfigError("--benchmarks heldout: no target is a run with held-out items; give a file, heldout=PATH")
 
 
 def resolve(target: str, config: EvaluationConfig, endpoint: Endpoint = Endpoint()) -> Judge:
     """The judge that RUN (its last), RUN:rft (one of JUDGES), MODEL (a directory) or URL (an endpoint) stands for;
     TARGET@MODE judges in that mode of `spct_ray.judge.modes`. Raises ConfigError."""
-    plain, at, mode = target.rpartition("@")
-    if at and mode in MODES:
+    plain, mode = _without_mode(target)
+    if mode:
         judge = resolve(plain, config, endpoint)
         if judge.config is None:
             raise ConfigError(f"{target}: a scalar reward model has no judge modes")
         prompt = replace(judge.config.judge, mode=mode)
         return replace(judge, name=f"{judge.name}-{clean(mode)}", config=replace(judge.config, judge=prompt))
+    if target.startswith(("http://", "https://")):
+        return _of_endpoint(target, config, endpoint)
+    meant = parse_target(target)
+    if meant.model:
+        return _of_model(target, config)
+    return _scalar_of_run(meant) if meant.judge == SCALAR else _of_run(meant)
+
+
+def _without_mode(target: str) -> tuple[str, ModeName | None]:
+    """TARGET@MODE as its two parts; the mode is None without one. Raises ConfigError for an unknown mode."""
+    plain, at, mode = target.rpartition("@")
+    if at and mode in MODES:
+        return plain, mode
     if at and Path(plain).exists() and not Path(target).exists():
         close = difflib.get_close_matches(mode, MODES, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(MODES)}"
         raise ConfigError(f"{target}: unknown judge mode {mode!r}; {hint}")
-    if target.startswith(("http://", "https://")):
-        return _of_endpoint(target, config, endpoint)
-    root, colon, wanted = target.rpartition(":")
-    if colon and (Path(root) / "steps").is_dir():
-        if wanted == SCALAR:
-            return _scalar_of_run(root)
-        if wanted not in JUDGES:
-            raise ConfigError(f"{target}: a run's judges are {', '.join(JUDGES)} and {SCALAR}, not {wanted!r}")
-        return _of_run(root, (wanted,))
-    if (Path(target) / "steps").is_dir():
-        return _of_run(target, JUDGES[::-1])
-    if (Path(target) / "config.json").is_file():
-        return _of_model(target, config)
-    raise ConfigError(
-        f"{target} is no run (no steps/ in it), no model directory (no config.json in it) and no http URL"
-    )
+    return target, None
 
 
-def _of_run(target: str, wanted: Sequence[str]) -> Judge:
-    found = stored.find(target, wanted)
-    resources = dict(found.evaluation.resources)
-    engine = EngineConfig(**resources.pop("engine"))
+def _of_run(target: Target) -> Judge:
+    found = find_judge(target)
     trained: dict[str, str] = {}
     if not found.name.endswith("_base"):
         trained[found.evaluation.inputs["items"]["id"]] = found.source(found.evaluation, "items")
-    scoring = found.scores.resources if found.scores else {}
+    resources = rebuild(SamplingResources, found.evaluation.resources, f"{found.directory}/record.json: resources")
+    scoring = MetaScoresResources()
+    if found.scores:
+        file = f"{directory_of(found.root, found.scores)}/record.json"
+        scoring = rebuild(MetaScoresResources, found.scores.resources, f"{file}: resources")
     return Judge(
         name=found.name,
         model=str(Path(found.judge_model, "model")),
         meta=str(Path(found.meta_model, "model")) if found.meta_model else None,
-        config=found.config,
-        resources=_open(SamplingResources(**resources, engine=engine)),
-        scoring=_open(MetaScoresResources(**scoring)),
+        config=evaluate.config_of(found.directory),
+        resources=_open(resources),
+        scoring=_open(scoring),
         train=trained,
     )
 
@@ -180,16 +175,13 @@ def on_resources(judge: Judge, config: EvaluationConfig, overrides: Sequence[str
     return replace(judge, resources=where, scoring=changed("meta_scores", scoring))
 
 
-def _scalar_of_run(target: str) -> Judge:
-    root = local_root(target)
-    newest = {record.name: record for record in finished_records(root)}
-    if SCALAR not in newest:
-        raise ConfigError(f"{root}: no finished step {SCALAR}; set `{SCALAR}: {{}}` in the recipe and run it")
-    record = newest[SCALAR]
+def _scalar_of_run(target: Target) -> Judge:
+    record, directory = newest_step(target, SCALAR)
     items = record.inputs["items"]
+    root = local_root(target.run)
     return Judge(
         name=f"{clean(Path(root).name)}_{SCALAR}",
-        model=str(Path(step_directory(root, SCALAR, record.id), "model")),
+        model=str(Path(directory, "model")),
         meta=None,
         config=None,
         train={items["id"]: step_directory(root, items["step"], items["id"])},

@@ -79,8 +79,7 @@ def run(context: StepContext, config: ItemsConfig, _: ItemsResources) -> dict[st
         raise DataError(f"no training item is left; dropped: { {name: d.counts for name, d in dropped.items()} }")
 
     files = {"train": train, "heldout": heldout, **{f"bench_{name}": items for name, items in benchmarks.items()}}
-    for name, items in files.items():
-        write_items(str(Path(context.out) / f"{name}.parquet"), items)
+    content = {name: write_items(f"{context.out}/{name}.parquet", items) for name, items in files.items()}
     report = {
         "kept": {name: len(items) for name, items in files.items()},
         "kept_by_source": {name: dict(Counter(map(_source_of, items))) for name, items in files.items()},
@@ -96,7 +95,7 @@ def run(context: StepContext, config: ItemsConfig, _: ItemsResources) -> dict[st
     for drops in dropped.values():
         totals.update(drops.counts)
     context.log(f"kept {report['kept']}, dropped {dict(totals)}")
-    return {"kept": report["kept"], "dropped": dict(totals)}
+    return {"kept": report["kept"], "dropped": dict(totals), "content": content}
 
 
 def _source_of(item: Item) -> str:

@@ -41,7 +41,7 @@ def run(context: StepContext, config: JudgeModelConfig, resources: JudgeModelRes
 
 
 def digest(directory: str) -> str:
-    """Hash of a model directory's weights (large files by size and both ends), configuration and tokenizer."""
+    """Hash of a model directory's weights, configuration and tokenizer."""
     found = hashlib.blake2b(digest_size=16)
     for pattern in ("*.safetensors", "*.json", "*.jinja", "*.model"):
         for file in sorted(Path(directory).glob(pattern)):

@@ -32,7 +32,10 @@ from spct_ray.stages import (
     student,
     unseen,
 )
+from spct_ray.stages.bradley_terry import BradleyTerryConfig  # a default of None would hide the module of its name
+from spct_ray.stages.nano import NanoStudentConfig
 from spct_ray.stages.sample import SampleConfig, SamplerConfig
+from spct_ray.stages.unseen import UnseenConfig
 
 Inputs = dict[str, str]
 
@@ -68,7 +71,7 @@ class Recipe:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     items: items.ItemsConfig = field(default_factory=items.ItemsConfig)
     student: student.StudentConfig = field(default_factory=student.StudentConfig)
-    nano: nano.NanoStudentConfig | None = None
+    nano: NanoStudentConfig | None = None
     sample: SampleConfig = field(default_factory=SampleConfig)
     select: select.SelectConfig = field(default_factory=select.SelectConfig)
     rounds: int = 1
@@ -76,9 +79,9 @@ class Recipe:
     grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
     onpolicy: SampleConfig = field(default_factory=lambda: SampleConfig(num_hinted=0))
     meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
-    bradley_terry: bradley_terry.BradleyTerryConfig | None = None
+    bradley_terry: BradleyTerryConfig | None = None
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
-    unseen: unseen.UnseenConfig | None = None
+    unseen: UnseenConfig | None = None
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
     resources: Resources = field(default_factory=Resources)
 

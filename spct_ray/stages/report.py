@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.record import read_record, write_atomically
-from spct_ray.judge.prompt import JudgeConfig, scale_of
+from spct_ray.judge.prompt import scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import decide, decide_single, vote
 from spct_ray.learn.metrics_file import read_metrics
 from spct_ray.records import Item, Trajectory
+from spct_ray.stages.evaluate import config_of
 
 if TYPE_CHECKING:
     from spct_ray.evaluation.compute import Rates
@@ -146,19 +147,8 @@ def _judged(inputs: Mapping[str, str], name: str, items: Mapping[str, Sequence[I
     if (scored := _scalar_rows(inputs[f"evaluate_{name}"])) is not None:
         scores = {row["item_id"]: row["scores"] for row in scored}
         return {n: Judged((), None, tabulate_scores(made, scores), rates, None) for n, made in items.items()}
-    prompt, found = prompt_of(inputs[f"evaluate_{name}"]), judged_tables(inputs, name, items)
+    prompt, found = config_of(inputs[f"evaluate_{name}"]).prompt, judged_tables(inputs, name, items)
     return {n: Judged(sampled, samples, greedy, rates, prompt) for n, (sampled, samples, greedy) in found.items()}
-
-
-def prompt_of(directory: str) -> JudgeConfig:
-    """The prompt that a finished evaluation judged with."""
-    from spct_ray.stages.evaluate import EvaluateConfig
-
-    record = read_record(directory)
-    if record is None:
-        raise DataError(f"{directory}: no record of a finished evaluation; run the step again")
-    config = record.config
-    return EvaluateConfig(**config | {"judge": JudgeConfig(**config.get("judge", {}))}).prompt
 
 
 def judged_tables(
@@ -170,7 +160,7 @@ def judged_tables(
     from spct_ray.evaluation.judgements import in_all_orders, tabulate
 
     directory = inputs[f"evaluate_{name}"]
-    scale, logits = scale_of(1, prompt_of(directory)), judge_logits(inputs, name)
+    scale, logits = scale_of(1, config_of(directory).prompt), judge_logits(inputs, name)
     middle = (scale.low + scale.high) / 2
     of_item: dict[str, list[Trajectory]] = {}
     for t in read_trajectories(directory):

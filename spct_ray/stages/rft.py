@@ -48,10 +48,11 @@ class RftConfig(SupervisedConfig):
     def __post_init__(self) -> None:
         if not self.general_shares or not all(0 <= share < 1 for share in self.general_shares):
             raise ConfigError(f"rft.general_shares is {self.general_shares}; each share is at least 0 and below 1")
-        if any(self.general_shares) and not (self.general_paths or self.general_builtin):
+        if any(self.general_shares) != bool(self.general_paths or self.general_builtin):
             raise ConfigError(
-                f"rft.general_shares is {self.general_shares}, but there are no general instructions: give files under "
-                "rft.general_paths, or a number of built-in ones under rft.general_builtin"
+                f"rft.general_shares is {self.general_shares}, but rft.general_paths is {self.general_paths} and "
+                f"rft.general_builtin is {self.general_builtin}: to mix in general instructions, give files (or a "
+                "number of built-in ones) and a share above 0, e.g. general_shares=[0.85]; to mix in none, give neither"
             )
 
 
