@@ -26,6 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from spct_ray.errors import ConfigError
 
 T = TypeVar("T")
+# Metadata of a field that was added to a config without changing what its default stands for: steps keep their ids.
+UNLESS_DEFAULT = {"plain": "unless default"}
 
 
 def load(schema: type[T], path: str, overrides: Sequence[str] = ()) -> T:
@@ -97,10 +99,19 @@ def imported(path: str, key: str) -> Any:
         ) from error
 
 
+def convert(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+    """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
+    try:
+        return typing.cast(T, _convert(values, kind, key))
+    except _BadValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def to_plain(value: Any) -> Any:
     """A config as JSON values: dataclasses and mappings become dicts, tuples lists, whole floats integers.
 
-    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError.
+    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError. A field with
+    `UNLESS_DEFAULT` as its metadata is absent while it has its default.
     """
     if isinstance(value, enum.Enum):
         return to_plain(value.value)
@@ -111,7 +122,11 @@ def to_plain(value: Any) -> Any:
             raise ConfigError("a configuration value is NaN, which equals nothing, not even itself")
         return int(value) if value.is_integer() else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: to_plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata == UNLESS_DEFAULT and getattr(value, f.name) == _default_of(f))
+        }
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -152,6 +167,8 @@ def _convert(value: Any, kind: Any, key: str, default: Any = None) -> Any:
     Raises _BadValueError.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, arguments, key, default)
     if origin is Literal:
@@ -161,7 +178,7 @@ def _convert(value: Any, kind: Any, key: str, default: Any = None) -> Any:
     if origin is tuple:
         return _convert_tuple(value, arguments, key)
     if origin is dict:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {str(name): _convert(item, arguments[1], _join(key, name)) for name, item in value.items()}
     elif kind is type(None):
         if value is None:

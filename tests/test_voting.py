@@ -7,9 +7,9 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from spct_ray.evaluation.curves import tabulate, vote_curve_point
 
 from spct_ray.errors import EngineError, TooLongError
-from spct_ray.evaluation.curves import tabulate, vote_curve_point
 from spct_ray.judge.adaptive import is_settled, looks, may_stop
 from spct_ray.judge.cohort import NUM_ANCHORS, chunks, merge, score_cohort
 from spct_ray.judge.parse import Scale
