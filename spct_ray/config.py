@@ -25,6 +25,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from spct_ray.errors import ConfigError
 
 T = TypeVar("T")
+# Metadata of a field that was added to a config without changing what its default stands for: steps keep their ids.
+UNLESS_DEFAULT = {"plain": "unless default"}
 
 _EXPECTED = {
     "float_type": "a number",
@@ -101,10 +103,16 @@ def imported(path: str, key: str) -> Any:
         ) from error
 
 
+def convert(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+    """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
+    return _validate(kind, {**_defaults(kind), **values}, lambda _: key)
+
+
 def to_plain(value: Any) -> Any:
     """A config as JSON values: dataclasses and mappings become dicts, tuples lists, whole floats integers.
 
-    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError.
+    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError. A field with
+    `UNLESS_DEFAULT` as its metadata is absent while it has its default.
     """
     if isinstance(value, enum.Enum):
         return to_plain(value.value)
@@ -115,7 +123,11 @@ def to_plain(value: Any) -> Any:
             raise ConfigError("a configuration value is NaN, which equals nothing, not even itself")
         return int(value) if value.is_integer() else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {
+            f.name: to_plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata == UNLESS_DEFAULT and getattr(value, f.name) == f.default)
+        }
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -60,7 +60,7 @@ def make_run(
         plain = items.rename(root / "plain")
         record("items", items_id, {}, {})
         context = StepContext("unseen", 1, str(items), {"items": str(plain)}, "")
-        unseen.run(context, unseen.UnseenConfig(sets, heldout_size=10), unseen.UnseenResources())
+        unseen.run(context, unseen.UnseenConfig(sets, heldout_size=10), None)
     inputs = {"items": items_id, "judge": "judge0000000"}
     made = record("evaluate_grpo", "e" * 12, inputs, to_plain(EvaluateConfig(PROMPT, "scale", k, 0.7)))
     judgements(made, str(items), skill, k, 0.05, root.name)

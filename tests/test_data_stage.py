@@ -20,7 +20,7 @@ from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item, Message
 from spct_ray.stages import unseen
-from spct_ray.stages.items import ItemsConfig, ItemsResources, run
+from spct_ray.stages.items import ItemsConfig, run
 
 
 def ask(*turns: str, item_id: str = "a") -> Item:
@@ -121,7 +121,7 @@ def test_the_stage_accounts_for_every_item_and_keeps_the_benchmark_out(tmp_path:
         heldout_share=0.2,
         heldout_size=15,
     )
-    metrics = run(context(tmp_path / "out"), config, ItemsResources())
+    metrics = run(context(tmp_path / "out"), config, None)
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
         "bench_b1.parquet",
@@ -145,13 +145,13 @@ def test_the_stage_accounts_for_every_item_and_keeps_the_benchmark_out(tmp_path:
     assert mine + sum(dropped["counts"].values()) == len(rows)
 
     assert metrics["content"].keys() == report["kept"].keys()
-    assert run(context(tmp_path / "again"), config, ItemsResources())["content"] == metrics["content"]
+    assert run(context(tmp_path / "again"), config, None)["content"] == metrics["content"]
     for name in ("train.parquet", "heldout.parquet", "data_report.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_without_sources_the_builtin_set_alone_is_written(tmp_path: Path) -> None:
-    run(context(tmp_path / "out"), ItemsConfig(builtin=BuiltinConfig(20, 5)), ItemsResources())
+    run(context(tmp_path / "out"), ItemsConfig(builtin=BuiltinConfig(20, 5)), None)
     assert len(read_items(str(tmp_path / "out" / "train.parquet"))) == 20
     assert len(read_items(str(tmp_path / "out" / "heldout.parquet"))) == 5
 
@@ -159,12 +159,12 @@ def test_without_sources_the_builtin_set_alone_is_written(tmp_path: Path) -> Non
 def unseen_after(given: Path, out: Path, config: unseen.UnseenConfig) -> None:
     out.mkdir(exist_ok=True)
     made = StepContext(name="unseen", seed=1, out=str(out), inputs={"items": str(given)}, command="spct run")
-    unseen.run(made, config, unseen.UnseenResources())
+    unseen.run(made, config, None)
 
 
 def test_unseen_sets_are_of_other_sizes_beside_some_held_out_items(tmp_path: Path) -> None:
     trained = BuiltinConfig(60, 20, (2,), (1.0,), (3,), (1.0,))
-    run(context(tmp_path / "items"), ItemsConfig(builtin=trained), ItemsResources())
+    run(context(tmp_path / "items"), ItemsConfig(builtin=trained), None)
     sets = {
         "five": BuiltinConfig(99, 12, (2,), (1.0,), (5,), (1.0,)),
         "three": BuiltinConfig(99, 9, (3,), (1.0,), (2,), (1.0,)),
@@ -209,7 +209,7 @@ def test_bad_configurations_are_refused(
     tmp_path: Path, config: ItemsConfig, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        run(context(tmp_path / "out"), config, ItemsResources())
+        run(context(tmp_path / "out"), config, None)
 
 
 def test_the_configuration_loads_from_yaml(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     make_model(tmp_path / "meta_strong" / "model")
     inputs |= {f"{role}_strong": str(tmp_path / f"{role}_strong") for role in ("meta_scores", "meta")}
     config = report_stage.ReportConfig((1, 2, 4, 8), resamples=100)
-    metrics = report_stage.run(context(tmp_path / "out", "report", inputs), config, report_stage.ReportResources())
+    metrics = report_stage.run(context(tmp_path / "out", "report", inputs), config, None)
     return json.loads((tmp_path / "out" / "summary.json").read_text()), tmp_path / "out", metrics
 
 
@@ -489,7 +489,7 @@ def test_a_scalar_reward_model_is_compared_on_the_same_items(tmp_path: Path, rep
     inputs |= {f"{role}_rm": str(tmp_path / f"{role}_rm") for role in ("evaluate", "model")}
     config = report_stage.ReportConfig((1, 2), resamples=50)
     out = context(tmp_path / "out", "report", inputs)
-    text = report_stage.run(out, config, report_stage.ReportResources())["summary_text"]
+    text = report_stage.run(out, config, None)["summary_text"]
     assert "rm - weak, vote@2" in text
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     model = summary["benchmarks"]["rewardbench"]["models"]["rm"]

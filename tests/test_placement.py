@@ -16,6 +16,7 @@ from spct_ray.config import override
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.room import check, placed
+from spct_ray.graph.stage import make_step
 from spct_ray.graph.step import Demand, Step
 from spct_ray.placement import check_engine, check_room, gpus_of
 from spct_ray.stages import evaluate
@@ -75,12 +76,12 @@ def test_powers_of_two_are_refused_only_where_no_placement_exists(sizes: list[in
 
 def test_steps_take_what_they_left_open_and_say_so_to_whoever_admits_them() -> None:
     left = SamplingResources(2, 1, None, engine=EngineConfig(tensor_parallel=2))
-    step = evaluate.step("evaluate_a", evaluate.run, EvaluateConfig(), left, {})
+    step = make_step("evaluate_a", evaluate.run, EvaluateConfig(), left)
     assert step.demand == Demand(2, (0, 0))
     there = placed(step, NODES)
     assert (there.resources.gpus_per_replica, there.demand.gpus) == (2, 4)
     assert there.keeps == str(there.resources)  # the name under which the step keeps its engines
-    stated = evaluate.step("evaluate_a", evaluate.run, EvaluateConfig(), SamplingResources(), {})
+    stated = make_step("evaluate_a", evaluate.run, EvaluateConfig(), SamplingResources())
     assert placed(stated, NODES) is stated
     check([there], NODES)
     with pytest.raises(ConfigError, match=r"evaluate_a 2 x 2; .*there are 2: lower the resources of step evaluate_a"):

@@ -140,7 +140,7 @@ def run_report(
     """summary.json, index.html and the summary text."""
     out.mkdir()
     context = StepContext("report", 3, str(out), inputs, "spct run x.yaml")
-    metrics = report.run(context, config or report.ReportConfig(ks=(1, 2, 4)), report.ReportResources())
+    metrics = report.run(context, config or report.ReportConfig(ks=(1, 2, 4)), None)
     summary = json.loads((out / "summary.json").read_text())
     return summary, (out / "index.html").read_text(encoding="utf-8"), metrics["summary_text"]
 

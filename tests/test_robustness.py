@@ -74,12 +74,12 @@ def test_the_suite_from_files_to_page(tmp_path: Path) -> None:
         benchmarks.BenchmarksResources(),
     )
     inputs = {"items": str(tmp_path / "items")}
-    made = probes.run(context(tmp_path / "probes", "probes", inputs), probes.ProbesConfig(), probes.ProbesResources())
+    made = probes.run(context(tmp_path / "probes", "probes", inputs), {}, None)
     assert made["clean"] == made["length"] == 12
     inputs = {"items": str(tmp_path / "probes"), "evaluate_m": str(tmp_path / "evaluate_m")}
     judgements(tmp_path / "evaluate_m", inputs["items"], 0.7, 4, 0.1, "m")
     config = probes.RobustnessConfig((4,))
-    metrics = probes.report(context(tmp_path / "out", "report", inputs), config, probes.ProbesResources())
+    metrics = probes.report(context(tmp_path / "out", "report", inputs), config, None)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["judges"]["m"]["greedy"]) == {"order flip", *(p.name for p in PROBES)}
     assert "order flip" in metrics["summary_text"]
@@ -98,10 +98,7 @@ def test_the_suite_needs_items_to_probe(tmp_path: Path) -> None:
         benchmarks.BenchmarksResources(),
     )
     with pytest.raises(DataError, match="no item with several responses"):
-        probes.run(
-            context(tmp_path / "p", "probes", {"items": str(tmp_path / "items")}),
-            probes.ProbesConfig(), probes.ProbesResources(),
-        )  # fmt: skip
+        probes.run(context(tmp_path / "p", "probes", {"items": str(tmp_path / "items")}), {}, None)
 
 
 def test_the_graph_of_the_suite(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_sample_and_select(tmp_path, ray_session):
     assert len(found) == len({t.key for t in found}) == 160 == made["judgements"]
     assert sorted({t.item_id for t in found}) == sorted(i.id for i in train)
     chosen = context(tmp_path, "select", items=items, sample=here.out)
-    report = select.run(chosen, select.SelectConfig(JUDGE), select.SelectResources())
+    report = select.run(chosen, select.SelectConfig(JUDGE), None)
     sft = pq.read_table(Path(chosen.out) / "sft.parquet").to_pylist()
     assert report["accepted"] == len(sft) > 20
     assert sum(report["counts"].values()) == 160
@@ -259,7 +259,7 @@ def test_selection_without_any_accepted_judgement_says_what_to_do(tmp_path, monk
         select.run(
             context(tmp_path, "select", items=items, sample=tmp_path / "sample"),
             select.SelectConfig(JUDGE),
-            select.SelectResources(),
+            None,
         )
 
 

@@ -13,9 +13,8 @@ from typing import Any
 from spct_ray.data.validate import Limits
 from spct_ray.evaluation.benchmarks import BenchmarkSpec
 from spct_ray.graph.record import write_atomically
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
-
-VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class BenchmarksResources:
     train: tuple[str, ...] = ()
 
 
+@stage(version=3)
 def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
     """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.evaluation.benchmarks`."""
     from spct_ray.data.clean import decontaminate

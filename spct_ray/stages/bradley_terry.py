@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.errors import DataError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
@@ -20,7 +21,6 @@ from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_r
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
 
-VERSION = 1
 _Pair = tuple[tuple[Message, ...], str, str]  # query, chosen, rejected
 
 
@@ -33,6 +33,7 @@ class BradleyTerryConfig(SupervisedConfig):
     init: Literal["student", "rft", "grpo"] = "student"
 
 
+@stage(version=1)
 def run(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> dict[str, Any]:
     """Train input "init" on the training items of input "items"; writes model/, metrics.jsonl and checkpoints/.
 

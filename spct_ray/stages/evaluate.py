@@ -5,7 +5,7 @@ Every smaller k, and meta voting, is computed from these samples by `stages.repo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,14 @@ from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError, DataError, RequestError
 from spct_ray.graph.record import read_record
-from spct_ray.graph.step import Demand, Step, StepContext
+from spct_ray.graph.stage import stage
+from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.prompt import JudgeConfig, check_items
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
 from spct_ray.stages.sample import remote_judge
-
-VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class EndpointResources:
     block_size: int = 64
 
 
+@stage(version=3, keeps=True)
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """Judge all held-out and benchmark items with input "judge", in two orders greedily where n >= 2 (of a pair, both);
     writes trajectories/*.parquet and timing.json."""
@@ -73,6 +73,7 @@ def run(context: StepContext, config: EvaluateConfig, resources: SamplingResourc
     return _judge(context, config, senders, make_judge)
 
 
+@stage(version=3)
 def run_endpoint(context: StepContext, config: EvaluateConfig, resources: EndpointResources) -> dict[str, Any]:
     """As `run`, by a judge behind an endpoint. Raises ConfigError and EngineError before anything is asked
     when it cannot be reached."""
@@ -87,18 +88,6 @@ def config_of(directory: str) -> EvaluateConfig:
     if record is None:
         raise DataError(f"{directory}: no record of a finished evaluation; run the step again")
     return rebuild(EvaluateConfig, record.config, f"{directory}/record.json: config")
-
-
-def step(
-    name: str,
-    function: Callable[..., dict[str, Any]],
-    config: EvaluateConfig,
-    resources: SamplingResources,
-    inputs: Mapping[str, str],
-) -> Step:
-    """A step that judges by engines, which the next one with equal resources takes over (`cluster.kept_judges`)."""
-    demand = Demand.of_replicas(resources)
-    return Step(name, function, VERSION, config, resources, demand, inputs, keeps=str(resources))
 
 
 def _judge(

@@ -24,7 +24,8 @@ from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
 from spct_ray.evaluation.benchmarks import BenchmarkSpec, parse_spec, with_digest
 from spct_ray.graph.record import local_root, step_directory
-from spct_ray.graph.step import Demand, Step
+from spct_ray.graph.stage import make_step
+from spct_ray.graph.step import Step
 from spct_ray.graph.targets import SCALAR, Target, clean, directory_of, find_judge, newest_step, parse_target
 from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.prompt import JudgeConfig
@@ -229,58 +230,41 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         raise ConfigError(f"--k must name numbers of samples of at least 1, found {asked.ks}")
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit must be at least 1, found {asked.limit}")
-    judges = _unique(judges)
-    one = Demand(1)
+    judges, is_robustness = _unique(judges), asked.suite == "robustness"
     train = {step: directory for judge in judges for step, directory in judge.train.items()}
     data = benchmarks.BenchmarksConfig(asked.benchmarks, asked.limit, Limits(), tuple(train))
     found = benchmarks.BenchmarksResources(tuple(train.values()))
-    steps = [Step("benchmarks", benchmarks.run, benchmarks.VERSION, data, found, one)]
-    items = "benchmarks"
-    if asked.suite == "robustness":
-        items = "probes"
-        made = Step(items, probes.run, probes.VERSION, probes.ProbesConfig(), probes.ProbesResources(), one,
-                    {"items": "benchmarks"})  # fmt: skip
-        steps.append(made)
-    read = {"items": items}
+    first = [make_step("benchmarks", benchmarks.run, data, found)]
+    if is_robustness:
+        first.append(make_step("probes", probes.run, {}, inputs={"items": "benchmarks"}))
+    items = first[-1].name
     models, judged, scored = list[Step](), list[Step](), list[Step]()
     for judge in judges:
-        name, model = f"evaluate_{judge.name}", f"model_{judge.name}"
-        inputs = {"items": items}
+        name, inputs = f"evaluate_{judge.name}", {"items": items}
         if judge.model is not None:
             judge_model.check(judge.model, needs_template=judge.config is not None)
-            models.append(_model_step(model, judge.model, one))
-            inputs, read = inputs | {"judge": model}, read | {model: model}
+            models.append(_model_step(f"model_{judge.name}", judge.model))
+            inputs["judge"] = models[-1].name
         if judge.config is None:
-            if asked.suite == "robustness":
+            if is_robustness:
                 raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
-            demand = Demand.of_replicas(judge.scoring)
-            scored.append(Step(name, scalar.run, scalar.VERSION, {}, judge.scoring, demand, inputs))
-            read |= {name: name}
+            scored.append(make_step(name, scalar.run, {}, judge.scoring, inputs))
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
         config = replace(judge.config, k_max=max(asked.ks), temperature=temperature, in_chunks=True)
-        if isinstance(judge.resources, evaluate.EndpointResources):
-            ask = judge.resources
-            judged.append(Step(name, evaluate.run_endpoint, evaluate.VERSION, config, ask, one, inputs))
-        else:
-            judged.append(evaluate.step(name, evaluate.run, config, judge.resources, inputs))
-        read |= {name: name}
-        if judge.meta is not None and asked.suite == "benchmarks":
-            meta, scores = f"meta_{judge.name}", f"meta_scores_{judge.name}"
-            scorers, demand = judge.scoring, Demand.of_replicas(judge.scoring)
-            models.append(_model_step(meta, judge.meta, one))
-            inputs = {"items": "benchmarks", "meta": meta, name: name}
-            scored.append(Step(scores, meta_scores.run, meta_scores.VERSION, {}, scorers, demand, inputs))
-            read |= {scores: scores, meta: meta}
-    steps += [*models, *judged, *scored]  # evaluations follow each other at once, so that they share engines
+        is_endpoint = isinstance(judge.resources, evaluate.EndpointResources)
+        ask = evaluate.run_endpoint if is_endpoint else evaluate.run
+        judged.append(make_step(name, ask, config, judge.resources, inputs))
+        if judge.meta is not None and not is_robustness:
+            models.append(_model_step(f"meta_{judge.name}", judge.meta))
+            inputs = {"items": items, "meta": models[-1].name, name: name}
+            scored.append(make_step(f"meta_scores_{judge.name}", meta_scores.run, {}, judge.scoring, inputs))
+    steps = [*first, *models, *judged, *scored]  # evaluations follow each other at once, so that they share engines
+    read = {"items": items} | {step.name: step.name for step in [*models, *judged, *scored]}
     ks = tuple(sorted(set(asked.ks)))
-    if asked.suite == "robustness":
-        fooled = probes.RobustnessConfig(ks)
-        steps.append(Step("report", probes.report, probes.VERSION, fooled, probes.ProbesResources(), one, read))
-        return steps
-    shown = report.ReportConfig(ks)
-    steps.append(Step("report", report.run, report.VERSION, shown, report.ReportResources(), one, read))
-    return steps
+    if is_robustness:
+        return [*steps, make_step("report", probes.report, probes.RobustnessConfig(ks), inputs=read)]
+    return [*steps, make_step("report", report.run, report.ReportConfig(ks), inputs=read)]
 
 
 def _unique(judges: Sequence[Judge]) -> list[Judge]:
@@ -294,6 +278,5 @@ def _unique(judges: Sequence[Judge]) -> list[Judge]:
     return found
 
 
-def _model_step(name: str, path: str, one: Demand) -> Step:
-    config = JudgeModelConfig(judge_model.digest(path))
-    return Step(name, judge_model.run, judge_model.VERSION, config, JudgeModelResources(path), one)
+def _model_step(name: str, path: str) -> Step:
+    return make_step(name, judge_model.run, JudgeModelConfig(judge_model.digest(path)), JudgeModelResources(path))

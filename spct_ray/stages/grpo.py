@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.engines.base import EngineConfig, EngineResources
 from spct_ray.errors import ConfigError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from spct_ray.learn.policy import Grpo, Reference, Sample
     from spct_ray.learn.trainer import Trainer
 
-VERSION = 2
 
 _ORDER_SLACK = 16  # tokens that a prompt may grow by when its responses are shown in another order
 
@@ -141,6 +141,7 @@ class GrpoResources:
             check_engine(engines.gpus_per_replica, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
 
 
+@stage(version=2)
 def run(context: StepContext, config: GrpoConfig, resources: GrpoResources) -> dict[str, Any]:
     """Train the RFT model (input "rft") on the training items (input "items"); writes model/ and metrics.jsonl.
 

@@ -19,10 +19,10 @@ from spct_ray.data.clean import decontaminate, split_heldout
 from spct_ray.data.sources import BenchmarkSource, Dropped, SourceConfig, read_source
 from spct_ray.data.validate import Limits, Problem
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item
 
-VERSION = 4
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -40,12 +40,8 @@ class ItemsConfig:
     decontaminate_words: int = 13
 
 
-@dataclass(frozen=True)
-class ItemsResources:
-    """Reading is one pass in one process."""
-
-
-def run(context: StepContext, config: ItemsConfig, _: ItemsResources) -> dict[str, Any]:
+@stage(version=4)
+def run(context: StepContext, config: ItemsConfig, _: None) -> dict[str, Any]:
     """Write the items and the report; returns the report's totals. Raises ConfigError and DataError."""
     from spct_ray.data.store import write_items
 

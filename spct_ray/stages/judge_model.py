@@ -11,9 +11,8 @@ from typing import Any
 
 from spct_ray.data.sources import SourceConfig, with_content
 from spct_ray.errors import ConfigError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class JudgeModelResources:
     path: str
 
 
+@stage(version=1)
 def run(context: StepContext, config: JudgeModelConfig, resources: JudgeModelResources) -> dict[str, Any]:
     """Link model/. Raises ConfigError when the directory no longer holds what the configuration says."""
     if digest(resources.path) != config.content:

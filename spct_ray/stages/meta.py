@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spct_ray.errors import DataError
 from spct_ray.files import write_atomically
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
 from spct_ray.judge.rule import is_correct, is_tied
@@ -26,7 +27,6 @@ from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_r
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
 
-VERSION = 3
 Data = Literal["both", "off_policy", "on_policy"]
 
 
@@ -55,6 +55,7 @@ class _Labelled:
     label: int
 
 
+@stage(version=3)
 def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> dict[str, Any]:
     """Train input "init" on inputs "sample" and "onpolicy" (of "items"); writes model/, metrics.jsonl, heldout.json.
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
 from spct_ray.records import Message
-
-VERSION = 2
 
 _BLOCK = 256  # judgements sent to a scorer at once
 
@@ -25,6 +24,7 @@ class MetaScoresResources:
     gpus_per_replica: float | None = 0
 
 
+@stage(version=2)
 def run(context: StepContext, _: Mapping[str, Any], resources: MetaScoresResources) -> dict[str, Any]:
     """Score the judgements of all inputs "evaluate_*" with input "meta"; writes logits.parquet (model, key, logit)."""
     import pyarrow as pa

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from spct_ray.data.kinds import KINDS, NAMES
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 
-VERSION = 3
 _MOST = 6  # responses and principles whose frame is whole tokens
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 CHAT_TEMPLATE = (
@@ -41,6 +41,7 @@ class NanoStudentConfig:
     shape: NanoConfig = field(default_factory=NanoConfig)
 
 
+@stage(version=3)
 def run(context: StepContext, config: NanoStudentConfig, _: None) -> dict[str, Any]:
     """Write model/; started again after a kill, it makes the same model again."""
     model = Path(context.out) / "model"

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spct_ray.errors import DataError
 from spct_ray.graph.record import write_atomically
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.seeds import derive_seed
 
-VERSION = 4
 _SHOWN = 6  # fooled items of each judge, way and probe on the page
-
-
-@dataclass(frozen=True)
-class ProbesConfig:
-    """Nothing to choose: the probes are the suite's."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +30,8 @@ class RobustnessConfig:
     ks: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class ProbesResources:
-    """One process."""
-
-
-def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[str, Any]:
+@stage(version=4)
+def run(context: StepContext, config: Mapping[str, Any], _: None) -> dict[str, Any]:
     """Write the clean and the changed items. Raises DataError when no item can be probed."""
     from spct_ray.data.store import judged_files, read_items, write_items
     from spct_ray.evaluation.robustness import probe_items
@@ -53,7 +45,8 @@ def run(context: StepContext, config: ProbesConfig, _: ProbesResources) -> dict[
     return {name: len(made) for name, made in found.items()}
 
 
-def report(context: StepContext, config: RobustnessConfig, _: ProbesResources) -> dict[str, Any]:
+@stage(version=4)
+def report(context: StepContext, config: RobustnessConfig, _: None) -> dict[str, Any]:
     """Write the report; the metrics hold the tables for the terminal."""
     import numpy as np
 

@@ -7,13 +7,14 @@ cluster with another `resources:` block, and only the former makes a step's iden
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.data.sources import with_content
 from spct_ray.errors import ConfigError
-from spct_ray.graph.step import Demand, Step
+from spct_ray.graph.stage import StageFunction, make_step, stage_at, typed
+from spct_ray.graph.step import Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.train_config import TrackerName, TrainResources
@@ -37,13 +38,24 @@ from spct_ray.stages.nano import NanoStudentConfig
 from spct_ray.stages.sample import SampleConfig, SamplerConfig
 from spct_ray.stages.unseen import UnseenConfig
 
-Inputs = dict[str, str]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class FurtherStep:
+    """A step beside those of the method. `stage` is the import path `module:function` of a function marked `@stage`, or
+    the name of a module of `spct_ray.stages`; `inputs` names the step that it reads in each role, `config` is the
+    dataclass that it takes."""
+
+    stage: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Resources:
     """Where each step runs. Steps that are not named here need one process and nothing else. `tracker` shows what the
-    steps that train report."""
+    steps that train report. `steps` has the resources of the recipe's further steps, by name."""
 
     tracker: TrackerName = "tensorboard"
     cluster: ClusterResources = field(default_factory=ClusterResources)
@@ -55,6 +67,7 @@ class Resources:
     bradley_terry: TrainResources = field(default_factory=TrainResources)
     meta_scores: meta_scores.MetaScoresResources = field(default_factory=meta_scores.MetaScoresResources)
     evaluate: SamplingResources = field(default_factory=SamplingResources)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,8 @@ class Recipe:
     stage; `rounds` repeats sampling, selection and RFT with the current student as sampler (one round is the paper's).
     With `nano`, the student is made from nothing, not from `student`.
     With `bradley_terry` ({} takes its defaults), a scalar baseline is trained on the same items. With `unseen`, the
-    judges are evaluated on built-in items that are unlike those that they were trained on."""
+    judges are evaluated on built-in items that are unlike those that they were trained on. `steps` are further ones, by
+    name."""
 
     root: str
     reuse: str = ""
@@ -83,11 +97,60 @@ class Recipe:
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
     unseen: UnseenConfig | None = None
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
+    steps: dict[str, FurtherStep] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
 
 
 def build_steps(recipe: Recipe) -> list[Step]:
     """The graph in an order in which every step comes after its inputs. Raises ConfigError on settings that clash."""
+    _check(recipe)
+    where, steps = recipe.resources, list[Step]()
+
+    def add(name: str, function: StageFunction, config: Any, resources: Any = None, /, **inputs: str) -> str:
+        config = _with_judge(name, config, recipe.judge)
+        steps.append(make_step(name, function, config, _with_tracker(name, resources, where.tracker), inputs))
+        return name
+
+    data = replace(
+        recipe.items,
+        sources=tuple(map(with_content, recipe.items.sources)),
+        benchmarks=tuple(map(with_content, recipe.items.benchmarks)),
+    )
+    add("items", items.run, data)
+    judge = add("student", nano.run, recipe.nano) if recipe.nano else add("student", student.run, recipe.student)
+    for number in range(1, recipe.rounds + 1):
+        end = "" if number == 1 else f"_{number}"
+        config = recipe.sample if number == 1 else replace(recipe.sample, sampler=SamplerConfig("student"))
+        read = {"judge": judge} if config.sampler.kind == "student" else {}
+        sampled = add(f"sample{end}", sample.run, config, where.sample, items="items", **read)
+        selected = add(f"select{end}", select.run, recipe.select, items="items", sample=sampled)
+        judge = add(f"rft{end}", rft.run, recipe.rft, where.rft, student="student", select=selected)
+    init_of = {"student": "student", "rft": judge, "grpo": "grpo"}
+    add("grpo", grpo.run, recipe.grpo, where.grpo, items="items", rft=judge)
+    add("onpolicy", sample.run, recipe.onpolicy, where.onpolicy, items="items", judge="grpo")
+    read = {"items": "items", "sample": sampled, "onpolicy": "onpolicy"}
+    add("meta", meta.run, recipe.meta, where.meta, **read, init=init_of[recipe.meta.init])
+    if scalar := recipe.bradley_terry:
+        start = init_of[scalar.init]
+        add("bradley_terry", bradley_terry.run, scalar, where.bradley_terry, items="items", init=start)
+    judged = add("unseen", unseen.run, recipe.unseen, items="items") if recipe.unseen else "items"
+    evaluated: dict[str, str] = {}
+    for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
+        # What the base model is worth shows in its greedy judgements.
+        measured = replace(recipe.evaluate, k_max=0) if model == "base" else recipe.evaluate
+        name = add(f"evaluate_{model}", evaluate.run, measured, where.evaluate, items=judged, judge=step)
+        evaluated[name] = name
+    add("meta_scores", meta_scores.run, {}, where.meta_scores, items=judged, meta="meta", **evaluated)
+    read = {name: name for name in ("student", "grpo", "onpolicy", "meta", "meta_scores")} | evaluated
+    add("report", report.run, recipe.report, items=judged, sample=sampled, select=selected, rft=judge, **read)
+    for name, further in recipe.steps.items():
+        function = stage_at(further.stage, f"steps.{name}.stage")
+        own, place = typed(function, further.config, where.steps.get(name, {}), f"steps.{name}")
+        add(name, function, own, place, **further.inputs)
+    return steps
+
+
+def _check(recipe: Recipe) -> None:
     if recipe.rounds < 1:
         raise ConfigError(f"rounds is {recipe.rounds}; RFT needs at least one")
     if max(recipe.report.ks) > recipe.evaluate.k_max:
@@ -100,103 +163,28 @@ def build_steps(recipe: Recipe) -> list[Step]:
             f"judge.mode {recipe.judge.mode!r} cannot be trained: a judgement must be one prompt and one reply with a "
             f"score for each response, as in {known}. `spct evaluate` knows all modes"
         )
-    where, steps = _with_tracker(recipe.resources), list[Step]()
-
-    def add(name: str, module: Any, config: Any, resources: Any, demand: Demand, inputs: Inputs) -> str:
-        if hasattr(config, "judge"):
-            config = _with_judge(name, config, recipe.judge)
-        steps.append(Step(name, module.run, module.VERSION, config, resources, demand, inputs))
-        return name
-
-    one = Demand(1)
-    data = replace(
-        recipe.items,
-        sources=tuple(map(with_content, recipe.items.sources)),
-        benchmarks=tuple(map(with_content, recipe.items.benchmarks)),
-    )
-    add("items", items, data, items.ItemsResources(), one, {})
-    if recipe.nano:
-        judge = add("student", nano, recipe.nano, None, one, {})
-    else:
-        judge = add("student", student, recipe.student, None, one, {})
-    for number in range(1, recipe.rounds + 1):
-        end = "" if number == 1 else f"_{number}"
-        config = recipe.sample if number == 1 else replace(recipe.sample, sampler=SamplerConfig("student"))
-        inputs = {"items": "items"} | ({"judge": judge} if config.sampler.kind == "student" else {})
-        sampled = add(f"sample{end}", sample, config, where.sample, Demand.of_replicas(where.sample), inputs)
-        chosen = {"items": "items", "sample": sampled}
-        selected = add(f"select{end}", select, recipe.select, select.SelectResources(), one, chosen)
-        judge = add(
-            f"rft{end}", rft, recipe.rft, where.rft, _training(where.rft), {"student": "student", "select": selected}
-        )
-    both = _training(where.grpo.train) + Demand.of_replicas(where.grpo.rollout)
-    add("grpo", grpo, recipe.grpo, where.grpo, both, {"items": "items", "rft": judge})
-    add(
-        "onpolicy",
-        sample,
-        recipe.onpolicy,
-        where.onpolicy,
-        Demand.of_replicas(where.onpolicy),
-        {"items": "items", "judge": "grpo"},
-    )
-    meta_inputs = {"items": "items", "sample": sampled, "onpolicy": "onpolicy", "init": _init(recipe.meta.init, judge)}
-    add("meta", meta, recipe.meta, where.meta, _training(where.meta), meta_inputs)
-    if recipe.bradley_terry:
-        inputs = {"items": "items", "init": _init(recipe.bradley_terry.init, judge)}
-        scalar, training = recipe.bradley_terry, _training(where.bradley_terry)
-        add("bradley_terry", bradley_terry, scalar, where.bradley_terry, training, inputs)
-    judged = "items"
-    if recipe.unseen:
-        judged = add("unseen", unseen, recipe.unseen, unseen.UnseenResources(), one, {"items": "items"})
-    evaluated: Inputs = {}
-    for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
-        name, inputs = f"evaluate_{model}", {"items": judged, "judge": step}
-        config = _with_judge(name, recipe.evaluate, recipe.judge)
-        if model == "base":  # what it is worth shows in its greedy judgements
-            config = replace(config, k_max=0)
-        steps.append(evaluate.step(name, evaluate.run, config, where.evaluate, inputs))
-        evaluated[name] = name
-    scores = where.meta_scores
-    score_inputs = {"items": judged, "meta": "meta", **evaluated}
-    add("meta_scores", meta_scores, {}, scores, Demand.of_replicas(scores), score_inputs)
-    read = {name: name for name in ("grpo", "meta", "meta_scores")}
-    read |= {
-        "items": judged,
-        "student": "student",
-        "sample": sampled,
-        "select": selected,
-        "rft": judge,
-        "onpolicy": "onpolicy",
-        **evaluated,
-    }
-    add("report", report, recipe.report, report.ReportResources(), one, read)
-    return steps
-
-
-def _init(name: str, rft_step: str) -> str:
-    return {"student": "student", "rft": rft_step, "grpo": "grpo"}[name]
+    for name in recipe.steps:
+        if not items.NAME.fullmatch(name):
+            raise ConfigError(f"steps: {name!r} becomes part of a directory's name: use letters, digits, _ and -")
+    if unknown := recipe.resources.steps.keys() - recipe.steps.keys():
+        raise ConfigError(f"resources.steps: {', '.join(sorted(unknown))} is no step of `steps`")
 
 
 def _with_judge(name: str, config: Any, judge: JudgeConfig) -> Any:
-    """The stage's config with the run's one prompt. Raises ConfigError when the stage asks for another."""
+    """The stage's config with the run's one prompt, if it has one. Raises ConfigError when it asks for another."""
+    if not hasattr(config, "judge"):
+        return config
     if config.judge not in (JudgeConfig(), judge):
         raise ConfigError(f"{name}.judge differs from judge: all stages share one prompt, set it under judge: alone")
     return replace(config, judge=judge)
 
 
-def _with_tracker(where: Resources) -> Resources:
-    """The resources with the run's one tracker in all steps that train; ConfigError where one asks for another."""
-
-    def tracked(name: str, resources: TrainResources) -> TrainResources:
-        if resources.tracker not in (TrainResources.tracker, where.tracker):
-            raise ConfigError(f"resources.{name}.tracker: all steps share one, set resources.tracker alone")
-        return replace(resources, tracker=where.tracker)
-
-    policy = replace(where.grpo, train=tracked("grpo.train", where.grpo.train))
-    rft, meta = tracked("rft", where.rft), tracked("meta", where.meta)
-    return replace(where, grpo=policy, rft=rft, meta=meta, bradley_terry=tracked("bradley_terry", where.bradley_terry))
-
-
-def _training(resources: TrainResources) -> Demand:
-    num = resources.num_workers
-    return Demand(num * resources.cpus_per_worker, (resources.gpus_per_worker,) * num)
+def _with_tracker(name: str, resources: R, tracker: TrackerName) -> R:
+    """The resources of a step that trains, with the run's one tracker. Raises ConfigError where they name another."""
+    if isinstance(resources, grpo.GrpoResources):
+        return replace(resources, train=_with_tracker(f"{name}.train", resources.train, tracker))
+    if not isinstance(resources, TrainResources):
+        return resources
+    if resources.tracker not in (TrainResources.tracker, tracker):
+        raise ConfigError(f"resources.{name}.tracker: all steps share one, set resources.tracker alone")
+    return replace(resources, tracker=tracker)

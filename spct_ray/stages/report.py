@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.record import read_record, write_atomically
+from spct_ray.graph.stage import stage
+from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import scale_of
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import decide, decide_single, vote
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
     from spct_ray.evaluation.judgements import ScoreTable
     from spct_ray.evaluation.page import Chart
     from spct_ray.evaluation.results import Judged, Task
-    from spct_ray.graph.step import StepContext
 
-VERSION = 6
 JUDGES = ("base", "rft", "grpo")  # of a run, in the order in which they were trained
 GRPO_PANELS = {
     "Reward": ("reward",),
@@ -55,12 +55,8 @@ class ReportConfig:
     num_examples: int = 12
 
 
-@dataclass(frozen=True)
-class ReportResources:
-    """The report needs nothing but the step's own process."""
-
-
-def run(context: StepContext, config: ReportConfig, resources: ReportResources) -> dict[str, Any]:
+@stage(version=6)
+def run(context: StepContext, config: ReportConfig, _: None) -> dict[str, Any]:
     """Write the report. Raises DataError when the inputs do not fit together, ConfigError when `ks` asks for more
     samples than were drawn."""
     from spct_ray.data.store import write_rows

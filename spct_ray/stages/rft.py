@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spct_ray.data.program import exercises
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
@@ -24,8 +25,6 @@ from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_r
 
 if TYPE_CHECKING:
     from spct_ray.learn.examples import Example
-
-VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class RftConfig(SupervisedConfig):
             )
 
 
+@stage(version=3)
 def run(context: StepContext, config: RftConfig, resources: TrainResources) -> dict[str, Any]:
     """Train input "student" on input "select"; writes model/, metrics.jsonl and checkpoints/.
 

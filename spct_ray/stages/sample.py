@@ -19,6 +19,7 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.judge.orders import balanced_orders
@@ -27,8 +28,6 @@ from spct_ray.judge.seeds import derive_seed
 
 if TYPE_CHECKING:
     from spct_ray.records import Item
-
-VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ class SampleConfig:
     num_items: int = 0
 
 
-SampleResources = SamplingResources
-
-
+@stage(version=4)
 def run(context: StepContext, config: SampleConfig, resources: SamplingResources) -> dict[str, Any]:
     """Judge the training items; writes trajectories/*.parquet and timing.json. Returns the counts."""
     from spct_ray.cluster.sampling import sample

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from spct_ray.files import write_atomically
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.stages.meta_scores import MetaScoresResources, score_in_actors
-
-VERSION = 1
 
 _BLOCK = 64  # items sent to a scorer at once
 
 
+@stage(version=1)
 def run(context: StepContext, _: Mapping[str, Any], resources: MetaScoresResources) -> dict[str, Any]:
     """Score all items of input "items" with input "judge". Raises ConfigError for a model without one output."""
     from spct_ray.data.store import judged_files, read_items, write_rows

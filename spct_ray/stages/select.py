@@ -15,11 +15,10 @@ import pyarrow.parquet as pq
 
 from spct_ray.data.store import read_items
 from spct_ray.errors import DataError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.judge.rule import select
-
-VERSION = 3
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SFT_SCHEMA = pa.schema(
@@ -42,12 +41,8 @@ class SelectConfig:
     reject_easy: bool = True
 
 
-@dataclass(frozen=True)
-class SelectResources:
-    """Selection is one pass in one process."""
-
-
-def run(context: StepContext, config: SelectConfig, _: SelectResources) -> dict[str, Any]:
+@stage(version=3)
+def run(context: StepContext, config: SelectConfig, _: None) -> dict[str, Any]:
     """Write sft.parquet and select_report.json (counts by reason). Raises DataError when none is left."""
     from spct_ray.cluster.sampling import read_trajectories
 

@@ -43,4 +43,4 @@ def report_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: str
             inputs |= {f"meta_scores_{name}": directory_of(judge.root, judge.scores), f"meta_{name}": judge.meta_model}
     Path(out).mkdir(parents=True, exist_ok=True)
     context = StepContext("report", seed, out, inputs, command)
-    return str(report.run(context, report.ReportConfig(tuple(ks)), report.ReportResources())["summary_text"])
+    return str(report.run(context, report.ReportConfig(tuple(ks)), None)["summary_text"])

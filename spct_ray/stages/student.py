@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from spct_ray.errors import ConfigError
 from spct_ray.files import replacing
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class StudentConfig:
     chat_template_from: str = ""
 
 
+@stage(version=1)
 def run(context: StepContext, config: StudentConfig, _: None) -> dict[str, Any]:
     """Write model/. Raises ConfigError where the source cannot be had."""
     model = Path(context.out) / "model"

@@ -14,11 +14,10 @@ from typing import Any
 
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.errors import ConfigError
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.stages.items import NAME
-
-VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,8 @@ class UnseenConfig:
     heldout_size: int | None = None
 
 
-@dataclass(frozen=True)
-class UnseenResources:
-    """One process, seconds."""
-
-
-def run(context: StepContext, config: UnseenConfig, _: UnseenResources) -> dict[str, Any]:
+@stage(version=2)
+def run(context: StepContext, config: UnseenConfig, _: None) -> dict[str, Any]:
     """Write the files. Raises ConfigError for a name that is taken or no name, and for sets that cannot be made."""
     from spct_ray.data.store import read_items, write_items
 
