@@ -75,6 +75,18 @@ class Cells:
         value = self.row.get(column)
         return default if value is None else self.as_text(value, column)
 
+    def texts(self, column: str) -> list[str]:
+        """A list of texts, or a single text."""
+        value = self.get(column)
+        return [
+            self.as_text(text, column) for text in ([value] if isinstance(value, str) else self.as_list(value, column))
+        ]
+
+    def prompt(self, column: str) -> tuple[Message, ...]:
+        """A conversation, or the text of one user message."""
+        value = self.get(column)
+        return (Message("user", value),) if isinstance(value, str) else self.as_messages(value, column)
+
     def as_text(self, value: Any, column: str) -> str:
         if not isinstance(value, str):
             raise self.error(f"{column!r} must be text, found {type(value).__name__}: {value!r:.80}")
@@ -135,14 +147,7 @@ def _hh(cells: Cells, item_id: str, source: str) -> Item:
 
 
 def _chosen_rejected(cells: Cells, item_id: str, source: str) -> Item:
-    prompt = cells.row.get("prompt")
-    given = (
-        ()
-        if not prompt
-        else (Message("user", prompt),)
-        if isinstance(prompt, str)
-        else cells.as_messages(prompt, "prompt")
-    )
+    given = cells.prompt("prompt") if cells.row.get("prompt") else ()
     sides = []
     for column in ("chosen", "rejected"):
         value = cells.get(column)

@@ -80,17 +80,6 @@ def subset_of(cells: Cells) -> str:
     return path.parent.name if path.suffix else ""
 
 
-def prompt_of(cells: Cells, column: str) -> tuple[Message, ...]:
-    value = cells.get(column)
-    return (Message("user", value),) if isinstance(value, str) else cells.as_messages(value, column)
-
-
-def texts_of(cells: Cells, column: str) -> list[str]:
-    value = cells.get(column)
-    values = [value] if isinstance(value, str) else cells.as_list(value, column)
-    return [cells.as_text(text, column) for text in values]
-
-
 def fits(prompt: Sequence[Message], responses: Sequence[str], limits: Limits) -> bool:
     lengths = [len(text) for text in responses]
     total = sum(len(m.content) for m in prompt) + sum(lengths)

@@ -11,7 +11,6 @@ from spct_ray.evaluation.benchmarks.benchmark import (
     Scores,
     in_subsets,
     make_item,
-    prompt_of,
     weighted_mean,
     without_none,
 )
@@ -26,7 +25,7 @@ def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
         raise cells.error(f"'label' must be 'A>B' or 'B>A', found {label!r}")
     right = int(label == "B>A")
     facts = {"response model": name} if (name := cells.optional("response_model")) else {}
-    prompt, source = prompt_of(cells, "question"), cells.optional("source")
+    prompt, source = cells.prompt("question"), cells.optional("source")
     return [make_item(cells, item_id, prompt, [answers[right]], [answers[1 - right]], source, **facts)]
 
 

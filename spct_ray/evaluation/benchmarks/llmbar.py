@@ -13,7 +13,6 @@ from spct_ray.evaluation.benchmarks.benchmark import (
     in_subsets,
     make_item,
     mean_of,
-    prompt_of,
     weighted_mean,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
@@ -26,7 +25,7 @@ def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
     if label not in (1, 2):
         raise cells.error(f"'label' must be 1 or 2, found {label!r}")
     answers = [cells.text("output_1"), cells.text("output_2")]
-    return [make_item(cells, item_id, prompt_of(cells, "input"), [answers[label - 1]], [answers[2 - label]])]
+    return [make_item(cells, item_id, cells.prompt("input"), [answers[label - 1]], [answers[2 - label]])]
 
 
 LLMBAR_ADVERSARIAL = ("Neighbor", "GPTInst", "GPTOut", "Manual")

@@ -15,7 +15,6 @@ from spct_ray.evaluation.benchmarks.benchmark import (
     in_subset,
     make_item,
     mean_of,
-    prompt_of,
     weighted_mean,
 )
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
@@ -30,7 +29,7 @@ def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
     conflict and are dropped."""
     right = [bool(value) for value in cells.as_list(cells.get("scores"), "scores")]
     answers = [cells.text(f"response_{i + 1}") for i in range(len(right))]
-    prompt, name = prompt_of(cells, "prompt"), cells.where.rpartition(":")[0].partition("[")[0]
+    prompt, name = cells.prompt("prompt"), cells.where.rpartition(":")[0].partition("[")[0]
     subset = cells.optional("subset") or Path(name).name.partition(".")[0]
     if not any(right) or all(right):
         raise UnusableRow(Problem.NO_UNIQUE_BEST)

@@ -7,7 +7,7 @@ from typing import Any
 
 from spct_ray.data.shapes import Cells, UnusableRow
 from spct_ray.data.validate import Limits, Problem
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark, make_item, prompt_of
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, make_item
 from spct_ray.evaluation.benchmarks.own import accuracy
 from spct_ray.records import Item
 
@@ -23,7 +23,7 @@ def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
         raise cells.error(f"'winner' must be model_a, model_b or a tie, found {winner!r}")
     answers = [cells.text("response_1"), cells.text("response_2")]
     right = _PPE_WINNERS[winner]
-    return [make_item(cells, item_id, prompt_of(cells, "prompt"), [answers[right]], [answers[1 - right]])]
+    return [make_item(cells, item_id, cells.prompt("prompt"), [answers[right]], [answers[1 - right]])]
 
 
 BENCHMARK = Benchmark("PPE preference", (("lmarena-ai/PPE-Human-Preference-V1", "test"),), read, accuracy)

@@ -9,7 +9,7 @@ import numpy as np
 
 from spct_ray.data.shapes import Cells
 from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, average, prompt_of, subset_of, without_none
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, average, subset_of, without_none
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, decided
 from spct_ray.evaluation.statistics import auc
 from spct_ray.records import Item
@@ -26,7 +26,7 @@ def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
     model = metadata.get("llm_response_model") if isinstance(metadata, Mapping) else None
     facts = json.dumps({"response model": model}) if model else ""
     reward = (float(label == "no_error"),)
-    return [Item(item_id, prompt_of(cells, "input"), response, reward, subset=subset_of(cells), facts=facts)]
+    return [Item(item_id, cells.prompt("input"), response, reward, subset=subset_of(cells), facts=facts)]
 
 
 def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:

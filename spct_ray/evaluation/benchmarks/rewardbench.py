@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from spct_ray.data.shapes import Cells
 from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Scores,
-    in_subset,
-    make_item,
-    mean_of,
-    prompt_of,
-    weighted_mean,
-)
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, in_subset, make_item, mean_of, weighted_mean
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
 from spct_ray.records import Item
 
 
 def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
     """{prompt, chosen, rejected, subset}; one pair."""
-    return [make_item(cells, item_id, prompt_of(cells, "prompt"), [cells.text("chosen")], [cells.text("rejected")])]
+    return [make_item(cells, item_id, cells.prompt("prompt"), [cells.text("chosen")], [cells.text("rejected")])]
 
 
 REWARD_BENCH_COUNTS = {

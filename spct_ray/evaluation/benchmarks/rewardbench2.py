@@ -9,16 +9,7 @@ import numpy as np
 
 from spct_ray.data.shapes import Cells
 from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks.benchmark import (
-    Benchmark,
-    Scores,
-    in_subset,
-    make_item,
-    mean_of,
-    prompt_of,
-    texts_of,
-    weighted_mean,
-)
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, in_subset, make_item, mean_of, weighted_mean
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
 from spct_ray.records import Item
 
@@ -26,8 +17,8 @@ from spct_ray.records import Item
 def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
     """{id, prompt, chosen: [...], rejected: [...], subset}: best of n, or for Ties every response rated by itself, as
     the authors rate them with generative judges. Ties ids are "ref:<n>" and "tied:<n>"."""
-    chosen, rejected = texts_of(cells, "chosen"), texts_of(cells, "rejected")
-    prompt = prompt_of(cells, "prompt")
+    chosen, rejected = cells.texts("chosen"), cells.texts("rejected")
+    prompt = cells.prompt("prompt")
     if cells.text("subset").lower() != "ties":
         return [make_item(cells, item_id, prompt, chosen, rejected)]
     kind, colon, number = str(cells.get("id")).partition(":")

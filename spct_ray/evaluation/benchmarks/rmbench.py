@@ -6,7 +6,7 @@ import numpy as np
 
 from spct_ray.data.shapes import Cells
 from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, fits, make_item, prompt_of, texts_of
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, fits, make_item
 from spct_ray.evaluation.judgements import Decision, Floats, Sheet
 from spct_ray.records import Item
 
@@ -16,11 +16,11 @@ RM_BENCH_STYLES = ("concise", "detailed plain text", "detailed markdown")
 def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
     """{prompt, chosen: [3], rejected: [3], domain or subset}, styles in the order of RM_BENCH_STYLES. All six go into
     one prompt, or as 3 x 3 pairs where that is too long."""
-    chosen, rejected = texts_of(cells, "chosen"), texts_of(cells, "rejected")
+    chosen, rejected = cells.texts("chosen"), cells.texts("rejected")
     for column, texts in (("chosen", chosen), ("rejected", rejected)):
         if len(texts) != len(RM_BENCH_STYLES):
             raise cells.error(f"{column!r} must hold 3 responses ({', '.join(RM_BENCH_STYLES)}), found {len(texts)}")
-    prompt = prompt_of(cells, "prompt")
+    prompt = cells.prompt("prompt")
     domain = cells.optional("domain") or cells.text("subset")
     six = [*chosen, *rejected]
     if fits(prompt, six, limits) and len(set(map(str.strip, six))) == len(six):
