@@ -28,6 +28,7 @@ from spct_ray.graph.record import local_root, read_record, write_atomically
 from spct_ray.graph.room import check as check_steps
 from spct_ray.graph.room import placed
 from spct_ray.graph.step import Step, steps_until
+from spct_ray.graph.view import shown
 from spct_ray.serve import commands
 
 if TYPE_CHECKING:
@@ -218,23 +219,23 @@ def run(config_path: str, overrides: Sequence[str], command: str, until: Sequenc
 def run_graph(
     steps: Sequence[Step], root: str, seed: int, cluster: ClusterResources, command: str, reuse: str = ""
 ) -> None:
-    """Alone on the root: print the plan, run what is done neither here nor under the root `reuse` (Ray is not started
+    """Alone on the root: show the plan, run what is done neither here nor under the root `reuse` (Ray is not started
     for nothing), print the results."""
     with hold(os.path.join(root, ".lock"), command, _say):
         planned = plan(steps, root, seed, reuse)
-        _say(f"{root}\n{format_plan(planned)}")
         link_reused(planned, root)
-        if any(step.state != "done" for step in planned):
-            from spct_ray.graph.runner import run_steps  # imports Ray
+        left = {step.name for step in planned if step.state != "done"}
+        with shown(planned, root, _say) as say:
+            if left:
+                from spct_ray.graph.runner import run_steps  # imports Ray
 
-            with session.start(cluster):
-                signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
-                left = {step.name for step in planned if step.state != "done"}
-                nodes = session.nodes()
-                steps = [placed(step, nodes) for step in steps]
-                with session.waiting_for_room(cluster, _say):
-                    check_steps([step for step in steps if step.name in left], nodes)
-                run_steps(steps, root, seed, command, _say)
+                with session.start(cluster):
+                    signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
+                    nodes = session.nodes()
+                    steps = [placed(step, nodes) for step in steps]
+                    with session.waiting_for_room(cluster, say):
+                        check_steps([step for step in steps if step.name in left], nodes)
+                    run_steps(steps, root, seed, command, say)
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
 
