@@ -5,6 +5,7 @@ Importing this file, `spct --help` and `spct plan` load neither torch, Ray nor v
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 REPORT_FILES = ("index.html", "summary.json", "samples.parquet", "pairs.parquet")
 RECIPES = Path(__file__).parent / "conf"
+# Loggers whose warnings nobody can act on; their errors still show.
+QUIET = ("vllm.triton_utils.importing",)  # that Triton has no CPU backend, on every machine without a GPU
 
 
 class _Guarded(TyperGroup):
@@ -57,6 +60,8 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spct`. Returns the exit status: 0 fine, 2 an error meant to be read, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         typer.main.get_command(app).main(arguments, prog_name="spct", obj=shlex.join(["spct", *arguments]))
     except SystemExit as exit:  # typer's way to return
