@@ -5,6 +5,7 @@ Importing this file, `spct --help` and `spct plan` load neither torch, Ray nor v
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ from spct_ray.graph.record import local_root, read_record, write_atomically
 from spct_ray.graph.room import check as check_steps
 from spct_ray.graph.room import placed
 from spct_ray.graph.step import Step, steps_until
+from spct_ray.graph.view import shown
 from spct_ray.serve import commands
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 REPORT_FILES = ("index.html", "summary.json", "samples.parquet", "pairs.parquet")
 RECIPES = Path(__file__).parent / "conf"
+# Loggers whose warnings nobody can act on; their errors still show.
+QUIET = ("vllm.triton_utils.importing",)  # that Triton has no CPU backend, on every machine without a GPU
 
 
 class _Guarded(TyperGroup):
@@ -56,6 +60,8 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spct`. Returns the exit status: 0 fine, 2 an error meant to be read, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         typer.main.get_command(app).main(arguments, prog_name="spct", obj=shlex.join(["spct", *arguments]))
     except SystemExit as exit:  # typer's way to return
@@ -218,23 +224,23 @@ def run(config_path: str, overrides: Sequence[str], command: str, until: Sequenc
 def run_graph(
     steps: Sequence[Step], root: str, seed: int, cluster: ClusterResources, command: str, reuse: str = ""
 ) -> None:
-    """Alone on the root: print the plan, run what is done neither here nor under the root `reuse` (Ray is not started
+    """Alone on the root: show the plan, run what is done neither here nor under the root `reuse` (Ray is not started
     for nothing), print the results."""
     with hold(os.path.join(root, ".lock"), command, _say):
         planned = plan(steps, root, seed, reuse)
-        _say(f"{root}\n{format_plan(planned)}")
         link_reused(planned, root)
-        if any(step.state != "done" for step in planned):
-            from spct_ray.graph.runner import run_steps  # imports Ray
+        left = {step.name for step in planned if step.state != "done"}
+        with shown(planned, root, _say) as say:
+            if left:
+                from spct_ray.graph.runner import run_steps  # imports Ray
 
-            with session.start(cluster):
-                signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
-                left = {step.name for step in planned if step.state != "done"}
-                nodes = session.nodes()
-                steps = [placed(step, nodes) for step in steps]
-                with session.waiting_for_room(cluster, _say):
-                    check_steps([step for step in steps if step.name in left], nodes)
-                run_steps(steps, root, seed, command, _say)
+                with session.start(cluster):
+                    signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
+                    nodes = session.nodes()
+                    steps = [placed(step, nodes) for step in steps]
+                    with session.waiting_for_room(cluster, say):
+                        check_steps([step for step in steps if step.name in left], nodes)
+                    run_steps(steps, root, seed, command, say)
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
 

@@ -1,6 +1,8 @@
 """The command `spct`, without Ray: what it loads, what it prints, how it fails."""
 
+import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ from graph_toys import toy_steps
 from test_graph import run_all
 
 import spct_ray
-from spct_ray.cli import guarded, main, run_graph
+from spct_ray.cli import QUIET, guarded, main, run_graph
 from spct_ray.cluster.session import ClusterResources, _start_local
 from spct_ray.errors import SpctError
 from spct_ray.graph.lock import hold
@@ -189,3 +191,16 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(monkeypatch: pytest.
     with pytest.raises(Exception, match="no such directory"):
         _start_local(failures=1, message="no such directory")
     assert len(asked) == 1
+
+
+def test_warnings_that_nobody_can_act_on_do_not_show(capsys: pytest.CaptureFixture[str]) -> None:
+    """The logger is vLLM's own: its source has the warning, and after any command it is not shown."""
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None
+    assert vllm.origin is not None
+    for name in QUIET:
+        assert main(["--version"]) == 0
+        source = Path(vllm.origin).parent.parent.joinpath(*name.split(".")).with_suffix(".py").read_text()
+        assert "doesn't include CPU backend" in source
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+        assert logging.getLogger(name).isEnabledFor(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ from typing import Any, Protocol
 from spct_ray.errors import ConfigError
 
 PROGRESS_SECONDS = 5.0  # least time between two progress lines of one phase
+PROGRESS = re.compile(  # a line of `StepContext.progress`
+    r"(?P<done>\d+)/(?P<total>\d+) (?P<unit>[^,;]+)(?:, (?P<speed>[^;]+))?(?:; (?P<note>.*))?"
+)
 
 
 class Replicas(Protocol):
@@ -96,9 +100,7 @@ class StepContext:
             return
         meter.last_printed = now
         rate = (done - meter.first_done) / max(now - meter.started, 1e-9)
-        speed = (
-            f", {rate:.3g} {unit}/s, {format_seconds((total - done) / rate)} left" if rate > 0 and done < total else ""
-        )
+        speed = f", {rate:.3g}/s, {format_seconds((total - done) / rate)} left" if rate > 0 and done < total else ""
         self.log(f"{done}/{total} {unit}{speed}{'; ' + note if note else ''}")
 
 
