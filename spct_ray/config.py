@@ -99,10 +99,10 @@ def imported(path: str, key: str) -> Any:
         ) from error
 
 
-def convert(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+def convert(kind: Any, values: Mapping[str, Any], key: str) -> Any:
     """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
     try:
-        return typing.cast(T, _convert(values, kind, key))
+        return _convert(values, kind, key)
     except _BadValueError as error:
         raise ConfigError(str(error)) from error
 
