@@ -278,11 +278,13 @@ def load_graph(config_path: str, overrides: Sequence[str], until: Sequence[str] 
 
 
 def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -> None:
-    """Print what the steps that no other step reads have to say, and copy their reports to `<root>/report/`."""
+    """Print what the steps that no other step reads have to say, and copy their reports to `<root>/report/`: the
+    report of a recipe right there, those of further steps to a folder of their name."""
     read = {source for step in steps for source in step.inputs.values()}
     for step in steps:
         if step.name in read:
             continue
+        folder = [step.name] if step.name != "report" and "report" in directories else []
         record = read_record(directories[step.name])
         if record is None:
             continue
@@ -291,7 +293,7 @@ def _publish(steps: Sequence[Step], directories: Mapping[str, str], root: str) -
         for name in REPORT_FILES:
             source = os.path.join(directories[step.name], name)
             if os.path.exists(source):
-                target = os.path.join(root, "report", name)
+                target = os.path.join(root, "report", *folder, name)
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 with open(source, "rb") as file:
                     write_atomically(target, file.read())

@@ -103,7 +103,7 @@ def imported(path: str, key: str) -> Any:
         ) from error
 
 
-def convert(kind: type[T], values: Mapping[str, Any], key: str) -> T:
+def convert(kind: Any, values: Mapping[str, Any], key: str) -> Any:
     """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
     return _validate(kind, {**_defaults(kind), **values}, lambda _: key)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from random import Random
 
+from spct_ray.config import UNLESS_DEFAULT
 from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, Sentence, Split, kind_named, kinds_of, render
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item, Message
@@ -32,7 +33,8 @@ class BuiltinConfig:
     `alike` is the probability that the responses of an item agree in a part that is not asked for. With `lure` a worse
     response has the favourites of careless judges more often than the best one where they are not asked for: with
     probability 0.5 + lure / 2 against 0.5 - lure / 2. With `graded` the wrong responses of an item break 1, 2, ... of
-    its requirements, and each reward is the share that the response meets, so that all n are ranked.
+    its requirements, and each reward is the share that the response meets, so that all n are ranked. `kinds` are
+    import paths `module:NAME` of further kinds.
     """
 
     size_train: int = 4000
@@ -44,6 +46,7 @@ class BuiltinConfig:
     alike: float = 0.3
     lure: float = 0.0
     graded: bool = False
+    kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
 
 
 def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:
@@ -74,11 +77,11 @@ def query(requirements: Sequence[Kind], name: str) -> str:
     return f"Write for {name}: {', '.join(kind.name for kind in requirements)}."
 
 
-def random_sentence(split: Split, rng: Random, taken: Collection[str] = ()) -> Sentence:
-    """A sentence of random kinds."""
+def random_sentence(split: Split, rng: Random, taken: Collection[str] = (), outside: tuple[str, ...] = ()) -> Sentence:
+    """A sentence of random kinds, also of those at the import paths `outside`."""
     sentence: Sentence = {}
     for part in PARTS:
-        rng.choice(kinds_of(part)).write(sentence, split, rng, taken)
+        rng.choice(kinds_of(part, outside)).write(sentence, split, rng, taken)
     return sentence
 
 
@@ -93,11 +96,11 @@ def _generate(split: Split, size: int, config: BuiltinConfig, seed: int) -> list
     return [_item(f"{SOURCE}-{split}-{number:06d}", split, config, decks, rng) for number in range(size)]
 
 
-def _draw_requirements(split: Split, number: int, rng: Random) -> list[Kind]:
+def _draw_requirements(split: Split, number: int, rng: Random, outside: tuple[str, ...]) -> list[Kind]:
     while True:
         parts = rng.sample(PARTS, number)
         if number not in (3, 4) or is_heldout_combination(parts) == (split == "heldout"):
-            return [rng.choice(kinds_of(part)) for part in parts]
+            return [rng.choice(kinds_of(part, outside)) for part in parts]
 
 
 def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, list[int]], rng: Random) -> Item:
@@ -106,7 +109,7 @@ def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, li
     n = rng.choices(config.num_responses, config.num_responses_weights)[0]
     num_requirements = rng.choices(config.num_requirements, config.num_requirements_weights)[0]
     decks[n] = decks[n] or rng.sample(range(max(n, 2)), max(n, 2))
-    requirements, best = _draw_requirements(split, num_requirements, rng), decks[n].pop()
+    requirements, best = _draw_requirements(split, num_requirements, rng, config.kinds), decks[n].pop()
     if n == 1:
         broken = [[] if best == 0 else rng.sample(requirements, min(2, len(requirements)))]
     else:
@@ -114,11 +117,11 @@ def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, li
         broken = [rng.sample(requirements, number) for number in numbers]
         rng.shuffle(broken)
         broken.insert(best, [])
-    common = [rng.choice(kinds_of(part)) for part in PARTS]
+    common = [rng.choice(kinds_of(part, config.kinds)) for part in PARTS]
     taken: set[str] = set()  # no two responses share a word, so that a quote identifies its response
     responses: list[str] = []
     for wrong in broken:
-        sentence = random_sentence(split, rng, taken)
+        sentence = random_sentence(split, rng, taken, config.kinds)
         for kind in (kind for kind in common if rng.random() < config.alike):
             kind.write(sentence, split, rng, taken)
         for kind in (KINDS[name] for name in FAVOURITES if config.lure and n > 1):
@@ -136,5 +139,5 @@ def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, li
         rewards=tuple(1 - len(wrong) / len(requirements) if graded else float(not wrong) for wrong in broken),
         source=SOURCE,
         subset=f"{n} response{'s' * (n > 1)}",
-        facts=json.dumps([kind.name for kind in requirements]),
+        facts=json.dumps([kind.path or kind.name for kind in requirements]),
     )

@@ -30,8 +30,9 @@ def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]
         if t.failure:
             continue
         head, _, analysis = t.text.partition("Analysis:")
-        stated = {name for name in _STATED.findall(head) if name in KINDS}
         required = requirements_of(item)
+        known = KINDS | {kind.name: kind for kind in required}
+        stated = {name for name in _STATED.findall(head) if name in known}
         counts["judgements"] += 1
         counts["stated"] += len(stated)
         counts["asked"] += len(stated & {kind.name for kind in required})
@@ -45,9 +46,9 @@ def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]
         for place, text in zip(parts[::2], parts[1::2], strict=True):
             if 1 <= int(place) <= len(t.order):
                 response = item.responses[t.order[int(place) - 1]]
-                findings = [(name, answer) for name, answer in _FOUND.findall(text) if name in KINDS]
+                findings = [(name, answer) for name, answer in _FOUND.findall(text) if name in known]
                 counts["findings"] += len(findings)
-                counts["true"] += sum(KINDS[name].check(response) == (answer == "yes") for name, answer in findings)
+                counts["true"] += sum(known[name].check(response) == (answer == "yes") for name, answer in findings)
 
     def share(part: str, whole: str) -> float | None:
         return counts[part] / counts[whole] if counts[whole] else None

@@ -1,6 +1,6 @@
 """The requirements of the built-in set: twelve kinds, each of which a program can ask for, check, write and quote.
 
-A response is a sentence of six parts, each of one of two kinds:
+A response is a sentence of six parts, each of one of two kinds, or of one added by its import path:
 
     The {number} {look} {who} {manner} {verb}{mark}
     The 4 red foxes often waited!
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 from typing import Literal
 
-from spct_ray.errors import DataError
+from spct_ray.config import imported
+from spct_ray.errors import ConfigError, DataError
 
 Split = Literal["train", "heldout"]
 Sentence = dict[str, str]  # the word of each part
@@ -27,11 +29,13 @@ NUM_HELD_WORDS = 2  # of each kind with eight words, in no training item
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`name` is what queries and judgements call it; it decides one `part` of the sentence, and `words` meet it."""
+    """`name` is what queries and judgements call it; it decides one `part` of the sentence, and `words` meet it. `path`
+    is the import path of a kind from outside the package."""
 
     part: str
     name: str
     words: tuple[str, ...]
+    path: str = ""
 
     def write(self, sentence: Sentence, split: Split, rng: Random, taken: Collection[str] = ()) -> None:
         """Make the sentence meet it, with a word that is not `taken` if possible and, for training, not held out."""
@@ -39,8 +43,8 @@ class Kind:
         sentence[self.part] = rng.choice([word for word in words if word not in taken] or words)
 
     def evidence(self, text: str) -> str:
-        """The word of the response that decides it, "" if its part is missing."""
-        return next((word for word in words_of(text) if part_of(word) == self.part), "")
+        """The word of the response that decides it, "" where its part is missing."""
+        return sentence_of(text).get(self.part, "")
 
     def check(self, text: str) -> bool:
         """Whether the response meets it."""
@@ -53,7 +57,7 @@ class Kind:
 
     @property
     def opposite(self) -> Kind:
-        """The other kind of the same part."""
+        """Another kind of the same part, whose words break this one."""
         return next(kind for kind in kinds_of(self.part) if kind is not self)
 
 
@@ -75,7 +79,6 @@ KINDS = _kinds(
     ("mark", "an exclamation mark", "!"),
     ("mark", "a question mark", "?"),
 )
-_PART_OF = {word: kind.part for kind in KINDS.values() for word in kind.words}
 _NAMES = """Anna Ben Clara David Emma Felix Greta Henry Ida Jonas Karla Leo Maria Nils Olga Paul Rosa Simon Tina Urs
     Vera Walter Xenia Yuri Zoe Arthur Bella Carlo Diana Emil"""
 NAMES: dict[Split, tuple[str, ...]] = {
@@ -84,18 +87,35 @@ NAMES: dict[Split, tuple[str, ...]] = {
 }
 
 
-def kinds_of(part: str) -> list[Kind]:
-    """The two kinds of a part."""
-    return [kind for kind in KINDS.values() if kind.part == part]
+def kinds_of(part: str, outside: tuple[str, ...] = ()) -> list[Kind]:
+    """The two kinds of a part, and those of the import paths `outside` that are of this part."""
+    return [kind for kind in (*KINDS.values(), *kinds_at(outside)) if kind.part == part]
 
 
-def part_of(word: str) -> str:
-    """The part that the word belongs to, "" for an unknown word."""
-    return _PART_OF.get(word, "")
+@lru_cache
+def kinds_at(paths: tuple[str, ...]) -> tuple[Kind, ...]:
+    """The kinds at import paths `module:NAME`. Raises ConfigError for one that is no kind, and where words are not
+    single, too few to hold some out, or of another kind as well: a text would then not show what it meets."""
+    found, words = list[Kind](), {word for kind in KINDS.values() for word in kind.words}
+    for path in paths:
+        kind = imported(path, "builtin.kinds")
+        if not isinstance(kind, Kind) or kind.part not in PARTS or kind.name in KINDS:
+            raise ConfigError(f"builtin.kinds: {path} must be a Kind with a new name and a part of {', '.join(PARTS)}")
+        problems = [word for word in kind.words if word in words or words_of(word) != [word]]
+        if problems or len(kind.words) <= NUM_HELD_WORDS:
+            raise ConfigError(
+                f"builtin.kinds: {path} needs more than {NUM_HELD_WORDS} single words that no other kind has; "
+                f"it has {len(kind.words)}, taken or not single are {problems}"
+            )
+        words |= set(kind.words)
+        found.append(replace(kind, path=path))
+    return tuple(found)
 
 
 def kind_named(name: str) -> Kind:
-    """The kind of that name. Raises DataError."""
+    """The kind of that name or import path. Raises DataError for a name that is none, ConfigError for such a path."""
+    if ":" in name:
+        return kinds_at((name,))[0]
     if name not in KINDS:
         raise DataError(f"unknown kind {name!r}; known are {', '.join(KINDS)}")
     return KINDS[name]
@@ -109,3 +129,9 @@ def render(sentence: Sentence) -> str:
 def words_of(text: str) -> list[str]:
     """Words and punctuation marks."""
     return re.findall(r"\w+|[^\w\s]", text)
+
+
+def sentence_of(text: str) -> Sentence:
+    """The inverse of `render`; empty for a text that is no such sentence."""
+    first, *words = words_of(text) or [""]
+    return dict(zip(PARTS, words, strict=True)) if first == "The" and len(words) == len(PARTS) else {}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spct_ray.data.builtin import FAVOURITES, SOURCE, query, random_sentence, requirements_of
-from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, kinds_of, part_of, render
+from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, kinds_of, render, sentence_of
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, judge_messages, scale_of
@@ -80,18 +80,21 @@ class ProgramJudge:
         return stated
 
 
-def exercises(number: int, judge: JudgeConfig, seed: int) -> Iterator[dict[str, str]]:
-    """General instructions as rows {prompt, completion}: judge by given principles, with all words of all kinds, also
-    held-out ones. They teach the vocabulary and careful reading that a language model already has.
+def exercises(number: int, judge: JudgeConfig, seed: int, outside: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+    """General instructions, rows {prompt, completion}: judge by the principles that are given, of all words of all
+    kinds (also of those at the import paths `outside`), held-out ones too. It is the knowledge of words and the care in
+    reading that a language model brings along.
     """
     rng = random.Random(f"{seed}/{SOURCE}/exercises")
     for i in range(number):
         n, num_stated = rng.choice((1, 2, 2, 2, 3, 3)), rng.randint(1, len(PARTS))
-        stated, required = ([rng.choice(kinds_of(part)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3))
+        stated, required = (
+            [rng.choice(kinds_of(part, outside)) for part in rng.sample(PARTS, m)] for m in (num_stated, 3)
+        )
         taken: set[str] = set()
         texts: list[str] = []
         for _ in range(n):
-            sentence = random_sentence("heldout", rng, taken)
+            sentence = random_sentence("heldout", rng, taken, outside)
             taken |= set(sentence.values())
             texts.append(render(sentence))
         request = query(required, rng.choice(NAMES["train"]))
@@ -124,9 +127,9 @@ def criteria(stated: Sequence[Kind]) -> str:
 
 
 def _annotated(text: str, findings: dict[str, str]) -> str:
-    """The text with each part's finding after its word; findings without a word come at the end."""
-    left = dict(findings)
-    quoted = re.sub(r"\w+|[^\w\s]", lambda word: word[0] + left.pop(part_of(word[0]), ""), text)
+    """The text with the finding of each part behind its word; at its end those that have no word in it."""
+    left, part_of = dict(findings), {word: part for part, word in sentence_of(text).items()}
+    quoted = re.sub(r"\w+|[^\w\s]", lambda word: word[0] + left.pop(part_of.get(word[0], ""), ""), text)
     return quoted + "".join(left.values())
 
 

@@ -69,5 +69,5 @@ def typed(function: StageFunction, config: Any, resources: Any, key: str) -> tup
     for kind, values, part in zip(kinds, (config, resources), ("config", "resources"), strict=True):
         if not dataclasses.is_dataclass(kind) and values:
             raise ConfigError(f"{key}: the stage has no {part}, found {values}")
-        found.append(convert(kind, values, f"{key}.{part}") if dataclasses.is_dataclass(kind) else None)  # type: ignore[arg-type]
+        found.append(convert(kind, values, f"{key}.{part}") if dataclasses.is_dataclass(kind) else None)
     return found[0], found[1]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spct_ray.data.kinds import KINDS, NAMES
+from spct_ray.config import UNLESS_DEFAULT
+from spct_ray.data.kinds import KINDS, NAMES, kinds_at
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 
@@ -36,9 +37,10 @@ class NanoConfig:
 
 @dataclass(frozen=True)
 class NanoStudentConfig:
-    """Shape of the model."""
+    """Shape of the model. The run's `items.builtin.kinds` become its `kinds`, whose words are tokens, too."""
 
     shape: NanoConfig = field(default_factory=NanoConfig)
+    kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
 
 
 @stage(version=3)
@@ -46,13 +48,14 @@ def run(context: StepContext, config: NanoStudentConfig, _: None) -> dict[str, A
     """Write model/; started again after a kill, it makes the same model again."""
     model = Path(context.out) / "model"
     shutil.rmtree(model, ignore_errors=True)  # of an attempt that was killed
-    num_weights = write_nano(str(model), config.shape, phrases(), context.seed)
+    num_weights = write_nano(str(model), config.shape, phrases(config.kinds), context.seed)
     context.log(f"nano student with {num_weights / 1e6:.2f} M random weights")
     return {"weights": num_weights}
 
 
-def phrases() -> list[str]:
-    """The frame of the compact prompt, of the meta RM's and of a judgement, and the words of the built-in set.
+def phrases(outside: tuple[str, ...] = ()) -> list[str]:
+    """The frame of the compact prompt, of the meta RM's and of a judgement, and the words of the built-in set, with
+    those of the kinds at the import paths `outside`.
 
     Single characters are tokens anyway.
     """
@@ -64,7 +67,7 @@ def phrases() -> list[str]:
     found += [f" ({100 // p}%);" for p in places]
     found += [f" total {score}." for score in range(11)] + ["10", *(f" {score}" for score in range(1, 11))]
     found += [" Write for", *(f" {name}" for split in NAMES.values() for name in split)]
-    for kind in KINDS.values():
+    for kind in (*KINDS.values(), *kinds_at(outside)):
         found += [f" {kind.name}", *(f" ({kind.name}: {answer})" for answer in ("yes", "no"))]
         found += [f" {word}" for word in kind.words]
     return list(dict.fromkeys(found))

@@ -108,6 +108,8 @@ def build_steps(recipe: Recipe) -> list[Step]:
 
     def add(name: str, function: StageFunction, config: Any, resources: Any = None, /, **inputs: str) -> str:
         config = _with_judge(name, config, recipe.judge)
+        if recipe.items.builtin and hasattr(config, "kinds"):
+            config = replace(config, kinds=recipe.items.builtin.kinds)
         steps.append(make_step(name, function, config, _with_tracker(name, resources, where.tracker), inputs))
         return name
 

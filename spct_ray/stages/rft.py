@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spct_ray.config import UNLESS_DEFAULT
 from spct_ray.data.program import exercises
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.stage import stage
@@ -35,7 +36,7 @@ class RftConfig(SupervisedConfig):
     General instructions are mixed in: `general_paths` are JSONL or Parquet files with rows {messages} (the last turn is
     the assistant's) or {prompt, completion}, `general_builtin` is a number of `data.program.exercises`, which stand in
     for them in the built-in set. `general_shares` are their shares of a batch (paper: 0.85), one for each of as many
-    equal parts of the training.
+    equal parts of the training. The run's `items.builtin.kinds` become `kinds`, of which the exercises are, too.
     """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6, warmup_steps=30))
@@ -43,6 +44,7 @@ class RftConfig(SupervisedConfig):
     general_paths: tuple[str, ...] = ()
     general_builtin: int = 0
     general_shares: tuple[float, ...] = (0.0,)
+    kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
 
     def __post_init__(self) -> None:
         if not self.general_shares or not all(0 <= share < 1 for share in self.general_shares):
@@ -82,7 +84,7 @@ def write_training_file(context: StepContext, config: RftConfig) -> dict[str, in
     model_dir = str(Path(context.inputs["student"]) / "model")
     path = Path(context.inputs["select"]) / "sft.parquet"
     judgements = pq.read_table(path, columns=["prompt", "completion"]).to_pylist()
-    drawn = exercises(config.general_builtin, config.judge, derive_seed(context.seed, "general"))
+    drawn = exercises(config.general_builtin, config.judge, derive_seed(context.seed, "general"), config.kinds)
     general = [_as_prompt_and_completion(row, "built-in") for row in drawn]
     general += itertools.chain.from_iterable(map(_general_rows, config.general_paths))
     counts: dict[str, int] = {}

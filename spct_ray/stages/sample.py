@@ -7,12 +7,13 @@ for the built-in set, the checker program. Leaves out selection; see `stages.sel
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.config import UNLESS_DEFAULT, convert, imported
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import read_items
 from spct_ray.engines.base import EngineConfig
@@ -30,15 +31,35 @@ if TYPE_CHECKING:
     from spct_ray.records import Item
 
 
+SAMPLERS = ("student", "model", "endpoint", "program")
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Who judges. `model` is a directory or hub id for kind "model"; "student" reads the step's input "judge"."""
+    """Who judges. `model` is a directory or hub id for kind "model"; "student" reads the step's input "judge". Any
+    other kind is the import path `module:Name` of a dataclass with the fields `own`; `make(prompt)` gives the judge."""
 
-    kind: Literal["student", "model", "endpoint", "program"] = "student"
+    kind: str = "student"
     model: str = ""
     endpoint: RemoteConfig | None = None
     program: ProgramConfig = field(default_factory=ProgramConfig)
     guided: bool = False  # hold the text to the format, for models that cannot write it yet
+    own: dict[str, Any] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
+
+    def __post_init__(self) -> None:
+        if ":" in self.kind:
+            self.make_own()
+        elif self.kind not in SAMPLERS:
+            raise ConfigError(
+                f"sampler.kind is {self.kind!r}; it is {', '.join(SAMPLERS)} or an import path module:Name"
+            )
+
+    def make_own(self) -> Any:
+        """The sampler from outside the package. Raises ConfigError where it is none or does not take `own`."""
+        sampler = imported(self.kind, "sampler.kind")
+        if not (is_dataclass(sampler) and hasattr(sampler, "make")):
+            raise ConfigError(f"sampler.kind: {self.kind} must be a dataclass with make(prompt), which returns a judge")
+        return convert(sampler, self.own, "sampler.own")
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,8 @@ def judge_factory(
     sampler: SamplerConfig, judge: JudgeConfig, student_step: str, engine: EngineConfig
 ) -> Callable[[], Judge]:
     """A picklable function that makes the judge inside a worker. Raises ConfigError when the choice lacks its field."""
+    if ":" in sampler.kind:
+        return partial(sampler.make_own().make, judge)
     if sampler.kind == "program":
         return partial(ProgramJudge, sampler.program, judge)
     if sampler.kind == "endpoint":
