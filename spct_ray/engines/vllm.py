@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import os
 import time
@@ -205,6 +206,7 @@ class VllmEngine:
     # Everything below runs in the owner thread.
 
     def _run(self, started: Future[None]) -> None:
+        core: LLMEngine | None = None
         running: dict[str, _Sample | _Score] = {}
         waiting: deque[_Job] = deque()
         try:
@@ -219,6 +221,7 @@ class VllmEngine:
                 _logger.exception(end)
             else:
                 started.set_exception(error if isinstance(error, SpctError) else EngineError(end))
+        _shut_down(core)
         with self._lock:
             self._dead = end
             while not self._jobs.empty():
@@ -285,7 +288,6 @@ class VllmEngine:
             while waiting:
                 job = waiting[0]
                 if isinstance(job, _Close):
-                    core.engine_core.shutdown()
                     return
                 if isinstance(job, _Alone):
                     if running:
@@ -398,6 +400,18 @@ class VllmEngine:
         if not core.reset_prefix_cache():
             raise EngineError(f"vLLM does not drop its cached prefixes, so weights {weight_version} would mix with old")
         self.weight_version = weight_version
+
+
+def _shut_down(core: LLMEngine | None) -> None:
+    """End vLLM's core now. Left to the garbage collector, it would take the process groups of torch.distributed away
+    from an engine that the process started later; of a core that did not start, only the collector knows."""
+    if core is None:
+        gc.collect()
+        return
+    try:
+        core.engine_core.shutdown()
+    except Exception:
+        _logger.exception("the end of a vLLM engine failed")
 
 
 def _fail(job: _Job, error: Exception) -> None:
