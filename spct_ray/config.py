@@ -60,7 +60,7 @@ def rebuild(schema: type[T], plain: Any, place: str) -> T:
     """The dataclass whose plain form an earlier run stored at `place` (file and field, for messages); what it lacks has
     its default. Raises ConfigError for keys and values that this version does not know."""
     try:
-        return _validate(schema, plain, lambda _: place)
+        return _validate(schema, plain, lambda key: f"{place}: {key or 'the whole file'}")
     except ConfigError as error:
         raise ConfigError(
             f"{error}\nAnother version of spct-ray wrote this. Its record.json names the version under `packages`: "
@@ -105,7 +105,7 @@ def imported(path: str, key: str) -> Any:
 
 def convert(kind: Any, values: Mapping[str, Any], key: str) -> Any:
     """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
-    return _validate(kind, {**_defaults(kind), **values}, lambda _: key)
+    return _validate(kind, {**_defaults(kind), **values}, lambda inner: ".".join(filter(None, (key, inner))))
 
 
 def to_plain(value: Any) -> Any:
@@ -143,7 +143,7 @@ def _build(schema: type[T], tree: DictConfig, overrides: Sequence[str], path: st
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{path}: {key}{str(error).splitlines()[0]}") from error
-    return _validate(schema, values, lambda key: _source(key, path, overrides))
+    return _validate(schema, values, lambda key: f"{_source(key, path, overrides)}: {key or 'the whole file'}")
 
 
 def _apply(tree: DictConfig, override: str) -> None:
@@ -177,8 +177,8 @@ def _defaults(schema: type) -> dict[str, Any]:
     return defaults
 
 
-def _validate(schema: type[T], values: Any, source: Callable[[str], str]) -> T:
-    """`values` as the dataclass `schema`. Raises ConfigError with a line for each problem, which `source(key)` begins.
+def _validate(schema: type[T], values: Any, place: Callable[[str], str]) -> T:
+    """`values` as the dataclass `schema`. Raises ConfigError with a line for each problem, which `place(key)` begins.
 
     As JSON, in which lists are tuples and mappings dataclasses even where 1 must not stand for true. The tuple around
     the schema is what pydantic takes settings for; a plain dataclass has none.
@@ -191,7 +191,7 @@ def _validate(schema: type[T], values: Any, source: Callable[[str], str]) -> T:
         for error in failed.errors():
             location = error["loc"][1:]
             key = ".".join(map(str, location))
-            lines.append(f"{source(key)}: {key or 'the whole file'}: {_problem(error, schema, location)}")
+            lines.append(f"{place(key)}: {_problem(error, schema, location)}")
         raise ConfigError("\n".join(lines)) from failed
 
 

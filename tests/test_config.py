@@ -138,10 +138,17 @@ plain: Any = st.builds(
 )
 
 
+class Quoted(yaml.SafeDumper):
+    """Texts in quotes: PyYAML leaves 0E0 without, which OmegaConf reads as a number."""
+
+
+Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
 @given(plain)
 def test_a_config_written_as_yaml_loads_as_itself(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
     path = tmp_path_factory.mktemp("config") / "r.yaml"
-    path.write_text(yaml.safe_dump(to_plain(recipe)))
+    path.write_text(yaml.dump(to_plain(recipe), Dumper=Quoted))
     assert load(Recipe, str(path)) == recipe
 
 
