@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 
 from spct_ray.errors import DataError
 
@@ -59,11 +58,15 @@ def auc(scores: ArrayLike, labels: ArrayLike, weight: ArrayLike | None = None) -
     one class is missing."""
     scores_I, labels_I = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64) > 0.5
     weight_I = np.ones(scores_I.size) if weight is None else np.asarray(weight, dtype=np.float64)
-    kept_I = weight_I > 0
-    if len(np.unique(labels_I[kept_I])) < 2:
+    if len(np.unique(labels_I[weight_I > 0])) < 2:
         return None
-    values_I = _finite(scores_I[kept_I], "AUC scores")
-    return float(roc_auc_score(labels_I[kept_I], values_I, sample_weight=weight_I[kept_I]))
+    # By hand, as transformers imports scikit-learn wherever it is installed, 2 s in every process that trains or serves.
+    values, place_I = np.unique(_finite(scores_I, "AUC scores"), return_inverse=True)
+    positive_V, negative_V = (
+        np.bincount(place_I, weight_I * which_I, len(values)) for which_I in (labels_I, ~labels_I)
+    )
+    below_V = negative_V.cumsum() - negative_V / 2
+    return float(positive_V @ below_V / (positive_V.sum() * negative_V.sum()))
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = 10) -> list[dict[str, Any]]:
