@@ -60,7 +60,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, weight: ArrayLike | None = None) -
     weight_I = np.ones(scores_I.size) if weight is None else np.asarray(weight, dtype=np.float64)
     if len(np.unique(labels_I[weight_I > 0])) < 2:
         return None
-    # By hand, as transformers imports scikit-learn wherever it is installed, 2 s in every process that trains or serves.
+    # By hand, as transformers imports scikit-learn wherever it is installed: 2 s for each process.
     values, place_I = np.unique(_finite(scores_I, "AUC scores"), return_inverse=True)
     positive_V, negative_V = (
         np.bincount(place_I, weight_I * which_I, len(values)) for which_I in (labels_I, ~labels_I)
