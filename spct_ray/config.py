@@ -126,7 +126,7 @@ def to_plain(value: Any) -> Any:
         return {
             f.name: to_plain(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not (f.metadata == UNLESS_DEFAULT and getattr(value, f.name) == f.default)
+            if not (f.metadata == UNLESS_DEFAULT and getattr(value, f.name) == _default_of(f))
         }
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_plain(item) for key, item in value.items()}
@@ -168,13 +168,12 @@ def _source(key: str, path: str, overrides: Sequence[str]) -> str:
 def _defaults(schema: type) -> dict[str, Any]:
     """The defaults of a dataclass as plain values: a section that a file gives in part keeps the rest of them, which
     may differ from those of the section's own class."""
-    defaults = {}
-    for f in dataclasses.fields(schema):
-        if f.default is not dataclasses.MISSING:
-            defaults[f.name] = to_plain(f.default)
-        elif f.default_factory is not dataclasses.MISSING:
-            defaults[f.name] = to_plain(f.default_factory())
-    return defaults
+    fields = dataclasses.fields(schema)
+    return {f.name: to_plain(_default_of(f)) for f in fields if _default_of(f) is not dataclasses.MISSING}
+
+
+def _default_of(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _validate(schema: type[T], values: Any, place: Callable[[str], str]) -> T:
