@@ -52,10 +52,12 @@ class Table:
         parts = []
         for group in groups:
             lines = [
-                "  ".join(columns[c][r].ljust(widths[c]) if c == 0 else columns[c][r].rjust(widths[c]) for c in group)
+                "  ".join(
+                    columns[c][r].ljust(widths[c]) if c == 0 else columns[c][r].rjust(widths[c]) for c in group
+                ).rstrip()
                 for r in range(len(self.rows) + 1)
             ]
-            parts.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+            parts.append("\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]]))
         return "\n".join([*textwrap.wrap(self.title, WIDTH), *parts, *textwrap.wrap(self.note, WIDTH)])
 
 
