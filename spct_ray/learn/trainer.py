@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 
 _GATHER_NUMEL = 1 << 28  # elements gathered at once under ZeRO-3
+_TRIM_PERIOD_S = 3.0  # every step of a large model; one of a nano model would lose a fifth of its time
 
 
 class Trainer:
@@ -83,6 +85,7 @@ class Trainer:
             deepspeed.utils.set_z3_leaf_module(module.head, True)
         self._optimizer = make_optimizer(module, optim, resources)
         self._engine = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)[0]
+        self._trimmed_at = 0.0
         self._state = ZeroState(self._engine, self._optimizer, self.model, resources.zero_stage, self.rank)
 
     def logprobs(self, batch: Batch) -> Tensor:
@@ -119,8 +122,9 @@ class Trainer:
             loss = loss_fn(micro_batches[i]) if i < len(micro_batches) else self._empty_loss()
             self._engine.backward(loss * self.world_size)  # because DeepSpeed averages over ranks
             loss_sum += loss.detach()
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and time.monotonic() > self._trimmed_at + _TRIM_PERIOD_S:
             give_back_freed()
+            self._trimmed_at = time.monotonic()
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         loss_value = float(self._reduce(loss_sum, dist.ReduceOp.SUM))
