@@ -316,8 +316,13 @@ class TestVllm:
         with pytest.raises(EngineError, match="did not start"):
             VllmEngine(str(tmp_path / "nothing"), EngineConfig())
 
-    def test_death_reaches_every_caller(self, engine, tmp_path):
-        """It ends the engine: a reload that fails half-way leaves no usable weights."""
+    def test_death_reaches_every_caller_and_no_later_engine(self, model_dir, tmp_path):
+        """It ends the engine: a reload that fails half-way leaves no usable weights. vLLM's finalizer of a core, which
+        the collector runs at any time, would end the process groups of engines that start afterwards."""
+        from spct_ray.engines.vllm import VllmEngine
+
+        config = EngineConfig(max_model_len=128, kv_cache_gib=0.1, max_num_seqs=64)
+        engine = VllmEngine(model_dir, config)
         running = engine.submit(ask("before"))
         with ThreadPoolExecutor(1) as threads:
             reload = threads.submit(engine.reload, str(tmp_path / "no-weights"), 9)
@@ -328,12 +333,7 @@ class TestVllm:
             with pytest.raises(EngineError, match=r"died: .*no-weights"):
                 call()
         assert engine.weight_version == 0
-
-    def test_a_dead_engine_takes_nothing_from_a_later_one(self, model_dir):
-        """vLLM's finalizer of a core, which the collector runs at any time, ends the process groups of all engines."""
-        from spct_ray.engines.vllm import VllmEngine
-
-        later = VllmEngine(model_dir, EngineConfig(max_model_len=128, kv_cache_gib=0.1, max_num_seqs=64))
+        later = VllmEngine(model_dir, config)
         try:
             gc.collect()
             assert len(later.generate([ask("go on")])) == 1

@@ -12,8 +12,9 @@ from tests.tiny import make_tiny_model
 pytestmark = pytest.mark.slow
 
 
-def test_trl_trains_on_verdicts(tmp_path):
+def test_trl_trains_on_verdicts(tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # from a trainer before this test: accelerate would join it
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
