@@ -14,10 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spct_ray.data.builtin import BuiltinConfig, generate, is_heldout_combination, random_sentence, requirements_of
-from spct_ray.data.habits import habits
-from spct_ray.data.kinds import KINDS, NAMES, PARTS, kind_named, render, words_of
-from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises, judgement
+from spct_ray.data.builtin import (
+    KINDS,
+    NAMES,
+    PARTS,
+    BuiltinConfig,
+    generate,
+    is_heldout_combination,
+    kind_named,
+    random_sentence,
+    render,
+    requirements_of,
+    words_of,
+)
+from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises, habits, judgement
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.parse import Scale, has_three_parts, parse_scores

@@ -44,7 +44,7 @@ SHAPES: list[tuple[str, dict[str, Any], Item]] = [
         Item("s:a", ASKED, ("4", "7"), (0.0, 1.0), "s", "x", "7", principles="Primality (100%)"),
     ),
     (
-        "hh",
+        "chosen_rejected",
         {
             "chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Name a prime.\n\nAssistant: 7\n\nor 11",
             "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Name a prime.\n\nAssistant: 4",
