@@ -35,7 +35,7 @@ Sentence = dict[str, str]  # the word of each part
 SOURCE = "builtin"
 PARTS = ("number", "look", "who", "manner", "verb", "mark")
 NUM_HELD_WORDS = 2  # of each kind with eight words, in no training item
-FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge prefers, asked for or not
+ALIKE = 0.3  # probability that the responses of an item agree in a part that is not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +149,8 @@ def sentence_of(text: str) -> Sentence:
 class BuiltinConfig:
     """Sizes and mix. Weights need not sum to 1.
 
-    `alike` is the probability that the responses of an item agree in a part that is not asked for. With `lure` a worse
-    response has the favourites of careless judges more often than the best one where they are not asked for: with
-    probability 0.5 + lure / 2 against 0.5 - lure / 2. With `graded` the wrong responses of an item break 1, 2, ... of
-    its requirements, and each reward is the share that the response meets, so that all n are ranked. `kinds` are
-    import paths `module:NAME` of further kinds.
+    With `graded` the wrong responses of an item break 1, 2, ... of its requirements, and each reward is the share that
+    the response meets, so that all n are ranked. `kinds` are import paths `module:NAME` of further kinds.
     """
 
     size_train: int = 4000
@@ -162,8 +159,6 @@ class BuiltinConfig:
     num_responses_weights: tuple[float, ...] = (0.12, 0.63, 0.25)
     num_requirements: tuple[int, ...] = (3, 4)
     num_requirements_weights: tuple[float, ...] = (0.5, 0.5)
-    alike: float = 0.3
-    lure: float = 0.0
     graded: bool = False
     kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
 
@@ -241,11 +236,8 @@ def _item(item_id: str, split: Split, config: BuiltinConfig, decks: dict[int, li
     responses: list[str] = []
     for wrong in broken:
         sentence = random_sentence(split, rng, taken, config.kinds)
-        for kind in (kind for kind in common if rng.random() < config.alike):
+        for kind in (kind for kind in common if rng.random() < ALIKE):
             kind.write(sentence, split, rng, taken)
-        for kind in (KINDS[name] for name in FAVOURITES if config.lure and n > 1):
-            is_lured = rng.random() < 0.5 + (config.lure if wrong else -config.lure) / 2
-            (kind if is_lured else kind.opposite).write(sentence, split, rng, taken)
         for kind in requirements:
             (kind.opposite if kind in wrong else kind).write(sentence, split, rng, taken)
         taken |= set(sentence.values())

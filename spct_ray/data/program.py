@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from spct_ray.data.builtin import (
-    FAVOURITES,
     KINDS,
     NAMES,
     PARTS,
@@ -35,12 +34,14 @@ from spct_ray.judge.rule import is_tied
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message, Trajectory
 
+FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge prefers, asked for or not
+
 
 @dataclass(frozen=True)
 class ProgramConfig:
     """`num_stated_weights` weigh stating 1, 2, ... principles. What a query names first is stated more often: each
     further requirement is `fading` times as likely as the one before. With probability `alien` a principle is not one
-    of the requirements, and then one of `data.builtin.FAVOURITES` with probability `favourite`. `finding_error` is the
+    of the requirements, and then one of FAVOURITES with probability `favourite`. `finding_error` is the
     probability that a finding is false (0 with a hint), `format_error` that a judgement breaks the format.
     """
 
@@ -177,7 +178,7 @@ def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]
     """HABITS of parsed judgements of built-in items: means per judgement, the last three as shares; None where there is
     nothing to count."""
     numbers: dict[str, list[float]] = {name: [] for name in HABITS}
-    stated_n, asked_n, alien_n, deciding_n, ties_n, true_n = numbers.values()
+    num_stated, num_asked, num_alien, names_all, is_tie, is_true = numbers.values()
     for item, t in judged:
         if t.failure:
             continue
@@ -186,18 +187,18 @@ def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]
         known = KINDS | {kind.name: kind for kind in required}
         stated = {name for name in _STATED.findall(head) if name in known}
         asked = {kind.name for kind in required}
-        stated_n.append(len(stated))
-        asked_n.append(len(stated & asked))
-        alien_n.append(len(stated - asked))
+        num_stated.append(len(stated))
+        num_asked.append(len(stated & asked))
+        num_alien.append(len(stated - asked))
         if len(item.responses) > 1:
             others = [text for i, text in enumerate(item.responses) if i != item.best]
             deciding = {kind.name for kind in required if not all(kind.check(text) for text in others)}
-            deciding_n.append(deciding <= stated)
-            ties_n.append(is_tied(t.scores))
+            names_all.append(deciding <= stated)
+            is_tie.append(is_tied(t.scores))
         parts = re.split(r"\[Response (\d+)\]", analysis)[1:]
         for place, text in zip(parts[::2], parts[1::2], strict=True):
             if 1 <= int(place) <= len(t.order):
                 response = item.responses[t.order[int(place) - 1]]
                 findings = [(known[name], answer) for name, answer in _FOUND.findall(text) if name in known]
-                true_n += [kind.check(response) == (answer == "yes") for kind, answer in findings]
+                is_true += [kind.check(response) == (answer == "yes") for kind, answer in findings]
     return {name: sum(values) / len(values) if values else None for name, values in numbers.items()}
