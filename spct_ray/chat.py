@@ -1,8 +1,7 @@
 """Chat messages to token ids: the one place, used by the engine and by the trainer, so that both see the same prompt.
 
 Text of messages can never turn into control tokens: where a message quotes one ("<|im_end|>"), it is encoded as
-ordinary characters; where a tokenizer would still read one, the messages are refused. Leaves out decoding, and loading
-of tokenizers (any transformers tokenizer fits).
+ordinary characters; where a tokenizer would still read one, the messages are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -19,7 +18,15 @@ from spct_ray.records import Message
 
 _MARK = "\U000f5bc7"  # private-use character that stands for the assistant's text while a template is examined
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_FIRST_STAND_IN = 0xF0000  # private-use characters that stand for quoted control tokens while a template is rendered
+_STAND_INS = range(0xF0000, 0xF2000)  # private-use characters for quoted control tokens while a template is rendered
+
+
+class _Template(NamedTuple):
+    """What a tokenizer with its chat template tells."""
+
+    special: dict[str, int]  # ids of the special tokens
+    control: dict[str, int]  # of these and of others that the template writes (say, "<think>")
+    end: int | None  # id of the special token that ends an assistant's turn
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -28,72 +35,82 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     Raises ConfigError when the tokenizer has no usable chat template, RequestError when the template refuses these
     messages (some know no system role) or a text is not Unicode (half of a surrogate pair).
     """
-    _check_template(tokenizer, _template(tokenizer))
-    return _encode(tokenizer, messages, generate=True)
-
-
-@functools.lru_cache(maxsize=8)  # tokenizers are told apart by identity; a template put into one later is examined anew
-def _check_template(tokenizer: Any, template: str) -> None:
-    _end_of_prompt(tokenizer)
+    control = _examine(tokenizer).control
+    for place, message in enumerate(messages):
+        if _SURROGATE.search(message.content):
+            raise RequestError(f"message {place}: a lone surrogate is no Unicode text; remove or replace it")
+    quoted = sorted({c for c in control for m in messages if c in m.content}, key=len, reverse=True)
+    everything = "".join(m.content for m in messages)
+    free = (chr(c) for c in _STAND_INS if chr(c) not in everything)
+    originals = dict(zip(free, quoted, strict=False))
+    hidden = []
+    for message in messages:
+        content = message.content
+        for stand_in, token in originals.items():
+            content = content.replace(token, stand_in)
+        hidden.append(Message(message.role, content))
+    text = _render(tokenizer, hidden, generate=True)
+    ids: list[int] = []
+    for piece in re.split(f"([{''.join(originals)}])", text) if originals else [text]:
+        if piece in originals:
+            ids += _encode_text(tokenizer, originals[piece], control)
+        else:
+            ids += _encode_raw(tokenizer, piece)
+    return _checked(tokenizer, ids, text, control)
 
 
 def encode_example(tokenizer: Any, messages: Sequence[Message], completion: str) -> tuple[list[int], int]:
     """Token ids of prompt + completion + end-of-turn token, and the prompt's length in tokens."""
     prompt = encode_prompt(tokenizer, messages)
-    return [*prompt, *_encode_text(tokenizer, completion, _special_tokens(tokenizer)), end_of_turn(tokenizer)], len(
-        prompt
-    )
+    written = _encode_text(tokenizer, completion, _examine(tokenizer).special)
+    return [*prompt, *written, end_of_turn(tokenizer)], len(prompt)
 
 
 def end_of_turn(tokenizer: Any) -> int:
     """Id of the token that ends an assistant's turn in the chat template (often, but not always, the EOS token)."""
-    return _end_of_turn(tokenizer, _template(tokenizer))
-
-
-@functools.lru_cache(maxsize=8)
-def _end_of_turn(tokenizer: Any, template: str) -> int:
-    _, _, tail = _end_of_prompt(tokenizer)
-    ids = tokenizer.encode(tail, add_special_tokens=False)
-    special = next((i for i in ids if i in _special_tokens(tokenizer).values()), tokenizer.eos_token_id)
-    if special is None:
+    end = _examine(tokenizer).end
+    end = tokenizer.eos_token_id if end is None else end
+    if end is None:
         raise ConfigError(f"{_name(tokenizer)}: no special token ends the assistant's turn; set an EOS token")
-    return int(special)
+    return int(end)
 
 
-def _encode(tokenizer: Any, messages: Sequence[Message], generate: bool) -> list[int]:
-    control = _control_tokens(tokenizer)
-    for place, message in enumerate(messages):
-        if _SURROGATE.search(message.content):
-            raise RequestError(f"message {place}: a lone surrogate is no Unicode text; remove or replace it")
-    quoted = sorted({c for c in control for m in messages if c in m.content}, key=len, reverse=True)
-    if not quoted:
-        text = _render(tokenizer, messages, generate)
-        return _checked(tokenizer, _encode_raw(tokenizer, text), text, control)
-    stand_ins = _stand_ins(quoted, "".join(m.content for m in messages))
-    hidden = []
-    for message in messages:
-        content = message.content
-        for token, stand_in in stand_ins.items():
-            content = content.replace(token, stand_in)
-        hidden.append(Message(message.role, content))
-    originals = {stand_in: token for token, stand_in in stand_ins.items()}
-    ids: list[int] = []
-    text = _render(tokenizer, hidden, generate)
-    for piece in re.split(f"([{''.join(originals)}])", text):
-        ids += (
-            _encode_text(tokenizer, originals[piece], control) if piece in originals else _encode_raw(tokenizer, piece)
+def _examine(tokenizer: Any) -> _Template:
+    """Raises ConfigError where there is no usable template. Of several templates, the one that is rendered."""
+    template = tokenizer.chat_template or ""
+    return _examined(tokenizer, template if isinstance(template, str) else str(tokenizer.get_chat_template()))
+
+
+@functools.lru_cache(maxsize=8)  # tokenizers are told apart by identity; a template put into one later is examined anew
+def _examined(tokenizer: Any, template: str) -> _Template:
+    if not template:
+        raise ConfigError(
+            f"{_name(tokenizer)} has no chat template: put a chat_template.jinja into the model directory "
+            "(base models have none; copy it from the instruction-tuned sibling)"
         )
-    return _checked(tokenizer, ids, text, control)
+    user, answer = Message("user", "a"), Message("assistant", _MARK)
+    prompt = _render(tokenizer, [user], generate=True)
+    head, mark, tail = _render(tokenizer, [user, answer], generate=False).partition(_MARK)
+    between = head.removeprefix(prompt)
+    if not mark or (between.strip() and prompt == _render(tokenizer, [user], generate=False)):
+        raise ConfigError(
+            f"{_name(tokenizer)}: the chat template ignores add_generation_prompt, so a prompt would not end where "
+            f"the assistant starts; add `{{% if add_generation_prompt %}}{between}{{% endif %}}` at its end"
+        )
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token.content: i for i, token in added if token.special}
+    written = {token.content: i for i, token in added if token.content.strip() and token.content in template}
+    after = [i for i in tokenizer.encode(tail, add_special_tokens=False) if i in special.values()]
+    return _Template(special, special | written, after[0] if after else None)
 
 
 def _encode_text(tokenizer: Any, text: str, control: Mapping[str, int]) -> list[int]:
     """Ids of plain text; tokens of `control` in it are cut after their first character, so none is recognised."""
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={_any_of(control)})", text)] if control else []
     ids: list[int] = []
-    start = 0
-    for match in re.finditer(f"(?={_any_of(control)})", text) if control else ():
-        ids += _encode_raw(tokenizer, text[start : match.start() + 1])
-        start = match.start() + 1
-    return _checked(tokenizer, ids + _encode_raw(tokenizer, text[start:]), "", control)
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        ids += _encode_raw(tokenizer, text[start:end])
+    return _checked(tokenizer, ids, "", control)
 
 
 def _checked(tokenizer: Any, ids: list[int], template: str, control: Mapping[str, int]) -> list[int]:
@@ -113,28 +130,6 @@ def _encode_raw(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
-@functools.lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens, and those that are not called so but that the chat template writes (say, "<think>")."""
-    return _tokens_of_template(tokenizer, _template(tokenizer))
-
-
-@functools.lru_cache(maxsize=8)
-def _tokens_of_template(tokenizer: Any, template: str) -> dict[str, int]:
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    written = {token: i for token, i in added.items() if token.strip() and token in template}
-    return _special_tokens(tokenizer) | written
-
-
-def _stand_ins(tokens: Sequence[str], text: str) -> dict[str, str]:
-    free = (chr(c) for c in range(_FIRST_STAND_IN, _FIRST_STAND_IN + 0x2000) if chr(c) not in text)
-    return dict(zip(tokens, free, strict=False))
-
-
 def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> str:
     turns = [{"role": m.role, "content": m.content} for m in messages]
     try:
@@ -142,31 +137,6 @@ def _render(tokenizer: Any, messages: Sequence[Message], generate: bool) -> str:
     except jinja2.TemplateError as error:
         roles = ", ".join(m.role for m in messages)
         raise RequestError(f"{_name(tokenizer)}: the chat template refuses turns ({roles}): {error}") from error
-
-
-def _template(tokenizer: Any) -> str:
-    """The chat template, "" for none; of several, the one that is rendered."""
-    template = tokenizer.chat_template or ""
-    return template if isinstance(template, str) else str(tokenizer.get_chat_template())
-
-
-def _end_of_prompt(tokenizer: Any) -> tuple[str, str, str]:
-    """(prompt, what the template puts between prompt and answer, what it puts after the answer), for a short chat."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{_name(tokenizer)} has no chat template: put a chat_template.jinja into the model directory "
-            "(base models have none; copy it from the instruction-tuned sibling)"
-        )
-    user, answer = Message("user", "a"), Message("assistant", _MARK)
-    prompt = _render(tokenizer, [user], generate=True)
-    head, found, tail = _render(tokenizer, [user, answer], generate=False).partition(_MARK)
-    between = head.removeprefix(prompt)
-    if not found or (between.strip() and prompt == _render(tokenizer, [user], generate=False)):
-        raise ConfigError(
-            f"{_name(tokenizer)}: the chat template ignores add_generation_prompt, so a prompt would not end where "
-            f"the assistant starts; add `{{% if add_generation_prompt %}}{between}{{% endif %}}` at its end"
-        )
-    return prompt, between, tail
 
 
 def _name(tokenizer: Any) -> str:

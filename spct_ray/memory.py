@@ -1,4 +1,4 @@
-"""Memory of this process that the C library keeps after it was freed."""
+"""Returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 
 
 def give_back_freed() -> None:
-    """Give free pages of the C heap back to the system, where it is glibc's.
+    """Return free pages of the C heap to the system, where it is glibc's.
 
-    It keeps them otherwise, in pieces that larger tensors do not fit into: activations beside the optimizer's state,
-    and holes between the kernels that oneDNN makes for each batch size, keeps by the thousand and drops again.
+    Otherwise glibc keeps them, in pieces too small for larger tensors: activations beside the optimizer's state, and
+    holes between the kernels that oneDNN compiles for each batch size and evicts again.
     """
     if (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         malloc_trim(0)

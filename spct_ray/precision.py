@@ -1,4 +1,4 @@
-"""Which arithmetic a machine is fast in. Leaves out casting, which trainer and engine do."""
+"""Picks the compute dtype."""
 
 from __future__ import annotations
 

@@ -48,11 +48,10 @@ class Message(Record):
 
 @dataclass(frozen=True, slots=True)
 class Item(Record):
-    """A query with n >= 1 responses and their ground-truth rewards.
+    """A query with n >= 1 responses and their ground-truth rewards, one per response; none where the truth is unknown.
 
     Example: Item("vif-17", (Message("user", "Name a prime."),), ("4", "7"), (0.0, 1.0), source="builtin").
-    `rewards` has one value a response (higher is better); it is empty where the truth is unknown (serving).
-    For n >= 2 exactly one maximum is required by the data stage; for n = 1 the reward is 1 (right) or 0 (wrong).
+    Training needs one highest reward; for n = 1 the reward is 1 (right) or 0 (wrong).
     """
 
     id: str
@@ -79,10 +78,10 @@ class Item(Record):
 
 @dataclass(frozen=True, slots=True)
 class Completion(Record):
-    """One generated continuation of one prompt. `logprobs` has one value a token id, or is empty when not asked for.
+    """One generated continuation of one prompt. `logprobs` has one value per token id, or is empty unless requested.
 
-    Ids are empty where the engine does not tell them (a remote endpoint); the two counts are always there. The ids
-    include the end-of-turn token when the completion stopped at it; `text` leaves control tokens out.
+    A remote endpoint gives no ids, only the two counts. The ids include the end-of-turn token when the completion
+    stopped at it; `text` has no control tokens.
     """
 
     text: str
@@ -97,10 +96,8 @@ class Completion(Record):
 
 @dataclass(frozen=True, slots=True)
 class Trajectory(Record):
-    """One judgement of one item: what was shown, what was written, what it came to.
-
-    `order[p]` is the index (in the item) of the response shown at place p. `scores` is in the item's own order, or
-    empty when `failure` names why there are none. `sample` counts from 0 among the item's samples of the same kind.
+    """One judgement of one item. `order[p]` is the index (in the item) of the response shown at place p; `scores` is in
+    the item's own order, or empty when `failure` says why; `sample` counts from 0 among the item's samples of a kind.
     """
 
     item_id: str
@@ -118,7 +115,7 @@ class Trajectory(Record):
     prompt_tokens: int
     completion_tokens: int
     stop_reason: StopReason
-    num_prompts: int = 1  # that it was made of; its tokens are their sums
+    num_prompts: int = 1  # prompts behind this judgement; token counts are summed
 
     @property
     def key(self) -> str:
@@ -140,7 +137,7 @@ class Verdict(Record):
     used: tuple[int, ...]
     num_samples: int
     failures: dict[str, int] = field(default_factory=dict)
-    logits: tuple[float, ...] = ()  # meta-RM logit a sample (NaN for an unparsable one); empty without meta RM
+    logits: tuple[float, ...] = ()  # meta-RM logit per sample (NaN for an unparsable one); empty without meta RM
     weights: tuple[float, ...] = ()  # of the used samples, 1 on average; empty where all count the same
 
     @property

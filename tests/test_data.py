@@ -44,7 +44,7 @@ SHAPES: list[tuple[str, dict[str, Any], Item]] = [
         Item("s:a", ASKED, ("4", "7"), (0.0, 1.0), "s", "x", "7", principles="Primality (100%)"),
     ),
     (
-        "hh",
+        "chosen_rejected",
         {
             "chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Name a prime.\n\nAssistant: 7\n\nor 11",
             "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Name a prime.\n\nAssistant: 4",
@@ -127,11 +127,13 @@ def test_shapes_are_detected_and_read(tmp_path: Path, shape: str, row: dict[str,
 ROWS = [own(id=str(i), rewards=[i, 7.5]) for i in range(3)]
 
 
-def test_gzip_and_parquet_give_the_same_items(tmp_path: Path) -> None:
+def test_every_format_gives_the_same_items(tmp_path: Path) -> None:
     expected, _ = read(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    for name in ("a.jsonl.gz", "a.parquet"):
+    (tmp_path / "array.json").write_text(json.dumps(ROWS))
+    (tmp_path / "lines.json").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    for name in ("a.jsonl.gz", "a.parquet", "array.json", "lines.json"):
         assert read_source(SourceConfig("s", str(tmp_path / name)), Limits())[0] == expected
     assert read_source(SourceConfig("s", str(tmp_path / "a.parquet"), limit=2), Limits())[0] == expected[:2]
 
@@ -302,7 +304,7 @@ ITEMS = st.builds(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(items=st.lists(ITEMS, max_size=5))
 def test_items_survive_the_disk(tmp_path_factory: pytest.TempPathFactory, items: list[Item]) -> None:
     path = tmp_path_factory.mktemp("items") / "items.parquet"

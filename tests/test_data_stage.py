@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from spct_ray.config import load
 from spct_ray.data.builtin import BuiltinConfig
-from spct_ray.data.clean import decontaminate, query_text, split_heldout
-from spct_ray.data.sources import BenchmarkSource, SourceConfig
+from spct_ray.data.sources import SourceConfig
 from spct_ray.data.store import judged_files, read_items
+from spct_ray.data.validate import decontaminate, query_text, split_heldout
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item, Message
@@ -117,7 +117,7 @@ def test_the_stage_accounts_for_every_item_and_keeps_the_benchmark_out(tmp_path:
     config = ItemsConfig(
         builtin=BuiltinConfig(40, 10),
         sources=(SourceConfig("mine", write_rows(tmp_path / "mine.jsonl", rows)),),
-        benchmarks=(BenchmarkSource("b1", write_rows(tmp_path / "b1.jsonl", [row(0, f"Please {leaked}!")])),),
+        benchmarks=(SourceConfig("b1", write_rows(tmp_path / "b1.jsonl", [row(0, f"Please {leaked}!")])),),
         heldout_share=0.2,
         heldout_size=15,
     )
@@ -199,7 +199,7 @@ def test_unseen_sets_are_of_other_sizes_beside_some_held_out_items(tmp_path: Pat
     ("config", "error", "message"),
     [
         (ItemsConfig(sources=(SourceConfig("builtin", "x"),)), ConfigError, "'builtin' is taken"),
-        (ItemsConfig(benchmarks=(BenchmarkSource("a/b", "x"),)), ConfigError, "'a/b'"),
+        (ItemsConfig(benchmarks=(SourceConfig("a/b", "x"),)), ConfigError, "'a/b'"),
         (ItemsConfig(heldout_share=1.0), ConfigError, "heldout_share"),
         (ItemsConfig(decontaminate_words=0), ConfigError, "decontaminate_words"),
         (ItemsConfig(builtin=None), DataError, "no training item is left"),
@@ -221,5 +221,5 @@ def test_the_configuration_loads_from_yaml(tmp_path: Path) -> None:
     config = load(ItemsConfig, str(tmp_path / "c.yaml"), ["heldout_share=0.5"])
     assert config.builtin == BuiltinConfig(10, num_responses=(2,), num_responses_weights=(1.0,))
     assert config.sources == (SourceConfig("hh", "Anthropic/hh-rlhf", kind="hub", data_dir="helpful-base", limit=5),)
-    assert config.benchmarks == (BenchmarkSource("b", "b.jsonl"),)
+    assert config.benchmarks == (SourceConfig("b", "b.jsonl"),)
     assert config.heldout_share == 0.5

@@ -19,8 +19,7 @@ from tiny import make_tiny_model
 from spct_ray.cluster.sampling import read_trajectories
 from spct_ray.config import load, to_plain
 from spct_ray.data.builtin import BuiltinConfig, generate, requirements_of
-from spct_ray.data.habits import habits
-from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises
+from spct_ray.data.program import ProgramConfig, ProgramJudge, exercises, habits
 from spct_ray.data.store import read_items
 from spct_ray.errors import ConfigError
 from spct_ray.evaluation.benchmarks import parse_spec
@@ -166,7 +165,7 @@ def test_a_kind_whose_words_would_not_tell_is_refused(
     outside: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
 ) -> None:
     name = f"kind_{abs(hash(code))}"
-    (outside / f"{name}.py").write_text(f"from spct_ray.data.kinds import Kind\n{code}\n")
+    (outside / f"{name}.py").write_text(f"from spct_ray.data.builtin import Kind\n{code}\n")
     with pytest.raises(ConfigError, match=message):
         generate(BuiltinConfig(1, 1, kinds=(f"{name}:X",)), 1)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tiny_tokenizer
 
@@ -68,9 +68,13 @@ def make_item(number: int, num_responses: int = 2, words: int = 1) -> Item:
     return Item(f"item-{number}", (Message("user", "Name a prime. " * words),), responses, rewards)
 
 
+TOKENIZER = make_tiny_tokenizer()
+
+
+@settings(max_examples=20)
 @given(st.integers(1, 30), st.integers(0, 3))
 def test_parity_is_checked_where_the_items_differ(num_items: int, seed: int) -> None:
-    tokenizer, judge = make_tiny_tokenizer(), JudgeConfig()
+    tokenizer, judge = TOKENIZER, JudgeConfig()
     items = [
         Item(f"item-{i}", (Message("user", f"Tell me of {i * 7919} " + "in words " * i),), ("yes", "no"), (0.0, 1.0))
         for i in range(num_items)

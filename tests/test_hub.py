@@ -122,6 +122,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow  # importing datasets takes seconds
 def test_a_benchmark_is_read_by_its_hub_id(hub: str, tmp_path: Path) -> None:
     # A process of its own, for the library reads its settings when it is imported.
     settings = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}

@@ -12,7 +12,7 @@ from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import RequestError
 from spct_ray.judge.judge import JudgeTask, to_trajectory
-from spct_ray.judge.orders import balanced_orders, to_item_order
+from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.judge.prompt import JudgeConfig, guide, judge_messages, meta_messages, scale_of
 from spct_ray.judge.rule import is_correct, reward, select
@@ -126,12 +126,6 @@ def test_orders_show_each_response_in_each_place_equally_often(num, samples, see
 def test_orders_use_every_order_once_in_each_full_round(num, rounds, seed):
     orders = balanced_orders(num, rounds * math.factorial(num), seed)
     assert all(orders.count(order) == rounds for order in itertools.permutations(range(num)))
-
-
-@given(st.permutations(range(5)))
-def test_item_order_undoes_the_shuffle(order):
-    shown = [f"score of {index}" for index in order]
-    assert to_item_order(shown, order) == tuple(f"score of {index}" for index in range(5))
 
 
 # --- votes

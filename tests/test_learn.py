@@ -128,6 +128,7 @@ def test_meta_scores_do_not_depend_on_batching(tiny: str, tmp_path: Path) -> Non
     assert tokenizer.decode(ids[prompt_length:]) == "Analysis: good good <|im_end|>"
 
 
+@pytest.mark.slow  # compiles
 def test_a_meta_rm_is_warm_when_it_is_ready(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With attention through the function that CUDA compiles: no vote waits for it, whatever its rows hold."""
     load_model(tiny, "scalar", torch.bfloat16, on_gpu=False).save_pretrained(tmp_path)

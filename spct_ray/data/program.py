@@ -4,29 +4,44 @@ It states some of the query's requirements as principles, and sometimes others. 
 deciding word whether that meets a principle, and scores by the share that is met. It makes mistakes on purpose, at
 configured rates, in its principles, its findings and its format, so that rejection has work to do. `exercises` are the
 general instructions of the cold start: given principles, applied without mistakes. Other data have no checkers.
+`habits` are read back from judgements in this format, whoever wrote them.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from spct_ray.data.builtin import FAVOURITES, SOURCE, query, random_sentence, requirements_of
-from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, kinds_of, render, sentence_of
+from spct_ray.data.builtin import (
+    KINDS,
+    NAMES,
+    PARTS,
+    SOURCE,
+    Kind,
+    kinds_of,
+    query,
+    random_sentence,
+    render,
+    requirements_of,
+    sentence_of,
+)
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, judge_messages, scale_of
+from spct_ray.judge.rule import is_tied
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message, Trajectory
+
+FAVOURITES = ("a feeling", "an exclamation mark")  # what a careless judge prefers, asked for or not
 
 
 @dataclass(frozen=True)
 class ProgramConfig:
     """`num_stated_weights` weigh stating 1, 2, ... principles. What a query names first is stated more often: each
     further requirement is `fading` times as likely as the one before. With probability `alien` a principle is not one
-    of the requirements, and then one of `data.builtin.FAVOURITES` with probability `favourite`. `finding_error` is the
+    of the requirements, and then one of FAVOURITES with probability `favourite`. `finding_error` is the
     probability that a finding is false (0 with a hint), `format_error` that a judgement breaks the format.
     """
 
@@ -145,3 +160,45 @@ def _break_format(text: str, rng: random.Random) -> str:
             f"{head}\\boxed{{{', '.join(['11', *numbers[1:]])}}}",
         ]
     )
+
+
+HABITS = (
+    "principles stated",
+    "of them asked for",
+    "of them not asked for",
+    "names all that decides (n >= 2)",
+    "ties (n >= 2)",
+    "findings that are true",
+)
+_STATED = re.compile(r" ([a-z ]+) \(\d+%\);")
+_FOUND = re.compile(r" \(([a-z ]+): (yes|no)\)")
+
+
+def habits(judged: Iterable[tuple[Item, Trajectory]]) -> dict[str, float | None]:
+    """HABITS of parsed judgements of built-in items: means per judgement, the last three as shares; None where there is
+    nothing to count."""
+    numbers: dict[str, list[float]] = {name: [] for name in HABITS}
+    num_stated, num_asked, num_alien, names_all, is_tie, is_true = numbers.values()
+    for item, t in judged:
+        if t.failure:
+            continue
+        head, _, analysis = t.text.partition("Analysis:")
+        required = requirements_of(item)
+        known = KINDS | {kind.name: kind for kind in required}
+        stated = {name for name in _STATED.findall(head) if name in known}
+        asked = {kind.name for kind in required}
+        num_stated.append(len(stated))
+        num_asked.append(len(stated & asked))
+        num_alien.append(len(stated - asked))
+        if len(item.responses) > 1:
+            others = [text for i, text in enumerate(item.responses) if i != item.best]
+            deciding = {kind.name for kind in required if not all(kind.check(text) for text in others)}
+            names_all.append(deciding <= stated)
+            is_tie.append(is_tied(t.scores))
+        parts = re.split(r"\[Response (\d+)\]", analysis)[1:]
+        for place, text in zip(parts[::2], parts[1::2], strict=True):
+            if 1 <= int(place) <= len(t.order):
+                response = item.responses[t.order[int(place) - 1]]
+                findings = [(known[name], answer) for name, answer in _FOUND.findall(text) if name in known]
+                is_true += [kind.check(response) == (answer == "yes") for kind, answer in findings]
+    return {name: sum(values) / len(values) if values else None for name, values in numbers.items()}

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from spct_ray.data.validate import Problem
 from spct_ray.errors import DataError
 from spct_ray.records import Item, Message
 
-Shape = Literal["own", "hh", "helpsteer2", "ultrafeedback", "chosen_rejected"]
+Shape = Literal["own", "chosen_rejected", "helpsteer2", "ultrafeedback"]
 Row = Mapping[str, Any]
 
 STRENGTHS = {1: "slightly better", 2: "better", 3: "much better"}  # HelpSteer2's own words for |preference_strength|
@@ -31,27 +32,21 @@ class UnusableRow(Exception):
 
 def detect_shape(row: Row, where: str) -> Shape:
     """The shape that matches the row's columns. Raises DataError."""
-    columns = set(row)
-    if {"messages", "responses"} <= columns:
-        return "own"
-    if {"prompt", "response_1", "response_2", "preference_strength"} <= columns:
-        return "helpsteer2"
-    if {"instruction", "completions"} <= columns:
-        return "ultrafeedback"
-    if {"chosen", "rejected"} <= columns:
-        dialogue = isinstance(row["chosen"], str) and not row.get("prompt")
-        return "hh" if dialogue else "chosen_rejected"
+    for shape, (columns, _) in _SHAPES.items():
+        if columns <= set(row):
+            return shape
+    known = "; ".join(f"{shape} ({', '.join(sorted(columns))})" for shape, (columns, _) in _SHAPES.items())
     raise DataError(
-        f"{where}: columns {', '.join(sorted(map(str, columns)))} fit no known shape. Known are own (messages, "
-        "responses, rewards), hh (chosen, rejected as dialogue text), helpsteer2 (prompt, response_1, response_2, "
-        "preference_strength), ultrafeedback (instruction, completions), chosen_rejected (chosen, rejected as "
-        "messages, or as text with prompt). Rename the columns, or write the rows in the own shape"
+        f"{where}: columns {', '.join(sorted(map(str, row)))} fit no known shape. Known are {known}. Rename the "
+        "columns, or write the rows in the own shape (messages, responses, rewards)"
     )
 
 
 def to_item(row: Row, shape: Shape, item_id: str, source: str, where: str) -> Item:
-    """The row as an Item with this id. Raises DataError (malformed, names `where`) and UnusableRow."""
-    return _READERS[shape](Cells(row, shape, where), item_id, source)
+    """The row as an Item with this id; `source` is its source unless the row names one. Raises DataError (malformed,
+    names `where`) and UnusableRow."""
+    item = _SHAPES[shape][1](Cells(row, shape, where))
+    return replace(item, id=item_id, source=item.source or source)
 
 
 class Cells:
@@ -78,9 +73,8 @@ class Cells:
     def texts(self, column: str) -> list[str]:
         """A list of texts, or a single text."""
         value = self.get(column)
-        return [
-            self.as_text(text, column) for text in ([value] if isinstance(value, str) else self.as_list(value, column))
-        ]
+        texts = [value] if isinstance(value, str) else self.as_list(value, column)
+        return [self.as_text(text, column) for text in texts]
 
     def prompt(self, column: str) -> tuple[Message, ...]:
         """A conversation, or the text of one user message."""
@@ -112,87 +106,64 @@ class Cells:
         return tuple(messages)
 
 
-def _own(cells: Cells, item_id: str, source: str) -> Item:
+def _own(cells: Cells) -> Item:
     return Item(
-        id=item_id,
+        "",
         messages=cells.as_messages(cells.get("messages"), "messages"),
         responses=tuple(cells.as_text(r, "responses") for r in cells.as_list(cells.get("responses"), "responses")),
         rewards=tuple(cells.as_number(r, "rewards") for r in cells.as_list(cells.get("rewards"), "rewards")),
-        source=cells.optional("source", source),
-        subset=cells.optional("subset"),
-        reference=cells.optional("reference"),
-        strength=cells.optional("strength"),
-        facts=cells.optional("facts"),
-        principles=cells.optional("principles"),
+        **{c: cells.optional(c) for c in ("source", "subset", "reference", "strength", "facts", "principles")},
     )
 
 
-def _dialogue(cells: Cells, column: str) -> tuple[tuple[Message, ...], str]:
-    """An HH dialogue: all turns but the last, and the last, which is the assistant's."""
+def _chosen_rejected(cells: Cells) -> Item:
+    """Chosen first; its position gives nothing away, because the sampler shuffles the responses."""
+    prompt = cells.prompt("prompt") if cells.row.get("prompt") else ()
+    (messages, chosen), (other, rejected) = (_side(cells, column, prompt) for column in ("chosen", "rejected"))
+    if messages != other:
+        raise UnusableRow(Problem.PROMPTS_DIFFER)
+    return Item("", messages, (chosen, rejected), (1.0, 0.0))
+
+
+def _side(cells: Cells, column: str, prompt: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
+    """(conversation, response) of one side: the response alone, messages that end with it, or such a dialogue as text
+    (hh-rlhf). Some sets repeat the prompt in the messages, others do not."""
+    value = cells.get(column)
+    if isinstance(value, str) and prompt:
+        return prompt, value
+    turns = _dialogue(cells, column) if isinstance(value, str) else cells.as_messages(value, column)
+    if not turns or turns[-1].role != "assistant":
+        raise UnusableRow(Problem.NO_RESPONSES)
+    return turns[:-1] or prompt, turns[-1].content
+
+
+def _dialogue(cells: Cells, column: str) -> tuple[Message, ...]:
     _, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", cells.text(column))
     if not pieces:
-        raise cells.error(f"{column!r} has no '\\n\\nHuman:' turn")
-    turns = [(role, content.strip()) for role, content in zip(pieces[::2], pieces[1::2], strict=True)]
-    if turns[-1][0] != "Assistant":
-        raise UnusableRow(Problem.NO_RESPONSES)
-    messages = tuple(Message("user" if role == "Human" else "assistant", content) for role, content in turns[:-1])
-    return messages, turns[-1][1]
+        raise cells.error(f"{column!r} has no '\\n\\nHuman:' turn, and there is no 'prompt' that it answers")
+    return _turns(zip(pieces[::2], map(str.strip, pieces[1::2]), strict=True))
 
 
-def _hh(cells: Cells, item_id: str, source: str) -> Item:
-    (messages, chosen), (other, rejected) = _dialogue(cells, "chosen"), _dialogue(cells, "rejected")
-    if messages != other:
-        raise UnusableRow(Problem.PROMPTS_DIFFER)
-    return _pair(item_id, source, messages, chosen, rejected)
+def _turns(pairs: Iterable[tuple[str, str]]) -> tuple[Message, ...]:
+    return tuple(Message("assistant" if role == "Assistant" else "user", text) for role, text in pairs)
 
 
-def _chosen_rejected(cells: Cells, item_id: str, source: str) -> Item:
-    given = cells.prompt("prompt") if cells.row.get("prompt") else ()
-    sides = []
-    for column in ("chosen", "rejected"):
-        value = cells.get(column)
-        if isinstance(value, str):
-            if not given:
-                raise cells.error(f"{column!r} is text but there is no 'prompt'")
-            sides.append((given, value))
-            continue
-        turns = cells.as_messages(value, column)
-        if not turns or turns[-1].role != "assistant":
-            raise UnusableRow(Problem.NO_RESPONSES)
-        # Some sets repeat the prompt in the message lists, others give the answer alone.
-        sides.append((turns[:-1] or given, turns[-1].content))
-    (messages, chosen), (other, rejected) = sides
-    if messages != other:
-        raise UnusableRow(Problem.PROMPTS_DIFFER)
-    return _pair(item_id, source, messages, chosen, rejected)
-
-
-def _pair(item_id: str, source: str, messages: tuple[Message, ...], chosen: str, rejected: str) -> Item:
-    """Chosen first; its position gives nothing away, because the sampler shuffles the responses."""
-    return Item(item_id, messages, (chosen, rejected), (1.0, 0.0), source=source)
-
-
-def _helpsteer2(cells: Cells, item_id: str, source: str) -> Item:
+def _helpsteer2(cells: Cells) -> Item:
     """preference_strength is -3..3: below 0 response 1 is better, above 0 response 2, and 0 is a tie."""
     strength = cells.as_number(cells.get("preference_strength"), "preference_strength")
     if strength not in range(-3, 4):
         raise cells.error(f"'preference_strength' must be one of -3..3, found {strength}")
-    first, *pieces = re.split(r"\n?<extra_id_1>(User|Assistant)\n", cells.text("prompt"))  # later turns are marked
-    later = zip(pieces[::2], pieces[1::2], strict=True)
+    pieces = ["User", *re.split(r"\n?<extra_id_1>(User|Assistant)\n", cells.text("prompt"))]  # later turns are marked
     return Item(
-        id=item_id,
-        messages=(
-            Message("user", first),
-            *(Message("user" if role == "User" else "assistant", text) for role, text in later),
-        ),
+        "",
+        messages=_turns(zip(pieces[::2], pieces[1::2], strict=True)),
         responses=(cells.text("response_1"), cells.text("response_2")),
         rewards=(max(-strength, 0.0), max(strength, 0.0)),
-        source=source,
         strength=STRENGTHS.get(int(abs(strength)), ""),
     )
 
 
-def _ultrafeedback(cells: Cells, item_id: str, source: str) -> Item:
+def _ultrafeedback(cells: Cells) -> Item:
     responses, rewards = [], []
     for completion in cells.as_list(cells.get("completions"), "completions"):
         if not isinstance(completion, Mapping) or "response" not in completion:
@@ -200,7 +171,7 @@ def _ultrafeedback(cells: Cells, item_id: str, source: str) -> Item:
         responses.append(cells.as_text(completion["response"], "completions.response"))
         rewards.append(_rating(completion, cells))
     messages = (Message("user", cells.text("instruction")),)
-    return Item(item_id, messages, tuple(responses), tuple(rewards), source=source, subset=cells.optional("source"))
+    return Item("", messages, tuple(responses), tuple(rewards), subset=cells.optional("source"))
 
 
 def _rating(completion: Mapping[str, Any], cells: Cells) -> float:
@@ -216,10 +187,9 @@ def _rating(completion: Mapping[str, Any], cells: Cells) -> float:
     raise cells.error("a completion has neither 'annotations' with ratings nor an overall 'rating'")
 
 
-_READERS: dict[Shape, Callable[[Cells, str, str], Item]] = {
-    "own": _own,
-    "hh": _hh,
-    "helpsteer2": _helpsteer2,
-    "ultrafeedback": _ultrafeedback,
-    "chosen_rejected": _chosen_rejected,
+_SHAPES: dict[Shape, tuple[set[str], Callable[[Cells], Item]]] = {  # the columns that tell a shape, and its reader
+    "own": ({"messages", "responses"}, _own),
+    "helpsteer2": ({"prompt", "response_1", "response_2", "preference_strength"}, _helpsteer2),
+    "ultrafeedback": ({"instruction", "completions"}, _ultrafeedback),
+    "chosen_rejected": ({"chosen", "rejected"}, _chosen_rejected),
 }

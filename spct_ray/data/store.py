@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,40 +13,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spct_ray.errors import DataError
+from spct_ray.files import replacing
 from spct_ray.records import Item
 
 # Given, not inferred: a column that is empty in every row must keep its type.
-ITEM_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("responses", pa.list_(pa.string())),
-        ("rewards", pa.list_(pa.float64())),
-        ("source", pa.string()),
-        ("subset", pa.string()),
-        ("reference", pa.string()),
-        ("strength", pa.string()),
-        ("facts", pa.string()),
-        ("principles", pa.string()),
-    ]
-)
+_TYPES = {
+    "messages": pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])),
+    "responses": pa.list_(pa.string()),
+    "rewards": pa.list_(pa.float64()),
+}
+ITEM_SCHEMA = pa.schema([(field.name, _TYPES.get(field.name, pa.string())) for field in dataclasses.fields(Item)])
 
 
 def write_rows(path: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None) -> None:
     """Write `rows` to the Parquet file `path`, replacing it in one move. Without a schema it is taken from the rows."""
-    partial = f"{path}.partial"
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), partial)
 
 
 def write_items(path: str, items: Sequence[Item]) -> str:
     """Write `items` to the Parquet file `path`, as `write_rows`. Returns a digest of the items."""
     rows = [item.to_row() for item in items]
     write_rows(path, rows, ITEM_SCHEMA)
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()
+    return hashlib.blake2b(
+        "".join(json.dumps(row, sort_keys=True) for row in rows).encode(), digest_size=16
+    ).hexdigest()
 
 
 def read_items(path: str) -> list[Item]:
@@ -61,7 +52,5 @@ def read_items(path: str) -> list[Item]:
 def judged_files(directory: str) -> dict[str, Path]:
     """The item files of a finished step that judges are measured on: "heldout", where there is one, and each benchmark
     by its name."""
-    heldout = Path(directory, "heldout.parquet")
-    benchmarks = sorted(Path(directory).glob("bench_*.parquet"))
-    named = {file.stem.removeprefix("bench_"): file for file in benchmarks}
-    return ({"heldout": heldout} if heldout.exists() else {}) | named
+    files = [*Path(directory).glob("heldout.parquet"), *sorted(Path(directory).glob("bench_*.parquet"))]
+    return {file.stem.removeprefix("bench_"): file for file in files}

@@ -262,7 +262,7 @@ def transfer(meta: Mapping[str, Any], blocks: Mapping[str, Any]) -> Table:
 
 
 def habits(by_judge: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """The habits of each judge, one per row (`spct_ray.data.habits`)."""
+    """The habits of each judge, one per row (`spct_ray.data.program`)."""
     names = next(iter(by_judge.values()), {})
     rows = [
         (name, *("-" if (value := own[name]) is None else f"{value:.2f}" for own in by_judge.values()))

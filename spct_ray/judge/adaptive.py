@@ -84,19 +84,16 @@ def is_settled(
     weights = weights_K or [1] * len(scores_KN)
     sums = [sum(w * s for w, s in zip(weights, column, strict=True)) for column in zip(*scores_KN, strict=True)]
     best = sums.index(max(sums))
-    if len(sums) == 1:
-        middle = (scale.low + scale.high) / 2
-        above = sums[0] > middle * sum(weights)
-        leads = [[w * (s - middle if above else middle - s) for w, (s,) in zip(weights, scores_KN, strict=True)]]
+    middle = (scale.low + scale.high) / 2
+    differences: list[list[float]]
+    if len(sums) > 1:
+        differences = [[s[best] - s[i] for s in scores_KN] for i in range(len(sums)) if i != best]
+    elif sums[0] > middle * sum(weights):
+        differences = [[s - middle for (s,) in scores_KN]]
     else:
-        leads = [
-            [w * (s[best] - s[i]) for w, s in zip(weights, scores_KN, strict=True)]
-            for i in range(len(sums))
-            if i != best
-        ]
-    most = (
-        math.inf if weights_K else scale.high - scale.low
-    )  # by which one sample changes a lead; weights are unbounded
+        differences = [[middle - s for (s,) in scores_KN]]
+    leads = [[w * d for w, d in zip(weights, lead, strict=True)] for lead in differences]
+    most = math.inf if weights_K else scale.high - scale.low  # that one sample adds to a lead; weights are unbounded
     return sum(_chance_to_draw_level(lead, num_more, most) for lead in leads) <= error
 
 

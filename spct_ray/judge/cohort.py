@@ -35,11 +35,6 @@ def chunks(num_responses: int, max_chunk: int) -> list[tuple[int, ...]]:
     return [(*range(num_anchors), *rest[c::num_chunks]) for c in range(num_chunks)]
 
 
-def smaller(size: int) -> int:
-    """The chunk size to try after chunks of `size` did not fit: about twice as many chunks."""
-    return size - 1 if size <= 4 else math.ceil(size / 2) + 1
-
-
 def merge(parts: Sequence[tuple[int, ...]], means: Sequence[Sequence[float] | None]) -> list[float]:
     """One score per response from each chunk's mean scores (in the chunk's order; None for a chunk without a verdict).
 
@@ -82,7 +77,8 @@ async def judge_in_chunks(
         results = await gather_or_cancel(map(one, parts))
         if len(parts[0]) <= 2 or not any(isinstance(result, TooLongError) for result in results):
             return parts, results
-        size = smaller(len(parts[0]))
+        size = len(parts[0])
+        size = size - 1 if size <= 4 else math.ceil(size / 2) + 1  # about twice as many chunks
 
 
 async def score_cohort(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from spct_ray.judge.cohort import merge
-from spct_ray.judge.orders import to_item_order
 from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.judge.prompt import JudgeConfig, mode_of, scale_of
 from spct_ray.judge.seeds import derive_seed
@@ -39,11 +38,12 @@ def to_trajectory(
     """Parse a judgement's text and put its scores into the item's order. Fields that only an engine knows (tokens,
     weight version) are 0."""
     num = len(task.order)
-    read, thinks = mode_of(num, config).read, config.thinking_tokens > 0
+    thinks = config.thinking_tokens > 0
     if thinks and "</think>" in text and not text.lstrip().startswith("<think>"):
         text = "<think>" + text  # the opening tag was in the prompt
-    parsed = parse_scores(text, num, scale_of(num, config), stop_reason, read, thinks)
-    failure, scores = (str(parsed), ()) if isinstance(parsed, Failure) else ("", to_item_order(parsed, task.order))
+    parsed = parse_scores(text, num, scale_of(num, config), stop_reason, mode_of(num, config).read, thinks)
+    failure = str(parsed) if isinstance(parsed, Failure) else ""
+    scores = () if isinstance(parsed, Failure) else tuple(parsed[task.order.index(i)] for i in range(num))
     return Trajectory(
         item_id=task.item.id,
         sample=task.sample,
@@ -89,19 +89,16 @@ def joined(task: JudgeTask, parts: Sequence[tuple[int, ...]], judged: Sequence[T
         return judged[0]
     failed = next((one for one in judged if one.failure), None)
     scores = [0] * len(task.order)
-    if not failed:
-        for part, one in zip(parts, judged, strict=True):
-            for i, score in zip(part, one.scores, strict=True):
-                scores[i] += score
+    for part, one in zip(parts, judged, strict=True):
+        for i, score in zip(part, one.scores, strict=not one.failure):
+            scores[i] += score
     shown = ("; ".join(f"response {i + 1}" for i in part) for part in parts)
     return replace(
-        judged[0],
+        failed or judged[0],
         order=task.order,
         seed=task.seed,
         text="\n\n".join(f"({words})\n{one.text}" for words, one in zip(shown, judged, strict=True)),
         scores=() if failed else tuple(scores),
-        failure=failed.failure if failed else "",
-        stop_reason=(failed or judged[0]).stop_reason,
         prompt_tokens=sum(one.prompt_tokens for one in judged),
         completion_tokens=sum(one.completion_tokens for one in judged),
         num_prompts=len(parts),

@@ -7,39 +7,26 @@ mode. Modes that compare responses rate a single one in the prompt of "list".
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from spct_ray.judge.parse import Reader, read_best, read_scores, read_verdict
 
 ModeName = Literal["list", "single", "pairwise", "best", "reference", "principles", "query_principles", "no_principles"]
-Parts = Callable[[Sequence[int]], list[tuple[int, ...]]]
-
-
-def _together(order: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(order)]
-
-
-def _alone(order: Sequence[int]) -> list[tuple[int, ...]]:
-    return [(i,) for i in order]
-
-
-def _pairs(order: Sequence[int]) -> list[tuple[int, ...]]:
-    return list(itertools.combinations(order, 2))
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
     """One way to judge n >= 2 responses.
 
-    `parts` splits the order of the responses into prompts; a response's score is the sum over its prompts. `needs` is
+    Every `per_prompt` responses share a prompt (0: all do); a response's score is the sum over its prompts. `needs` is
     the field of an item that must not be empty. With `writes_principles` the judge first writes them from the query
     alone; with empty `criteria` it neither states nor is shown any. `task`, `how` and `answer` replace parts of the
     full prompt (None: as in "list"), `short` the first line of the compact one.
     """
 
-    parts: Parts = _together
+    per_prompt: int = 0
     read: Reader = read_scores
     needs: Literal["", "reference", "principles"] = ""
     writes_principles: bool = False
@@ -50,6 +37,10 @@ class Mode:
     answer: str | None = None
     short: str | None = None
 
+    def parts(self, order: Sequence[int]) -> list[tuple[int, ...]]:
+        """The responses of each prompt, in the order in which they are shown."""
+        return list(itertools.combinations(order, self.per_prompt or len(order)))
+
     @property
     def compares(self) -> bool:
         """Whether it needs at least two responses."""
@@ -58,7 +49,7 @@ class Mode:
     @property
     def rates_together(self) -> bool:
         """Whether all responses are in one prompt and each gets a score, so that many may be judged in chunks."""
-        return self.parts is _together and not self.compares
+        return not self.per_prompt and not self.compares
 
     @property
     def is_trainable(self) -> bool:
@@ -71,9 +62,9 @@ _GIVEN = "those of the given principles that matter here, each with its weight"
 
 MODES: dict[ModeName, Mode] = {
     "list": Mode(),
-    "single": Mode(parts=_alone),
+    "single": Mode(per_prompt=1),
     "pairwise": Mode(
-        parts=_pairs,
+        per_prompt=2,
         read=read_verdict,
         task="say which of the two responses is better.",
         how="Before you decide, analyse step by step, as strictly as you can; their order does not count."

@@ -38,8 +38,6 @@ class Scale:
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 _BOX = re.compile(r"[\s*]*\\boxed\{")
-
-
 Reader = Callable[[str, int, Scale], "tuple[int, ...] | Failure"]  # (inside of the box, N, scale) -> scores [N]
 
 

@@ -28,7 +28,7 @@ class PrinciplesCache:
 
     def __init__(self, write: Write, config: JudgeConfig, size: int) -> None:
         self._write, self._config, self._size = write, config, size
-        self._tasks: OrderedDict[tuple[Message, ...], asyncio.Task[Completion]] = OrderedDict()  # least recent first
+        self._tasks: OrderedDict[tuple[Message, ...], asyncio.Future[Completion]] = OrderedDict()  # least recent first
         self._newest_version = 0
 
     async def of(self, messages: Sequence[Message]) -> Principles:
@@ -42,7 +42,7 @@ class PrinciplesCache:
         task = self._tasks.get(key)
         is_cached = task is not None and self._is_usable(task)
         if task is None or not is_cached:
-            task = self._tasks[key] = asyncio.ensure_future(self._completion(key))
+            task = self._tasks[key] = asyncio.ensure_future(self._write(key))
         self._tasks.move_to_end(key)
         if len(self._tasks) > self._size:
             self._tasks.popitem(last=False)
@@ -54,11 +54,7 @@ class PrinciplesCache:
         """Tell the cache that a judgement came from this version of the judge."""
         self._newest_version = max(self._newest_version, weight_version)
 
-    async def _completion(self, messages: tuple[Message, ...]) -> Completion:
-        return await self._write(messages)
-
-    def _is_usable(self, task: asyncio.Task[Completion]) -> bool:
+    def _is_usable(self, task: asyncio.Future[Completion]) -> bool:
         if not task.done():
             return True
-        has_failed = task.cancelled() or task.exception() is not None
-        return not has_failed and task.result().weight_version >= self._newest_version
+        return not (task.cancelled() or task.exception()) and task.result().weight_version >= self._newest_version

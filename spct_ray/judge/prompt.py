@@ -44,9 +44,9 @@ class JudgeConfig:
         return self.max_tokens + self.thinking_tokens
 
 
-_TEMPLATES = Environment(
+_FULL = Environment(
     loader=PackageLoader("spct_ray.judge", "."), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-)
+).get_template("full.j2")
 _ASK_PRINCIPLES = """You are a skilled expert at scoring responses. State the principles by which responses to the \
 query below should be scored: only such as matter for this query, each with its weight. Do not answer the query.
 
@@ -93,13 +93,27 @@ def judge_messages(item: Item, order: Sequence[int], config: JudgeConfig, hint: 
     sampling only, never for training targets.
     """
     num = len(order)
-    check_items([item], config)
-    shown = [item.responses[i] for i in order]
-    text = _compact(item, shown, config) if config.template == "compact" else _full(item, shown, config)
-    if hint:
-        text = text.rstrip("\n") + "\n" + _hint(item, order) + "\n"
     assert num == len(item.responses), f"{item.id}: an order of {num} places for {len(item.responses)} responses"
-    return (Message("user", text),)
+    check_items([item], config)
+    shown, mode, scale = [item.responses[i] for i in order], mode_of(num, config), scale_of(num, config)
+    principles = item.principles if mode.criteria else ""
+    if config.template == "compact":
+        ask = mode.short.format(num=num) if mode.short else f"Score {scale.low}-{scale.high}."
+        text = _compact(ask, item.messages, shown, Principles=principles, Reference=item.reference)
+    else:
+        box = "x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1))
+        text = _FULL.render(
+            mode=mode,
+            scale=scale,
+            binary=num == 1 and scale.high == 1,
+            task=mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num),
+            conversation=conversation(item.messages),
+            principles=_inert(principles),
+            reference=_inert(item.reference),
+            responses=[_inert(response) for response in shown],
+            answer=mode.answer or f"Scores: \\boxed{{{box}}}",
+        )
+    return (Message("user", text + (_hint(item, order) + "\n" if hint else "")),)
 
 
 def principles_messages(messages: Sequence[Message], config: JudgeConfig) -> tuple[Message, ...]:
@@ -109,7 +123,7 @@ def principles_messages(messages: Sequence[Message], config: JudgeConfig) -> tup
     as always.
     """
     if config.template == "compact":
-        return (Message("user", f"Score 1-10.\nQuery: {_query(messages)}\n"),)
+        return (Message("user", _compact("Score 1-10.", messages)),)
     return (Message("user", _ASK_PRINCIPLES.format(conversation=conversation(messages))),)
 
 
@@ -120,31 +134,12 @@ def _hint(item: Item, order: Sequence[int]) -> str:
     return f"The best response is: Response {list(order).index(item.best) + 1}{strength}"
 
 
-def _full(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
-    num, scale, mode = len(shown), scale_of(len(shown), config), mode_of(len(shown), config)
-    box = "x" if num == 1 else ", ".join(f"x{p}" for p in range(1, num + 1))
-    return _TEMPLATES.get_template("full.j2").render(
-        mode=mode,
-        scale=scale,
-        binary=num == 1 and scale.high == 1,
-        task=mode.task.format(each="the response" if num == 1 else f"each of the {num} responses", num=num),
-        conversation=conversation(item.messages),
-        principles=mode.criteria and _inert(item.principles),
-        reference=_inert(item.reference),
-        responses=[_inert(text) for text in shown],
-        answer=mode.answer or f"Scores: \\boxed{{{box}}}",
-    )
-
-
-def _compact(item: Item, shown: Sequence[str], config: JudgeConfig) -> str:
-    scale, mode = scale_of(len(shown), config), mode_of(len(shown), config)
-    ask = mode.short.format(num=len(shown)) if mode.short else f"Score {scale.low}-{scale.high}."
-    parts = [ask, f"Query: {_query(item.messages)}"]
-    if item.principles and mode.criteria:
-        parts.append(f"Principles: {_inert_turn(item.principles)}")
-    if item.reference:
-        parts.append(f"Reference: {_inert_turn(item.reference)}")
-    return "\n".join([*parts, _marked(shown)]) + "\n"
+def _compact(ask: str, messages: Sequence[Message], shown: Sequence[str] = (), **given: str) -> str:
+    """What is asked, the query, what is given with it, and the responses between their markers."""
+    query = _inert_turn(messages[0].content) if len(messages) == 1 else conversation(messages)
+    lines = [ask, f"Query: {query}", *(f"{name}: {_inert_turn(text)}" for name, text in given.items() if text)]
+    lines += [f"[Response {p}]\n{_inert(text)}\n[End {p}]" for p, text in enumerate(shown, 1)]
+    return "\n".join(lines) + "\n"
 
 
 def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> str | Failure:
@@ -165,14 +160,6 @@ def read_principles(text: str, stop_reason: StopReason, config: JudgeConfig) -> 
 def conversation(messages: Sequence[Message]) -> str:
     """A conversation as text, with a label before each turn."""
     return "\n\n".join(f"{m.role.capitalize()}: {_inert_turn(m.content)}" for m in messages)
-
-
-def _query(messages: Sequence[Message]) -> str:
-    return _inert_turn(messages[0].content) if len(messages) == 1 else conversation(messages)
-
-
-def _marked(shown: Sequence[str]) -> str:
-    return "\n".join(f"[Response {p}]\n{_inert(text)}\n[End {p}]" for p, text in enumerate(shown, 1))
 
 
 _FRAME = re.compile(
@@ -216,6 +203,5 @@ def guide(num_responses: int, config: JudgeConfig) -> str:
 def meta_messages(item: Item, order: Sequence[int], judgement: str) -> tuple[Message, ...]:
     """The meta RM's conversation: query and responses as the judge saw them, and the judgement, without any thought
     before it, as the answer."""
-    shown = _marked([item.responses[i] for i in order])
-    ask = f"Please score the responses.\nQuery: {_query(item.messages)}\n{shown}\n"
+    ask = _compact("Please score the responses.", item.messages, [item.responses[i] for i in order])
     return (Message("user", ask), Message("assistant", after_thinking(judgement) or ""))

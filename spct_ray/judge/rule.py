@@ -66,14 +66,8 @@ def select(item: Item, trajectories: Sequence[Trajectory], reject_easy: bool = T
     too_easy = reject_easy and bool(unhinted) and all(correct[t.key] for t in unhinted)
     accepted = []
     for t in trajectories:
-        kind = "hinted" if t.hinted else "unhinted"
-        if t.failure:
-            counts[f"{kind}_{t.failure}"] += 1
-        elif not correct[t.key]:
-            counts[f"{kind}_incorrect"] += 1
-        elif too_easy:
-            counts[f"{kind}_too_easy"] += 1
-        else:
-            counts[f"{kind}_accepted"] += 1
+        reason = t.failure or ("incorrect" if not correct[t.key] else "too_easy" if too_easy else "accepted")
+        counts[f"{'hinted' if t.hinted else 'unhinted'}_{reason}"] += 1
+        if reason == "accepted":
             accepted.append(t)
     return Selection(tuple(accepted), dict(counts))

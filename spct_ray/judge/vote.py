@@ -58,13 +58,13 @@ def vote(
             keep = max(1, len(trajectories) // 2) if k_meta is None else k_meta
             usable = sorted(sorted(usable, key=lambda k: -logits[k])[:keep])
     scores_KN = [trajectories[k].scores for k in usable]
-    sums: tuple[float, ...] = (
-        tuple(sum(scores[i] for scores in scores_KN) for i in range(num_responses)) if usable else ()
-    )
+    sums: tuple[float, ...] = ()
     if weights:
         sums = tuple((np.array(weights) @ np.array(scores_KN)).round(9).tolist())  # rounded, so that equal sums tie
+    elif usable:
+        sums = tuple(sum(scores[i] for scores in scores_KN) for i in range(num_responses))
     failures = Counter(t.failure for t in trajectories if t.failure)
-    return Verdict(item_id, tuple(sums), tuple(usable), len(trajectories), dict(failures), tuple(logits), weights)
+    return Verdict(item_id, sums, tuple(usable), len(trajectories), dict(failures), tuple(logits), weights)
 
 
 def decide(verdict: Verdict, seed: int) -> int | None:

@@ -39,8 +39,8 @@ class BenchmarksResources:
 @stage(version=3)
 def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
     """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.evaluation.benchmarks`."""
-    from spct_ray.data.clean import decontaminate
     from spct_ray.data.store import read_items, write_items
+    from spct_ray.data.validate import decontaminate
     from spct_ray.evaluation.benchmarks import find, read_benchmark
     from spct_ray.evaluation.benchmarks.benchmark import layout
     from spct_ray.evaluation.judgements import facts_of

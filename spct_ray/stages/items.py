@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spct_ray.data.builtin import BuiltinConfig, generate
-from spct_ray.data.clean import decontaminate, split_heldout
-from spct_ray.data.sources import BenchmarkSource, Dropped, SourceConfig, read_source
-from spct_ray.data.validate import Limits, Problem
+from spct_ray.data.sources import Dropped, SourceConfig, read_source
+from spct_ray.data.validate import Limits, Problem, decontaminate, split_heldout
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
@@ -29,11 +28,12 @@ NAME = re.compile(r"[A-Za-z0-9_-]+")
 @dataclass(frozen=True)
 class ItemsConfig:
     """Which data, and how it is cut. `builtin: null` leaves the built-in set out; it brings its own held-out items.
-    Of all other sources `heldout_share` of the queries is held out, at most `heldout_size` items of them."""
+    Of all other sources `heldout_share` of the queries is held out, at most `heldout_size` items of them. `benchmarks`
+    are never trained on, and training queries are checked against them."""
 
     builtin: BuiltinConfig | None = field(default_factory=BuiltinConfig)
     sources: tuple[SourceConfig, ...] = ()
-    benchmarks: tuple[BenchmarkSource, ...] = ()
+    benchmarks: tuple[SourceConfig, ...] = ()
     heldout_share: float = 0.05
     heldout_size: int = 2000
     limits: Limits = field(default_factory=Limits)
@@ -54,8 +54,7 @@ def run(context: StepContext, config: ItemsConfig, _: None) -> dict[str, Any]:
         read += items
     benchmarks: dict[str, list[Item]] = {}
     for bench in config.benchmarks:
-        source = SourceConfig(bench.name, bench.path, shape="own")
-        benchmarks[bench.name], dropped[bench.name] = read_source(source, config.limits)
+        benchmarks[bench.name], dropped[bench.name] = read_source(bench, config.limits)
 
     train, heldout = split_heldout(read, config.heldout_share, context.seed)
     for item in heldout[config.heldout_size :]:

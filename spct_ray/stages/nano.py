@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spct_ray.config import UNLESS_DEFAULT
-from spct_ray.data.kinds import KINDS, NAMES, kinds_at
+from spct_ray.data.builtin import KINDS, NAMES, kinds_at
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 

@@ -236,7 +236,7 @@ def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]
 def _habits(tasks: Mapping[str, Task], judged: Mapping[str, Judged]) -> dict[str, float | None]:
     """Of judgements of built-in items; empty where there are none that parsed."""
     from spct_ray.data.builtin import SOURCE
-    from spct_ray.data.habits import habits
+    from spct_ray.data.program import habits
 
     items = {item.id: item for item in tasks["heldout"].items if item.source == SOURCE and item.facts}
     made = judged["heldout"].trajectories
