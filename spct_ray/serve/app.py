@@ -194,15 +194,15 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
 
 def _placed(config: ServeConfig) -> ServeConfig:
     """The configuration with a number for each model's GPUs."""
-    where = config.resources
-    asked = {"judge": where.judge.num_gpus} | ({"meta": where.meta.num_gpus} if config.meta_model else {})
-    open_ = [name for name, num in asked.items() if num is None]
-    if open_ and not ray.is_initialized():
-        raise ConfigError(
-            f"resources.{open_[0]}.num_gpus must be a number here (0 on CPUs): the application is made before Ray is "
-            "connected, so nobody knows whether it has GPUs"
-        )
-    return replace(config, resources=where.on(session.nodes())) if open_ else config
+    if ray.is_initialized():
+        return replace(config, resources=config.resources.on(session.nodes()))
+    for name in ("judge", "meta") if config.meta_model else ("judge",):
+        if getattr(config.resources, name).num_gpus is None:
+            raise ConfigError(
+                f"resources.{name}.num_gpus must be a number here (0 on CPUs): the application is made before Ray is "
+                "connected, so nobody knows whether it has GPUs"
+            )
+    return config
 
 
 def update_weights(directory: str) -> Weights:

@@ -71,9 +71,9 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
     }
     router = APIRouter(route_class=Guarded, responses=errors)
     router.post("/v1/judge", response_model=schema.JudgeAnswer)(service.judge)
-    router.post("/v1/judge/batch", response_model=schema.BatchAnswer)(service.judge_batch)
-    router.post("/v1/rerank", response_model=schema.RerankAnswer, response_model_exclude_none=True)(service.rerank)
-    router.post("/v1/reward", response_model=schema.RewardAnswer)(service.reward)
+    router.post("/v1/judge/batch")(service.judge_batch)
+    router.post("/v1/rerank", response_model_exclude_none=True)(service.rerank)
+    router.post("/v1/reward")(service.reward)
     app.include_router(router)
 
     @app.get("/v1/models", dependencies=[Depends(service.check_key)])
@@ -150,7 +150,7 @@ class _Service:
             return StreamingResponse(self._events(body), media_type="text/event-stream")
         return await self._gateway.answer(body)
 
-    async def judge_batch(self, body: schema.BatchRequest, request: Request) -> Any:
+    async def judge_batch(self, body: schema.BatchRequest, request: Request) -> schema.BatchAnswer:
         """Verdicts on many queries, each with an outcome of its own."""
 
         async def one(single: schema.JudgeRequest) -> schema.BatchResult:
@@ -163,7 +163,7 @@ class _Service:
         await self._charge(request, *((single.k, 1) for single in body.requests))
         return schema.BatchAnswer(results=await gather_or_cancel(map(one, body.requests)))
 
-    async def rerank(self, body: schema.RerankRequest, request: Request) -> Any:
+    async def rerank(self, body: schema.RerankRequest, request: Request) -> schema.RerankAnswer:
         """Documents, best first, in the format of Jina's and Cohere's rerankers."""
         texts = body.documents
         await self._charge(request, (body.k, len(texts)))
@@ -188,7 +188,7 @@ class _Service:
             meta={"failed": failed},
         )
 
-    async def reward(self, body: schema.RewardRequest, request: Request) -> Any:
+    async def reward(self, body: schema.RewardRequest, request: Request) -> schema.RewardAnswer:
         """Rewards of completions, in the format of OpenRLHF's remote reward models."""
         labels = [label if isinstance(label, str) else "" for label in body.labels or [""] * len(body.prompts)]
         keys = list(zip(body.prompts, labels, strict=True))
