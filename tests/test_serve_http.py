@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,15 +185,20 @@ class CountingEngine(SilentEngine):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_cancels_the_engines_work(stream):
+    """A stream sees the client disconnect; any other request is cancelled by the server, as Ray Serve does."""
     engine = CountingEngine(refuse)
     body = json.dumps({**OK, "k": 3, "stream": stream}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
+    app = app_of(engine)
+
+    async def until_asked():
+        while not getattr(engine, "given", []):
+            await asyncio.sleep(0)
 
     async def receive():
         if messages:
             return messages.pop()
-        while not getattr(engine, "given", []):
-            await asyncio.sleep(0)
+        await until_asked()
         return {"type": "http.disconnect"}
 
     async def send(message):
@@ -200,9 +206,19 @@ def test_a_client_that_goes_away_cancels_the_engines_work(stream):
 
     scope = {"type": "http", "asgi": {"version": "3.0"}, "method": "POST", "path": "/v1/judge", "headers": [],
              "query_string": b"", "http_version": "1.1", "scheme": "http", "raw_path": b"/v1/judge"}  # fmt: skip
-    asyncio.run(app_of(engine)(scope, receive, send))
+
+    async def scenario():
+        work = asyncio.create_task(app(scope, receive, send))
+        await until_asked()
+        if not stream:
+            work.cancel()
+        await asyncio.wait({work})
+
+    asyncio.run(scenario())
     assert len(engine.given) == 3
     assert all(future.cancelled() for future in engine.given)
+    status = 200 if stream else 499
+    assert f'status="{status}"}} 1.0' in TestClient(app).get("/metrics").text
 
 
 def test_a_judge_that_is_too_slow_is_no_longer_worked_for():

@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.deployment import ServeConfig
-from spct_ray.serve.gateway import Gateway, Plan
-from spct_ray.serve.schema import MAX_SEED, JudgeAnswer
+from spct_ray.serve.gateway import Gateway
+from spct_ray.serve.schema import MAX_SEED, JudgeAnswer, JudgeRequest, MessageIn
 
 OWN, GENERATED, CACHED, GIVEN = "own", "generated", "cached", "given"
 NUM_ALONE = 10  # items that are judged one by one, for the time of a request that nothing else delays
@@ -105,12 +105,18 @@ async def measure(
 
 async def _judge(gateway: Gateway, items: Sequence[Item], way: str, k: int, number: int, width: int) -> Pass:
     async def one(item: Item) -> JudgeAnswer | None:
-        shown = replace(item, principles=rubric(item) if way == GIVEN else "")
         seed = derive_seed(SEED, item.id, number) % MAX_SEED  # the same orders and sampling seeds in each way
-        plan = Plan(k=k, seed=seed, auto_principles=way in (GENERATED, CACHED))
+        request = JudgeRequest(
+            messages=[MessageIn(role=m.role, content=m.content) for m in item.messages],
+            responses=list(item.responses),
+            k=k,
+            seed=seed,
+            reference=item.reference,
+            principles=rubric(item) if way == GIVEN else "" if way == OWN else "auto",
+        )
         try:
             async with gateway.parts:
-                return await gateway.verdict(shown, plan)
+                return await gateway.answer(request)
         except RequestError:
             return None
 

@@ -17,10 +17,13 @@ PROXY_READY_TIMEOUT_S = 60  # of Ray Serve's HTTP proxy. Serve's own 5 s are too
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # steps report progress themselves
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node",  # as many as there are actors
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve their neighbours on shared cores
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(PROXY_READY_TIMEOUT_S),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # else a process that asks for no GPU sees, and takes, the first one
 }
+for _name, _value in ENVIRONMENT.items():  # now, because Ray reads some of it when it is imported
+    os.environ.setdefault(_name, _value)
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,10 @@ def start(resources: ClusterResources) -> Iterator[None]:
     there is no Ray at the address.
     """
     address = os.environ.get("RAY_ADDRESS") or resources.address
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     if not address:  # the network port of a local Ray is this machine's own; Ray would ask its children for a token
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-    import ray  # after the environment is set; and `spct plan` imports this file, but never Ray
+    import ray  # here, because `spct plan` imports this file, but never Ray
 
     if ray.is_initialized():
         yield

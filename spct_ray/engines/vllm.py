@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,10 @@ os.environ["VLLM_NO_USAGE_STATS"] = os.environ["DO_NOT_TRACK"] = "1"
 os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # it would close all log handlers: Serve's then keep each record for ever
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a shared machine
+# What follows warns of things that no user can change: a CPU without Triton, its own NUMA binding, and a deprecation.
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
 
 import torch
 import vllm
@@ -50,7 +55,6 @@ from spct_ray.memory import give_back_freed
 from spct_ray.precision import resolve
 from spct_ray.records import Completion
 
-logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
 _logger = logging.getLogger(__name__)
 _MAX_SEED = 2**62  # vLLM adds the sample's number to the seed, and the sum must fit 63 bits
 _TRIM_PERIOD_S = 30.0

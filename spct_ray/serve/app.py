@@ -57,10 +57,6 @@ class JudgeReplica(LocalJudge):
         os._exit(1)
 
 
-class MetaReplica(LocalMeta):
-    """One meta RM, loaded from `config.meta_model`."""
-
-
 class GatewayReplica:
     """The HTTP ingress: validation, seeds, fan-out, vote."""
 
@@ -78,11 +74,11 @@ class GatewayReplica:
         return build_app(self._gateway, self._ledger, self._is_ready)
 
     async def _is_ready(self) -> bool:
-        return self._gateway.config.resources.judge.min_replicas == 0 or await judge_is_ready()
-
-
-class LedgerReplica(LocalLedger):
-    """What several gateways count together; always one replica."""
+        """Whether a judge replica runs, by Serve's own record, so that a long queue does not look like a death."""
+        if self._gateway.config.resources.judge.min_replicas == 0:
+            return True
+        status = await asyncio.to_thread(serve.status)
+        return bool(status.applications[APP_NAME].deployments[JUDGE].replica_states.get("RUNNING", 0))
 
 
 class _RemoteJudge:
@@ -93,36 +89,28 @@ class _RemoteJudge:
         """All tasks, which are of one item, on one replica, where they share the cached prompt; those that are not done
         when it dies are sent again, up to `MAX_ATTEMPTS` times in all."""
         item = tasks[0].item
-        session = derive_seed(*(m.content for m in item.messages), *sorted(item.responses))
-        handle = self._handle.options(stream=True, session_id=str(session))
+        session_id = str(derive_seed(*(m.content for m in item.messages), *sorted(item.responses)))
+        handle = self._handle.options(stream=True, session_id=session_id)
         missing = {task.sample: task for task in tasks}
         for attempts_left in reversed(range(MAX_ATTEMPTS)):
             response = _as_own_request(handle.judge, list(missing.values()))
-            try:
-                with _translated("judge"):
+            with _translated("judge", attempts_left):
+                try:
                     async for batch in response:
                         for trajectory in batch:
                             del missing[trajectory.sample]
                         yield batch
-                return
-            except _ReplicaDied:
-                if not attempts_left:
+                    return
+                except (GeneratorExit, asyncio.CancelledError):  # nobody waits for the rest
+                    response.cancel()
                     raise
-            except (GeneratorExit, asyncio.CancelledError):  # nobody waits for the rest
-                response.cancel()
-                raise
 
     async def principles(self, messages: Sequence[Message]) -> Completion:
         """As `judge`, for one text."""
-        attempts_left = MAX_ATTEMPTS
-        while True:
-            attempts_left -= 1
-            try:
-                with _translated("judge"):
-                    return await _as_own_request(self._handle.principles, tuple(messages))  # type: ignore[no-any-return]
-            except _ReplicaDied:
-                if not attempts_left:
-                    raise
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            with _translated("judge", attempts_left):
+                return await _as_own_request(self._handle.principles, tuple(messages))  # type: ignore[no-any-return]
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _as_own_request(method: Any, *arguments: Any) -> Any:
@@ -159,34 +147,24 @@ class _RemoteLedger:
             return await self._handle.exposition.remote()  # type: ignore[no-any-return]
 
 
-class _ReplicaDied(EngineError):
-    """The replica died with the request in it; the work can be done again elsewhere."""
-
-
 @contextlib.contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """Turns the errors of a call to a deployment into ours."""
+def _translated(name: str, attempts_left: int = 0) -> Iterator[None]:
+    """Turns the errors of a call to a deployment into ours. The death of a replica, whose work can be done again
+    elsewhere, passes while attempts are left."""
     try:
         yield
-    except RayTaskError as error:
-        if isinstance(error.cause, RequestError):
-            raise error.cause from None
-        if isinstance(error.cause, BackPressureError):
-            raise EngineError(f"the {name}'s queue is full: {error.cause.message}") from error
-        raise
-    except BackPressureError as error:
-        raise EngineError(f"the {name}'s queue is full: {error.message}") from error
-    except DeploymentUnavailableError as error:
-        raise EngineError(f"the {name} is not available: {error.message}") from error
     except RayActorError as error:
-        raise _ReplicaDied(f"a replica of the {name} died: {error}") from error
-
-
-async def judge_is_ready() -> bool:
-    """Whether a judge replica runs, by Serve's own record, so that a long queue does not look like a death."""
-    status = await asyncio.to_thread(serve.status)
-    replicas = status.applications[APP_NAME].deployments[JUDGE].replica_states
-    return bool(replicas.get("RUNNING", 0))
+        if not attempts_left:
+            raise EngineError(f"a replica of the {name} died: {error}") from error
+    except (RayTaskError, BackPressureError, DeploymentUnavailableError) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RequestError):
+            raise cause from None
+        if isinstance(cause, BackPressureError):
+            raise EngineError(f"the {name}'s queue is full: {cause.message}") from error
+        if isinstance(cause, DeploymentUnavailableError):
+            raise EngineError(f"the {name} is not available: {cause.message}") from error
+        raise
 
 
 def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica, weights: Weights = OWN) -> Any:
@@ -205,26 +183,26 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
     )
     meta = None
     if config.meta_model:
-        meta = _deployment(META, MetaReplica, resources.meta, version).bind(config.meta_model)
+        meta = _deployment(META, LocalMeta, resources.meta, version).bind(config.meta_model)
     ledger = None
-    if resources.gateway.max_replicas > 1:
+    if resources.gateway.max_replicas > 1:  # they count together, in one replica
         one = ReplicaConfig(max_ongoing_requests=256, max_queued_requests=-1, num_cpus=0, num_gpus=0)
-        ledger = _deployment(LEDGER, LedgerReplica, one, version).bind(config.name, config.judgements_per_minute)
+        ledger = _deployment(LEDGER, LocalLedger, one, version).bind(config.name, config.judgements_per_minute)
     gateway = _deployment(GATEWAY, serve.ingress()(GatewayReplica), resources.gateway, version)
     return gateway.bind(config, judge.bind(config), meta, ledger)
 
 
 def _placed(config: ServeConfig) -> ServeConfig:
     """The configuration with a number for each model's GPUs."""
-    where = config.resources
-    asked = {"judge": where.judge.num_gpus} | ({"meta": where.meta.num_gpus} if config.meta_model else {})
-    open_ = [name for name, num in asked.items() if num is None]
-    if open_ and not ray.is_initialized():
-        raise ConfigError(
-            f"resources.{open_[0]}.num_gpus must be a number here (0 on CPUs): the application is made before Ray is "
-            "connected, so nobody knows whether it has GPUs"
-        )
-    return replace(config, resources=where.on(session.nodes())) if open_ else config
+    if ray.is_initialized():
+        return replace(config, resources=config.resources.on(session.nodes()))
+    for name in ("judge", "meta") if config.meta_model else ("judge",):
+        if getattr(config.resources, name).num_gpus is None:
+            raise ConfigError(
+                f"resources.{name}.num_gpus must be a number here (0 on CPUs): the application is made before Ray is "
+                "connected, so nobody knows whether it has GPUs"
+            )
+    return config
 
 
 def update_weights(directory: str) -> Weights:

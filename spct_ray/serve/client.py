@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from httpx_retries import Retry, RetryTransport
-from httpx_sse import EventSource, ServerSentEvent, aconnect_sse, connect_sse
+from httpx_sse import ServerSentEvent, aconnect_sse, connect_sse
 from pydantic import BaseModel, ValidationError
 
 from spct_ray.errors import SpctError
@@ -36,13 +37,12 @@ class Options(TypedDict, total=False):
 class ServerError(SpctError):
     """The server refused or failed: HTTP status, type of the error and the server's message."""
 
-    def __init__(self, status: int, kind: str, message: str) -> None:
-        super().__init__(f"HTTP {status} ({kind}): {message}")
-        self.status = status
-        self.kind = kind
+    def __init__(self, status: int, fault: Fault) -> None:
+        super().__init__(f"HTTP {status} ({fault.type}): {fault.message}")
+        self.status, self.kind = status, fault.type
 
 
-class JudgeClient:
+class JudgeClient(AbstractContextManager["JudgeClient"]):
     """`with JudgeClient("http://127.0.0.1:8000") as client: client.judge(messages, responses, k=8).winner`.
 
     Calls retry when the server is busy (429, 502, 503, 504; waiting as `Retry-After` says) or the connection is lost,
@@ -70,19 +70,17 @@ class JudgeClient:
         with connect_sse(self._http, "POST", "/v1/judge", json=body) as source:
             if source.response.status_code != 200:
                 source.response.read()
-            yield from map(_event, _checked(source).iter_sse())
+                _read(source.response, ErrorAnswer)
+            yield from map(_event, source.iter_sse())
 
     def close(self) -> None:
         self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-class AsyncJudgeClient:
+class AsyncJudgeClient(AbstractAsyncContextManager["AsyncJudgeClient"]):
     """Like JudgeClient, for `async with`; one client may have any number of concurrent calls in one event loop."""
 
     def __init__(self, base_url: str, api_key: str = "", timeout_s: float = 150.0, max_attempts: int = 4) -> None:
@@ -109,14 +107,12 @@ class AsyncJudgeClient:
         async with aconnect_sse(self._http, "POST", "/v1/judge", json=body) as source:
             if source.response.status_code != 200:
                 await source.response.aread()
-            async for event in _checked(source).aiter_sse():
+                _read(source.response, ErrorAnswer)
+            async for event in source.aiter_sse():
                 yield _event(event)
 
     async def aclose(self) -> None:
         await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.aclose()
@@ -164,20 +160,11 @@ def _read(reply: httpx.Response, answer: type[Answer]) -> Answer:
         fault = ErrorAnswer.model_validate_json(reply.content).error
     except ValidationError:  # from a proxy in front of the gateway
         fault = Fault(type="http", message=reply.text)
-    raise ServerError(reply.status_code, fault.type, fault.message)
-
-
-def _checked(source: EventSource) -> EventSource:
-    if source.response.status_code != 200:
-        _read(source.response, ErrorAnswer)
-    return source
+    raise ServerError(reply.status_code, fault)
 
 
 def _event(event: ServerSentEvent) -> Tally | JudgeAnswer:
     """The content of a server-sent event. Raises ServerError for an `error` event."""
-    if event.event == "sample":
-        return Tally.model_validate_json(event.data)
-    if event.event == "verdict":
-        return JudgeAnswer.model_validate_json(event.data)
-    fault = Fault.model_validate_json(event.data)
-    raise ServerError(200, fault.type, fault.message)
+    if event.event == "error":
+        raise ServerError(200, Fault.model_validate_json(event.data))
+    return (Tally if event.event == "sample" else JudgeAnswer).model_validate_json(event.data)

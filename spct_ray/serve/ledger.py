@@ -44,16 +44,11 @@ class RateLimited(SpctError):
 
 
 class Ledger(Protocol):
-    """In the gateway's process (`LocalLedger`), or in a replica of its own where there are several gateways."""
+    """A LocalLedger, in the gateway's process or in a replica of its own where there are several gateways."""
 
-    def record(self, events: Sequence[Event]) -> None:
-        """Count events."""
-
-    async def take(self, client: str, judgements: int) -> int:
-        """Charge a client for judgements and return 0, or return the seconds it has to wait and charge nothing."""
-
-    async def exposition(self) -> bytes:
-        """All counts in Prometheus' text format."""
+    def record(self, events: Sequence[Event]) -> None: ...
+    async def take(self, client: str, judgements: int) -> int: ...
+    async def exposition(self) -> bytes: ...
 
 
 class LocalLedger:
@@ -77,12 +72,14 @@ class LocalLedger:
         }
 
     def record(self, events: Sequence[Event]) -> None:
+        """Count events."""
         for name, labels, amount in events:
             metric = self._metrics[name]
             child = metric.labels(*labels) if labels else metric
             child.observe(amount) if isinstance(child, Histogram) else child.inc(amount)
 
     async def take(self, client: str, judgements: int) -> int:
+        """Charge a client for judgements and return 0, or return the seconds it has to wait and charge nothing."""
         if not self._per_minute:
             return 0
         now, seconds_each = self._clock(), 60 / self._per_minute
@@ -94,6 +91,7 @@ class LocalLedger:
         return math.ceil(wait_s) if wait_s > 1e-6 else 0  # who waits as told must not fail by rounding
 
     async def exposition(self) -> bytes:
+        """All counts in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

@@ -42,12 +42,12 @@ async def cohort_rewards(
     Raises ServerError where no request could succeed (wrong key, wrong address, options that the schema refuses).
     """
     room = asyncio.Semaphore(MAX_UNDER_WAY)
+    shown = [text if text.strip() else _BLANK for text in completions]
 
     async def score(cohort: Cohort, indices: list[int]) -> list[float]:
         messages, reference = cohort
 
         async def judge(part: tuple[int, ...]) -> Sequence[float] | None:
-            shown = [completions[indices[place]] for place in part]
             own = Options(**options)
             if reference:
                 own["reference"] = reference
@@ -55,7 +55,7 @@ async def cohort_rewards(
                 own["seed"] = derive_seed(own["seed"], *part) % MAX_SEED
             try:
                 async with room:
-                    answer = await client.judge(messages, [text if text.strip() else _BLANK for text in shown], **own)
+                    return (await client.judge(messages, [shown[indices[i]] for i in part], **own)).mean_scores
             except httpx.TransportError:
                 return None
             except ServerError as error:
@@ -64,7 +64,6 @@ async def cohort_rewards(
                 if error.status in (401, 404, 405) or error.kind == "invalid_request":
                     raise  # misconfigured: no request would ever succeed
                 return None
-            return answer.mean_scores
 
         try:
             return await score_cohort(len(indices), max_cohort, judge)

@@ -1,7 +1,8 @@
 """The HTTP routes of a Gateway, for any ASGI server. Judging is in gateway.py, Ray in app.py.
 
 Every error is JSON of one shape: {"error": {"type": ..., "message": ..., "details": [{"path": ..., "message": ...}]}}.
-A client that disconnects cancels the work on its request. Texts of requests are never logged.
+Work on a request ends when the server cancels it, as Ray Serve does when the client disconnects. Texts of requests are
+never logged.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from starlette.exceptions import HTTPException
 
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError, TooLongError
 from spct_ray.judge.cohort import chunks, gather_or_cancel, score_groups
-from spct_ray.records import Item, Message
 from spct_ray.serve import schema
-from spct_ray.serve.gateway import Gateway, Plan
+from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.ledger import CONTENT_TYPE, Ledger, RateLimited, verdict_events
 from spct_ray.serve.schema import Fault, InvalidRequest
 
@@ -58,25 +58,22 @@ _FAULTS: dict[type[Exception], tuple[int, str, str]] = {  # the first that fits:
 def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awaitable[bool]]) -> FastAPI:
     """The routes. Raises ConfigError when the API key's environment variable is not set."""
     config, service = gateway.config, _Service(gateway, ledger)
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": schema.ErrorAnswer, "description": meaning} for status, _, meaning in _FAULTS.values()
-    }
     app = FastAPI(title="spct-ray", description=f"Verdicts of the judge {config.name!r}.")
 
     class Guarded(APIRoute):
-        """Checks key and size before FastAPI reads the body; counts; cancels the work when the client disconnects."""
+        """Checks key and size before FastAPI reads the body, and counts."""
 
         def get_route_handler(self) -> Work:
             return partial(service.guard, self.path, super().get_route_handler())
 
-    router = APIRouter(route_class=Guarded)
-    for path, handler, answer in (
-        ("/v1/judge", service.judge, schema.JudgeAnswer),
-        ("/v1/judge/batch", service.judge_batch, schema.BatchAnswer),
-        ("/v1/rerank", service.rerank, schema.RerankAnswer),
-        ("/v1/reward", service.reward, schema.RewardAnswer),
-    ):
-        router.add_api_route(path, handler, methods=["POST"], response_model=answer, responses=errors)
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": schema.ErrorAnswer, "description": meaning} for status, _, meaning in _FAULTS.values()
+    }
+    router = APIRouter(route_class=Guarded, responses=errors)
+    router.post("/v1/judge", response_model=schema.JudgeAnswer)(service.judge)
+    router.post("/v1/judge/batch")(service.judge_batch)
+    router.post("/v1/rerank", response_model_exclude_none=True)(service.rerank)
+    router.post("/v1/reward")(service.reward)
     app.include_router(router)
 
     @app.get("/v1/models", dependencies=[Depends(service.check_key)])
@@ -91,20 +88,17 @@ def build_app(gateway: Gateway, ledger: Ledger, judge_is_ready: Callable[[], Awa
 
     @app.get("/readyz")
     async def readyz() -> Any:
-        if await judge_is_ready():
-            return {"status": "ok"}
-        return _error(503, Fault(type="unavailable", message="no judge replica is running"), RETRY_AFTER_S)
+        if not await judge_is_ready():
+            raise EngineError("no judge replica is running")
+        return {"status": "ok"}
 
     @app.get("/metrics", dependencies=[Depends(service.check_key)])
     async def metrics() -> Response:
         return Response(await ledger.exposition(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, Fault(type="http", message=str(error.detail)))
-
     @app.exception_handler(SpctError)
-    async def refused(_: Request, error: SpctError) -> Response:
+    async def refused(_: Request, error: Exception) -> Response:
         return service.refusal(error)
 
     return app
@@ -115,7 +109,11 @@ class _Service:
 
     def __init__(self, gateway: Gateway, ledger: Ledger) -> None:
         self._gateway, self._ledger, self._config = gateway, ledger, gateway.config
-        self._is_allowed = _key_check(self._config.api_key_env)
+        self._keys: list[str] = []
+        if variable := self._config.api_key_env:
+            self._keys = os.environ.get(variable, "").split()
+            if not self._keys:
+                raise ConfigError(f"the environment variable {variable} (api_key_env) is not set")
         gateway.on_verdict = lambda answer: ledger.record(verdict_events(answer))
 
     async def guard(self, path: str, work: Work, request: Request) -> Response:
@@ -125,12 +123,14 @@ class _Service:
         try:
             try:
                 self.check_key(request)
-                readable = await _with_body(request, self._config.max_body_bytes)
-                response = await _while_connected(request, work(readable))
+                response = await work(await _with_body(request, self._config.max_body_bytes))
             except Exception as error:
                 response = self.refusal(error)
             status = response.status_code
             return response
+        except asyncio.CancelledError:
+            status = CLIENT_GONE
+            raise
         finally:
             seconds = time.perf_counter() - started
             self._ledger.record(
@@ -138,18 +138,19 @@ class _Service:
             )
 
     def check_key(self, request: Request) -> None:
-        """Raises Unauthorized."""
-        if not self._is_allowed(request):
+        """Raises Unauthorized. Keys are compared in constant time."""
+        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
+        if self._keys and not any(hmac.compare_digest(given, f"Bearer {key}".encode()) for key in self._keys):
             raise Unauthorized("send the API key as `Authorization: Bearer KEY`")
 
-    async def judge(self, body: schema.JudgeRequest, request: Request) -> Response:
+    async def judge(self, body: schema.JudgeRequest, request: Request) -> Any:
         """The verdict on one query's responses; with `stream`, server-sent events that end with it."""
         await self._charge(request, (body.k, 1))
         if body.stream:
             return StreamingResponse(self._events(body), media_type="text/event-stream")
-        return _json(await self._gateway.answer(body))
+        return await self._gateway.answer(body)
 
-    async def judge_batch(self, body: schema.BatchRequest, request: Request) -> Response:
+    async def judge_batch(self, body: schema.BatchRequest, request: Request) -> schema.BatchAnswer:
         """Verdicts on many queries, each with an outcome of its own."""
 
         async def one(single: schema.JudgeRequest) -> schema.BatchResult:
@@ -160,14 +161,13 @@ class _Service:
                 return schema.BatchResult(error=self._fault(error)[1])
 
         await self._charge(request, *((single.k, 1) for single in body.requests))
-        return _json(schema.BatchAnswer(results=await gather_or_cancel(map(one, body.requests))))
+        return schema.BatchAnswer(results=await gather_or_cancel(map(one, body.requests)))
 
-    async def rerank(self, body: schema.RerankRequest, request: Request) -> Response:
+    async def rerank(self, body: schema.RerankRequest, request: Request) -> schema.RerankAnswer:
         """Documents, best first, in the format of Jina's and Cohere's rerankers."""
         texts = body.documents
         await self._charge(request, (body.k, len(texts)))
-        item = Item("rerank", (Message("user", body.query),), tuple(texts))
-        cohort = await self._gateway.cohort(item, Plan(k=body.k, seed=body.seed))
+        cohort = await self._gateway.cohort(body, body.query, texts)
         failed = [i for i, score in enumerate(cohort.scores) if math.isnan(score)]
         ranked = sorted(set(range(len(texts))) - set(failed), key=lambda i: (-cohort.scores[i], i))
         if not ranked:
@@ -180,16 +180,15 @@ class _Service:
             )
             for i in ranked[: body.top_n]
         ]
-        answer = schema.RerankAnswer(
+        return schema.RerankAnswer(
             id=str(uuid.uuid4()),
             model=self._config.name,
             results=results,
             usage={"total_tokens": cohort.tokens},
             meta={"failed": failed},
         )
-        return _json(answer, exclude_none=True)
 
-    async def reward(self, body: schema.RewardRequest, request: Request) -> Response:
+    async def reward(self, body: schema.RewardRequest, request: Request) -> schema.RewardAnswer:
         """Rewards of completions, in the format of OpenRLHF's remote reward models."""
         labels = [label if isinstance(label, str) else "" for label in body.labels or [""] * len(body.prompts)]
         keys = list(zip(body.prompts, labels, strict=True))
@@ -198,28 +197,33 @@ class _Service:
 
         async def score(key: tuple[str, str], members: list[int]) -> list[float]:
             prompt, label = key
-            responses = tuple(_response(body.query[i], prompt) for i in members)
-            item = Item("reward", (Message("user", prompt),), responses, reference=label)
-            cohort = await self._gateway.cohort(item, Plan(k=body.k, seed=body.seed))
+            completions = [
+                body.query[i].partition(prompt)[2] if prompt in body.query[i] else body.query[i] for i in members
+            ]
+            cohort = await self._gateway.cohort(body, prompt, completions, reference=label)
             for i, share in zip(members, cohort.shares, strict=True):
                 shares[i] = share
             return cohort.scores
 
         rewards = await score_groups(keys, score)
         failed = [float(math.isnan(r)) for r in rewards]
-        return _json(schema.RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed}))
+        return schema.RewardAnswer(rewards=rewards, scores=shares, extra_logs={"judge_failed": failed})
 
     def refusal(self, error: Exception) -> Response:
         """The answer to a request that failed; unexpected errors are raised again."""
+        status, fault = self._fault(error)
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        if status in (429, 503):
+            headers["Retry-After"] = str(getattr(error, "retry_after_s", RETRY_AFTER_S))
+        return JSONResponse(schema.ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)
+
+    def _fault(self, error: Exception) -> tuple[int, Fault]:
         if isinstance(error, RequestValidationError):
             error = InvalidRequest.of(error.errors())
         elif isinstance(error, HTTPException) and error.status_code == 400:  # FastAPI could not read the body
             error = InvalidRequest([{"path": "body", "message": "Invalid JSON: nested too deep, or not in Unicode"}])
-        status, fault = self._fault(error)
-        wait_s = error.retry_after_s if isinstance(error, RateLimited) else RETRY_AFTER_S if status == 503 else None
-        return _error(status, fault, wait_s)
-
-    def _fault(self, error: Exception) -> tuple[int, Fault]:
+        elif isinstance(error, HTTPException):  # no such route or method
+            return error.status_code, Fault(type="http", message=str(error.detail))
         entry = next((entry for kind, entry in _FAULTS.items() if isinstance(error, kind)), None)
         if entry is None:
             raise error
@@ -266,65 +270,15 @@ def _event(kind: str, data: BaseModel) -> bytes:
 async def _with_body(request: Request, limit: int) -> Request:
     """The request with its body read, which counts as JSON whatever its content type (curl's default is a form).
     Raises TooLongError."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise TooLongError(f"a body of {declared[:20]} bytes exceeds the limit of {limit}; send shorter texts")
-    content = bytearray()
+    declared, content = request.headers.get("content-length", "")[:20], bytearray()
     async for chunk in request.stream():
         content += chunk
-        if len(content) > limit:
-            raise TooLongError(
-                f"a body of {len(content)} bytes or more exceeds the limit of {limit}; send shorter texts"
-            )
+        size = max(len(content), int(declared) if declared.isdecimal() else 0)
+        if size > limit:
+            raise TooLongError(f"a body of {size} bytes or more exceeds the limit of {limit}; send shorter texts")
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": bytes(content)}
 
     headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
     return Request({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}, receive)
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response of `work`, which is cancelled when the client disconnects."""
-    answered, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return answered.result() if answered.done() else Response(status_code=CLIENT_GONE)
-    finally:
-        answered.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _response(query: str, prompt: str) -> str:
-    return query.partition(prompt)[2] if prompt in query else query
-
-
-def _key_check(variable: str) -> Callable[[Request], bool]:
-    """Whether a request carries one of the API keys as `Authorization: Bearer KEY`; compared in constant time."""
-    if not variable:
-        return lambda request: True
-    if not (keys := os.environ.get(variable, "").split()):
-        raise ConfigError(f"the environment variable {variable} (api_key_env) is not set")
-    expected = [hashlib.sha256(f"Bearer {key}".encode()).digest() for key in keys]
-
-    def is_allowed(request: Request) -> bool:
-        given = request.headers.get("authorization", "").encode("latin-1")  # the bytes as they came
-        digest = hashlib.sha256(given).digest()
-        return any(hmac.compare_digest(digest, key) for key in expected)
-
-    return is_allowed
-
-
-def _json(model: BaseModel, exclude_none: bool = False) -> Response:
-    return Response(model.model_dump_json(exclude_none=exclude_none), media_type="application/json")
-
-
-def _error(status: int, fault: Fault, retry_after_s: int | None = None) -> Response:
-    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-    headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    return JSONResponse(schema.ErrorAnswer(error=fault).model_dump(), status_code=status, headers=headers)

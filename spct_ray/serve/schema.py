@@ -2,8 +2,7 @@
 
 Our own requests are strict: unknown keys, unknown roles, numbers as strings, blank texts and lone surrogates are
 refused with the path of each fault. Requests of third-party clients (rerankers, OpenRLHF) are equally strict, except
-that unknown keys are ignored, because these clients send keys that a judge does not need. Whether a prompt is too long
-is for the engine to find out.
+that unknown keys are ignored, because these clients send keys that a judge does not need.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
-    StringConstraints,
     ValidationError,
-    model_validator,
+    ValidationInfo,
+    field_validator,
 )
 
 from spct_ray.errors import SpctError
@@ -34,21 +33,6 @@ MAX_DETAILS = 20  # faults reported per request
 MAX_PATH = 200  # characters of a fault's path, which may contain a key from the request
 
 PrinciplesSource = Literal["none", "given", "generated", "cached", "failed"]
-Stopped = Literal["k", "settled", "budget"]
-
-Text = Annotated[str, StringConstraints(pattern=r"\S")]
-
-
-def _k(value: Any) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if type(value) is not int or not 1 <= value <= MAX_SAMPLES:
-        raise ValueError(f'k: must be a whole number from 1 to {MAX_SAMPLES}, or "auto"')
-    return value
-
-
-NumSamples = Annotated[int | Literal["auto"], PlainValidator(_k, json_schema_input_type=int | Literal["auto"])]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class InvalidRequest(SpctError):
@@ -64,6 +48,48 @@ class InvalidRequest(SpctError):
         return cls([_detail(fault) for fault in faults[:MAX_DETAILS]])
 
 
+def _detail(fault: Any) -> dict[str, str]:
+    path = ".".join(str(part) for part in fault["loc"]).removeprefix("body.") or "body"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "json_invalid":  # FastAPI's `loc` has the position
+        path, message = "body", f"Invalid JSON: {fault['ctx']['error']}"
+    elif fault["type"] in ("string_pattern_mismatch", "too_short"):
+        message = "must not be empty or blank"
+    return {"path": path[:MAX_PATH], "message": message}
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse(model: type[Model], body: bytes | str) -> Model:
+    """A `model` from JSON. Raises InvalidRequest with the path of every fault."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise InvalidRequest.of(error.errors(include_url=False, include_input=False)) from error
+
+
+def _num_samples(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if type(value) is not int or not 1 <= value <= MAX_SAMPLES:
+        raise ValueError(f'must be a whole number from 1 to {MAX_SAMPLES}, or "auto"')
+    return value
+
+
+def _document_text(document: Any) -> Any:
+    """Jina and Cohere's first API version also send documents as `{"text": ...}`."""
+    return document["text"] if isinstance(document, dict) and "text" in document else document
+
+
+NumSamples = Annotated[
+    int | Literal["auto"], PlainValidator(_num_samples, json_schema_input_type=int | Literal["auto"])
+]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Text = Annotated[str, Field(pattern=r"\S")]
+DocumentText = Annotated[Text, BeforeValidator(_document_text, json_schema_input_type=str | dict[str, Any])]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -76,11 +102,8 @@ class MessageIn(_Strict):
 
 
 class Budget(_Strict):
-    """What a verdict may cost; it counts the samples that were complete when the budget was spent.
-
-    No round of samples begins after `tokens` completion tokens; samples that take longer than `milliseconds` are
-    cancelled.
-    """
+    """What a verdict may cost: no round of samples begins after `tokens` completion tokens, and samples that take
+    longer than `milliseconds` are cancelled. The samples that are complete by then are counted."""
 
     tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     milliseconds: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -91,12 +114,11 @@ class JudgeRequest(_Strict):
 
     `k` samples are drawn (Eq. 14), or with "auto" as many as settle the winner; with a meta RM the `k_meta` best of
     them are summed (default: half, at least 1). `principles` is a rubric to judge by, or "auto" to have the judge write
-    one from the query alone, once for all samples; `reference` is an answer known to be right. The same seed gives the
-    same response orders and sampling seeds.
+    one from the query alone, once for all samples; `reference` is an answer known to be right.
     """
 
-    messages: list[MessageIn]
-    responses: Annotated[list[Text], Field(max_length=MAX_RESPONSES)]
+    messages: Annotated[list[MessageIn], Field(min_length=1)]
+    responses: Annotated[list[Text], Field(min_length=1, max_length=MAX_RESPONSES)]
     k: NumSamples = 8
     k_meta: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -106,32 +128,37 @@ class JudgeRequest(_Strict):
     budget: Budget = Budget()
     stream: bool = False
 
-    @model_validator(mode="after")
-    def _consistent(self) -> JudgeRequest:
-        if not self.messages or not self.responses:
-            raise ValueError(f"{'responses' if self.messages else 'messages'}: must not be empty")
-        if self.messages[-1].role != "user":
-            raise ValueError(f"messages: the last message must be from the user, not from the {self.messages[-1].role}")
-        if self.k_meta is not None and self.k == "auto":
-            raise ValueError('k_meta: must not be given when k is "auto", where it is half of the samples')
-        if self.k_meta is not None and self.k != "auto" and self.k_meta > self.k:
-            raise ValueError(f"k_meta: {self.k_meta} samples cannot be kept of k = {self.k}")
-        return self
+    @field_validator("messages")
+    @classmethod
+    def _ends_with_the_user(cls, messages: list[MessageIn]) -> list[MessageIn]:
+        if messages[-1].role != "user":
+            raise ValueError(f"the last message must be from the user, not from the {messages[-1].role}")
+        return messages
+
+    @field_validator("k_meta")
+    @classmethod
+    def _at_most_k(cls, k_meta: int | None, info: ValidationInfo) -> int | None:
+        k = info.data.get("k", MAX_SAMPLES)
+        if k_meta is not None and k == "auto":
+            raise ValueError('must not be given when k is "auto", where it is half of the samples')
+        if k_meta is not None and k_meta > k:
+            raise ValueError(f"{k_meta} samples cannot be kept of k = {k}")
+        return k_meta
 
 
 class SampleOut(BaseModel):
-    """One judgement. `order[p]` is the index of the response shown at position p; `scores` is in the request's order.
+    """One judgement. `order[p]` is the index of the response shown at position p; `scores` is in the request's order,
+    and null where `failure` names the reason. `kept` says whether the vote counted it."""
 
-    `scores` is null where `failure` names the reason. `kept` says whether the vote counted it.
-    """
+    model_config = ConfigDict(from_attributes=True)  # of a Trajectory
 
     sample: int
     order: list[int]
     text: str
-    scores: list[int] | None
-    failure: str | None
-    meta_logit: float | None
-    kept: bool
+    scores: Annotated[list[int] | None, BeforeValidator(lambda scores: scores or None)]
+    failure: Annotated[str | None, BeforeValidator(lambda failure: failure or None)]
+    meta_logit: float | None = None
+    kept: bool = False
     prompt_tokens: int
     completion_tokens: int
     stop_reason: StopReason
@@ -150,13 +177,12 @@ class JudgeAnswer(BaseModel):
     """The verdict. Lists over responses are in the request's order.
 
     `scores` are sums over the `used` samples and `mean_scores` their means; both are null when no sample could be
-    used, and `failures` names the reasons. `winner` is one of `winners`, drawn with the seed when they tie; a single
+    used, and `failures` counts the reasons. `winner` is one of `winners`, drawn with the seed when they tie; a single
     response has no winner. `confidence` is the share of bootstrap resamples of the used samples that `winner` wins
     (null for fewer than two). `voting` is "plain" where no meta RM scored the samples; `voting_reason` says why.
-    `principles` are those that the judge was shown ("" for none): "given" by the request, "generated" for it, or
-    "cached" from an earlier one; "failed" means that the judge wrote none when asked to, and judged without.
-    `stopped`: all `k` were sampled, an adaptive k was "settled", or the "budget" was spent. `weight_version` is the
-    newest of the samples'. `milliseconds` counts from when the gateway had read the request.
+    `principles` are those that the judge was shown: "given" by the request, "generated" for it, or "cached" from an
+    earlier one; "failed" means that the judge wrote none when asked to, and judged without. `stopped`: all `k` were
+    sampled, an adaptive k was "settled", or the "budget" was spent. `weight_version` is the newest of the samples'.
     """
 
     scores: list[int | float] | None
@@ -167,7 +193,7 @@ class JudgeAnswer(BaseModel):
     tie: bool
     confidence: float | None
     num_samples: int
-    stopped: Stopped
+    stopped: Literal["k", "settled", "budget"]
     used: list[int]
     failures: dict[str, int]
     voting: Literal["meta", "weighted", "plain"]
@@ -181,18 +207,6 @@ class JudgeAnswer(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     milliseconds: float
-
-
-class BatchRequest(_Strict):
-    """Requests to judge side by side; each gets its own verdict or error."""
-
-    requests: Annotated[list[JudgeRequest], Field(min_length=1, max_length=MAX_BATCH)]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> BatchRequest:
-        if streamed := [i for i, request in enumerate(self.requests) if request.stream]:
-            raise ValueError(f"requests.{streamed[0]}.stream: a batch is answered as a whole; leave stream out")
-        return self
 
 
 class Fault(BaseModel):
@@ -209,6 +223,18 @@ class ErrorAnswer(BaseModel):
     error: Fault
 
 
+class BatchedRequest(JudgeRequest):
+    """A request of a batch, which is answered as a whole."""
+
+    stream: Literal[False] = False
+
+
+class BatchRequest(_Strict):
+    """Requests to judge side by side; each gets its own verdict or error."""
+
+    requests: Annotated[list[BatchedRequest], Field(min_length=1, max_length=MAX_BATCH)]
+
+
 class BatchResult(BaseModel):
     """The verdict on one request of a batch, or why there is none."""
 
@@ -222,27 +248,22 @@ class BatchAnswer(BaseModel):
     results: list[BatchResult]
 
 
-def _text_of(document: Any) -> Any:
-    """Jina and Cohere's first API version also send documents as `{"text": ...}`."""
-    return document["text"] if isinstance(document, dict) and "text" in document else document
+class CohortRequest(_Strict):
+    """What requests to score many responses share; they come from clients that also send keys of their own."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    k: NumSamples = 8
+    seed: Seed | None = None
 
 
-DocumentText = Annotated[Text, BeforeValidator(_text_of, json_schema_input_type=str | dict[str, Any])]
-
-
-class _Lenient(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class RerankRequest(_Lenient):
+class RerankRequest(CohortRequest):
     """`POST /v1/rerank`: documents to rank by how well they answer the query."""
 
     query: Text
     documents: Annotated[list[DocumentText], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
-    k: NumSamples = 8
-    seed: Seed | None = None
 
 
 class RerankResult(BaseModel):
@@ -263,7 +284,7 @@ class RerankAnswer(BaseModel):
     meta: dict[str, Any]
 
 
-class RewardRequest(_Lenient):
+class RewardRequest(CohortRequest):
     """`POST /v1/reward`, as OpenRLHF sends it: `query` is prompt and response in one text, `prompts` the prompts alone.
 
     A query that does not contain its prompt is taken as the response. `labels` that are texts are shown to the judge as
@@ -273,15 +294,14 @@ class RewardRequest(_Lenient):
     query: Annotated[list[Text], Field(min_length=1, max_length=MAX_DOCUMENTS)]
     prompts: list[Text]
     labels: list[Any] | None = None
-    k: NumSamples = 8
-    seed: Seed | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> RewardRequest:
-        for name, values in (("prompts", self.prompts), ("labels", self.labels)):
-            if values is not None and len(values) != len(self.query):
-                raise ValueError(f"{name}: {len(values)} values for {len(self.query)} queries")
-        return self
+    @field_validator("prompts", "labels")
+    @classmethod
+    def _one_per_query(cls, values: list[Any] | None, info: ValidationInfo) -> list[Any] | None:
+        queries = info.data.get("query")
+        if values is not None and queries is not None and len(values) != len(queries):
+            raise ValueError(f"{len(values)} values for {len(queries)} queries")
+        return values
 
 
 class RewardAnswer(BaseModel):
@@ -292,27 +312,3 @@ class RewardAnswer(BaseModel):
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]]
-
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def parse(model: type[Model], body: bytes | str) -> Model:
-    """A `model` from JSON. Raises InvalidRequest with the path of every fault."""
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        raise InvalidRequest.of(error.errors(include_url=False, include_input=False)) from error
-
-
-def _detail(error: Any) -> dict[str, str]:
-    loc, message = error["loc"], error["msg"]
-    if error["type"] == "json_invalid":  # FastAPI's has the place in `loc`
-        return {"path": "body", "message": f"Invalid JSON: {error['ctx']['error']}"}
-    path = ".".join(str(part) for part in (loc[1:] if loc[:1] == ("body",) else loc))
-    if error["type"] == "value_error":  # from _k and _consistent, which name the key themselves
-        key, _, message = str(error["ctx"]["error"]).partition(": ")
-        path = key if not path or path == key else path if path.endswith(f".{key}") else f"{path}.{key}"
-    elif error["type"] == "string_pattern_mismatch":
-        message = "must not be empty or blank"
-    return {"path": path[:MAX_PATH] or "body", "message": message}
