@@ -25,8 +25,8 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.evaluation.benchmarks import BenchmarkSpec, find
 from spct_ray.evaluation.compute import Rates, cost, count_weights, pareto
-from spct_ray.evaluation.judgements import Sheet, tabulate
-from spct_ray.evaluation.results import Counting, Judged, Task, judge_block, weights
+from spct_ray.evaluation.judgements import tabulate
+from spct_ray.evaluation.results import Counting, Judged, Task, judge_block
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.room import placed
@@ -179,11 +179,10 @@ def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
         for item, rows in zip(items, scores, strict=True)
         for k, s in enumerate(rows)
     ]
-    task = Task(find("own"), tuple(items), Sheet.of(items))
     table = tabulate(items, made, 5.5, {t.key: float(-t.sample) for t in made})
     judged = Judged(tuple(made[::-1]), table, table, Rates(10, 0, 10, 10, 1.0), PROMPT)
-    counting = Counting((1, 8), 0.5, 0, 50, 4)
-    block = judge_block(task, judged, weights(task, counting), counting)[0]["adaptive"]
+    task = Task.of(find("own"), items, Counting((1, 8), 0.5, 0, 50, 4))
+    block = judge_block(task, judged)[0]["adaptive"]
     assert [*block] == ["error 0.01", "error 0.05", "meta, error 0.01", "meta, error 0.05"]
     found = block["error 0.05"]
     assert found["k"] == pytest.approx((4 + 8 + 4 + 8) / 4)

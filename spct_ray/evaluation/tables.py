@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spct_ray.evaluation.judgements import right_option
+from spct_ray.evaluation.judgements import right_options
 from spct_ray.evaluation.results import label
 from spct_ray.records import Item, Trajectory, Verdict
 
@@ -294,7 +294,7 @@ def example(name: str, item: Item, judgement: Trajectory, verdict: Verdict, deci
             return "right" if option else "wrong"
         return f"response {judgement.order.index(option) + 1}"
 
-    truth = right_option(item)
+    truth = right_options(item).index(True)
     blocks = [block("query", item.messages[-1].content)]
     blocks += [block(f"response {p}", item.responses[i]) for p, i in enumerate(judgement.order, 1)]
     blocks.append(block("judgement", judgement.text))

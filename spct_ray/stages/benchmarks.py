@@ -42,8 +42,8 @@ def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksRes
     from spct_ray.data.clean import decontaminate
     from spct_ray.data.store import read_items, write_items
     from spct_ray.evaluation.benchmarks import find, read_benchmark
-    from spct_ray.evaluation.benchmarks.benchmark import layout
     from spct_ray.evaluation.judgements import facts_of
+    from spct_ray.evaluation.results import layout
 
     train = [item for directory in resources.train for item in read_items(str(Path(directory, "train.parquet")))]
     report: dict[str, Any] = {}

@@ -52,7 +52,7 @@ def report(context: StepContext, config: RobustnessConfig, _: None) -> dict[str,
 
     from spct_ray.data.store import judged_files, read_items, write_rows
     from spct_ray.evaluation import page, robustness, votes
-    from spct_ray.evaluation.judgements import Sheet, best_credit, decided
+    from spct_ray.evaluation.judgements import best_credit, decided
     from spct_ray.stages.report import judge_names, judged_tables
 
     names = ("clean", *(probe.name for probe in robustness.PROBES))
@@ -67,7 +67,7 @@ def report(context: StepContext, config: RobustnessConfig, _: None) -> dict[str,
             for name, (_made, samples, greedy) in tables.items():
                 table = greedy if way == "greedy" or samples is None else samples
                 (decision,) = votes.decide("sum", table, votes.draw(table, table.num_samples, 1, 0), 1)
-                credit[name] = best_credit(Sheet.of(items[name]), decision.scores_IO)
+                credit[name] = best_credit(table.sheet, decision.scores_IO)
                 answered[name] = decided(decision.scores_IO).astype(float)
                 rows += _pairs(judge, way, name, items[name], decision.scores_IO, credit[name])
             flips = {"order flip": _flips(tables["clean"][2], seed)} if way == "greedy" else {}
@@ -108,10 +108,9 @@ def _fooled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _flips(greedy: Any, seed: int) -> dict[str, Any]:
     """Share of items whose greedy winner differs between two orders, both parsed."""
 
-    from spct_ray.evaluation.judgements import winners
     from spct_ray.evaluation.statistics import bootstrap_ci
 
-    winner = winners(greedy.option_IO, greedy.scores_IKO)
+    winner = greedy.winners_IKO
     both = greedy.used_IK.all(axis=1)
     differ = (winner[:, 0] != winner[:, 1]).any(axis=-1)[both].astype(float)
     return {

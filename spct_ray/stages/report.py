@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from spct_ray.evaluation.compute import Rates
     from spct_ray.evaluation.judgements import ScoreTable
     from spct_ray.evaluation.page import Chart
-    from spct_ray.evaluation.results import Judged, Task
+    from spct_ray.evaluation.results import Counting, Judged, Task
 
 JUDGES = ("base", "rft", "grpo")  # of a run, in the order in which they were trained
 GRPO_PANELS = {
@@ -70,13 +70,13 @@ def run(context: StepContext, config: ReportConfig, _: None) -> dict[str, Any]:
         raise DataError("report: no evaluated judge among the inputs, e.g. evaluate_rft")
     ks = tuple(sorted({1, *config.ks} if of_run else config.ks))
     counting = results.Counting(ks, config.k_meta_share, context.seed, config.resamples, config.num_draws)
-    tasks, notes = _tasks(inputs["items"])
+    tasks, notes = _tasks(inputs["items"], counting)
     judged = {name: _judged(inputs, name, {n: t.items for n, t in tasks.items()}) for name in names}
     blocks: dict[str, Any] = {}
     against = [name for name in names if of_run and name != "base"]
     for name, task in tasks.items():
         context.progress(len(blocks), len(tasks), "sets of items", name)
-        block = results.benchmark_block(task, {n: by[name] for n, by in judged.items()}, counting, against)
+        block = results.benchmark_block(task, {n: by[name] for n, by in judged.items()}, against)
         blocks[name] = {"dropped": {}, "contaminated": None} | notes.get(name, {}) | block
         blocks[name]["in_distribution"] = name == "heldout"
     points = _points(blocks)
@@ -115,12 +115,11 @@ def judge_names(inputs: Mapping[str, str]) -> list[str]:
     return sorted(names, key=lambda name: JUDGES.index(name) if name in JUDGES else len(JUDGES))
 
 
-def _tasks(directory: str) -> tuple[dict[str, Task], dict[str, Any]]:
+def _tasks(directory: str, counting: Counting) -> tuple[dict[str, Task], dict[str, Any]]:
     """The sets of items by label, and what the step that read them notes of each benchmark. Items of a run that it has
     no note of are scored by accuracy."""
     from spct_ray.data.store import judged_files, read_items
     from spct_ray.evaluation.benchmarks import find
-    from spct_ray.evaluation.judgements import Sheet
     from spct_ray.evaluation.results import Task
 
     noted = Path(directory, "data_report.json")
@@ -130,7 +129,7 @@ def _tasks(directory: str) -> tuple[dict[str, Task], dict[str, Any]]:
     for name, file in judged_files(directory).items():
         items = tuple(sorted(read_items(str(file)), key=lambda item: item.id) if not notes else read_items(str(file)))
         kind = notes.get(name, {}).get("name", "heldout" if name == "heldout" else "own")
-        tasks[name] = Task(find(kind), items, Sheet.of(items))
+        tasks[name] = Task.of(find(kind), items, counting)
     return tasks, notes
 
 
@@ -379,13 +378,11 @@ def _training_charts(inputs: Mapping[str, str]) -> list[Chart]:
 
 def _samples(tasks: Mapping[str, Task], judged: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:
     """One row a judgement: what was asked, written, scored, and its outcome by Eq. 10."""
-    from spct_ray.evaluation.judgements import correct_samples, tied_samples
-
     rows = []
     for name, by_label in judged.items():
         for label, found in by_label.items():
             table = found.votable
-            right_IK, tied_IK = correct_samples(table), tied_samples(table)
+            right_IK, tied_IK = table.correct_IK, table.tied_IK
             items = {item.id: (i, item) for i, item in enumerate(tasks[label].items)}
             place: dict[str, int] = {}
             for t in sorted(found.trajectories, key=lambda t: (t.item_id, t.sample)):
@@ -438,7 +435,7 @@ def _shown_sample(row: Mapping[str, Any], kind: str, item: Item) -> dict[str, An
 def _examples(name: str, judged: Judged, task: Task, k: int) -> list[str]:
     """The first held-out item that the vote got right, and the first that it got wrong, of those with several responses
     where there are any; each with the first judgement that decides as the vote did, if there is one."""
-    from spct_ray.evaluation.judgements import right_option
+    from spct_ray.evaluation.judgements import right_options
     from spct_ray.evaluation.tables import example
 
     assert judged.prompt is not None
@@ -451,7 +448,7 @@ def _examples(name: str, judged: Judged, task: Task, k: int) -> list[str]:
         samples, seed = by_item[item.id][:k], derive_seed(0, item.id)
         verdict = vote(item.id, len(item.responses), samples)
         decision = decide(verdict, seed) if len(item.responses) > 1 else decide_single(verdict, scale, seed)
-        is_right = decision == right_option(item)
+        is_right = decision is not None and right_options(item)[decision]
         if is_right not in found:
             alike = (t for t in samples if decision is not None and _singles_out(t, decision))
             shown = next(alike, next((t for t in samples if not t.failure), samples[0]))
