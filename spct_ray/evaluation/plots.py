@@ -63,12 +63,12 @@ def colour(place: int) -> str:
     return PALETTE[place % len(PALETTE)]
 
 
-def score_curves(models: Mapping[str, Any], chance: float | None, over_tokens: bool = False) -> str:
-    """Official score of vote (solid), meta vote (dashed) and weighted vote (dash-dotted) over k, or over the tokens
-    written per decision, with 95 % bands. A judge that wrote nothing parsable is named, not drawn."""
+def score_curves(models: Mapping[str, Any], chance: float | None) -> str:
+    """Official score of vote (solid), meta vote (dashed) and weighted vote (dash-dotted) over k, with
+    95 % bands. A judge that wrote nothing parsable is named, not drawn."""
     with plt.rc_context(RC):
         figure, (axes,) = new_figure(5.6, 3.9)
-        ticks: set[float] = set()
+        ticks: set[int] = set()
         for place, (name, model) in enumerate(models.items()):
             if not model["rates"]["parse_rate"]:
                 axes.plot([], [], color=colour(place), label=f"{label(name)}: nothing parsed")
@@ -77,28 +77,21 @@ def score_curves(models: Mapping[str, Any], chance: float | None, over_tokens: b
                 points = sorted((int(k), entry) for k, entry in model[kind].items() if entry["ci"])
                 if not points:
                     continue
-                x = [entry["cost"]["tokens"] if over_tokens else k for k, entry in points]
+                x, y = [k for k, _ in points], [entry["score"] for _, entry in points]
                 ticks |= set(x)
                 low, high = zip(*(entry["ci"] for _, entry in points), strict=True)
                 axes.fill_between(x, low, high, color=colour(place), alpha=0.12, linewidth=0)
-                y = [entry["score"] for _, entry in points]
                 what = f"{label(name)}, {kind.replace('_', ' ')}"
                 axes.plot(x, y, line, marker=marker, ms=4, color=colour(place), label=what)
-            greedy = model["greedy"]
-            if greedy["score"] is None:
-                continue
-            if over_tokens:
-                axes.plot(greedy["cost"]["tokens"], greedy["score"], "*", ms=12, color=colour(place), mec=INK, zorder=5)
-            else:
+            if model["greedy"]["score"] is not None:
                 alone = None if model["vote"] else label(name)
-                axes.axhline(greedy["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)), label=alone)
+                axes.axhline(model["greedy"]["score"], color=colour(place), lw=0.9, ls=(0, (1, 3)), label=alone)
         if chance is not None:
             axes.axhline(chance, color=INK, lw=1, ls=":", label="chance")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(ticks), [f"{x:,.0f}" for x in sorted(ticks)], rotation=30 if over_tokens else 0)
+        axes.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
         axes.minorticks_off()
-        axes.set(xlabel="generated tokens per decision (star: greedy)" if over_tokens else "samples k (dotted: greedy)")
-        axes.set_ylabel("official score")
+        axes.set(xlabel="samples k (dotted: greedy)", ylabel="official score")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return to_svg(figure)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from spct_ray.evaluation import statistics, votes
 from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scoring
-from spct_ray.evaluation.compute import Rates, cost
+from spct_ray.evaluation.compute import Rates, cost, pareto
 from spct_ray.evaluation.judgements import Decision, Floats, Ints, ScoreTable, Sheet, decided, winners
 from spct_ray.evaluation.votes import FILTERS, GUIDED, PLAIN
 from spct_ray.judge.adaptive import num_needed
@@ -28,6 +28,15 @@ from spct_ray.records import Item, Trajectory
 
 ADAPTIVE_ERRORS = (0.01, 0.05)  # `error` of spct_ray.judge.adaptive; the service's default is the first
 VOTES = {"vote": "sum", "meta_vote": "meta_top", "weighted_vote": "meta_weighted"}  # key of a block -> aggregator
+AGGREGATORS = {  # for display
+    "sum": "sum",
+    "mean": "mean",
+    "median": "median",
+    "majority": "majority",
+    "best_by_meta": "best by meta",
+    "meta_top": "meta top-k",
+    "meta_weighted": "meta-weighted",
+}
 LABELS = {"base": "base", "rft": "RFT", "grpo": "GRPO"}  # of a run's judges; others keep their names
 
 
@@ -107,6 +116,13 @@ def benchmark_block(task: Task, judged: Mapping[str, Judged], against: Sequence[
     guess = chance(task)
     blocks = {name: judge_block(task, judge) for name, judge in judged.items()}
     outcomes = {name: ways for name, (_, ways) in blocks.items()}
+    models = {name: block for name, (block, _) in blocks.items()}
+    points = [
+        {"judge": name, "way": way, "k": made["k"], "score": made["score"], **made["cost"]}
+        for name, model in models.items()
+        for way, made in ways_to_decide(model)
+        if made["score"] is not None
+    ]
     return {
         "title": task.benchmark.title,
         "num_items": len(task.items),
@@ -114,9 +130,20 @@ def benchmark_block(task: Task, judged: Mapping[str, Judged], against: Sequence[
         "layout": layout(task.items),
         "absent_subsets": [name for name in task.benchmark.subsets if name not in task.sheet.names],
         "chance": guess.numbers["score"],
-        "models": {name: block for name, (block, _) in blocks.items()},
+        "models": models,
+        "points": points,
+        "pareto": {axis: pareto([p for p in points if p[axis]], axis) for axis in ("tokens", "flops", "seconds")},
         "paired": paired(outcomes, dict.fromkeys(against, guess), f"vote@{task.counting.k_max}"),
     }
+
+
+def ways_to_decide(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every way to decide of one judge's block by its name, with its entry."""
+    ways = [("greedy", model["greedy"])]
+    ways += [(f"{key.replace('_', ' ')}@{k}", made) for key in VOTES for k, made in model[key].items()]
+    others = ((name, made) for name, made in model["aggregators"].items() if name not in VOTES.values())
+    ways += [(AGGREGATORS[name], made) for name, made in others]
+    return ways + [(f"adaptive, {name}", made) for name, made in model["adaptive"].items()]
 
 
 def layout(items: Sequence[Item]) -> dict[str, int]:
