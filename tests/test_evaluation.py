@@ -182,7 +182,7 @@ def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
     ]
     table = tabulate(items, made, 5.5, {t.key: float(-t.sample) for t in made})
     judged = Judged(tuple(made[::-1]), table, table, Rates(10, 0, 10, 10, 1.0), PROMPT)
-    task = Task.of(find("own"), items, Counting((1, 8), 0.5, 0, 50, 4))
+    task = Task.of(find("own"), items, Counting((1, 8), 0.5, 4, 50), 0)
     block = judge_block(task, judged)[0]["adaptive"]
     assert [*block] == ["error 0.01", "error 0.05", "meta, error 0.01", "meta, error 0.05"]
     found = block["error 0.05"]
@@ -617,7 +617,7 @@ def test_two_judges_on_one_real_engine_and_a_command_that_is_killed(tmp_path: Pa
     assert f"{resumed} starts engines\n" in again.stdout
     assert "official score in % of 6 questions" in again.stdout
     summary = json.loads((tmp_path / "out/report/summary.json").read_text())
-    assert summary["judges"]["two"]["weights"] > 1000
+    assert summary["judges"]["two"]["params"] > 1000
     failures = summary["benchmarks"]["rewardbench"]["models"]["two"]["failures"]
     assert sum(failures.values()) <= 12
     assert pq.read_table(tmp_path / "out/report/samples.parquet").num_rows == 2 * 12

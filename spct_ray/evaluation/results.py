@@ -20,7 +20,6 @@ from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scoring
 from spct_ray.evaluation.compute import Rates, cost, pareto
 from spct_ray.evaluation.judgements import Decision, Floats, Ints, ScoreTable, Sheet, decided, winners
 from spct_ray.evaluation.votes import FILTERS, GUIDED, PLAIN
-from spct_ray.judge.adaptive import num_needed
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, scale_of
 from spct_ray.judge.seeds import derive_seed
@@ -40,16 +39,15 @@ AGGREGATORS = {  # for display
 LABELS = {"base": "base", "rft": "RFT", "grpo": "GRPO"}  # of a run's judges; others keep their names
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Counting:
-    """How votes are counted: numbers of samples k, the share of them that a meta vote keeps, the seed, the number of
-    bootstrap resamples, and of random draws of k samples where the mean over them is not exact."""
+    """How votes are counted. `ks`: numbers of samples to vote with; a meta vote keeps `k_meta_share` of them. Numbers
+    that are no exact mean average `num_draws` draws; intervals take `resamples`."""
 
-    ks: tuple[int, ...]
-    k_meta_share: float
-    seed: int
-    resamples: int
-    num_draws: int
+    ks: tuple[int, ...] = (1, 2, 4, 8)
+    k_meta_share: float = 0.5
+    num_draws: int = 16
+    resamples: int = 300
 
     @property
     def k_max(self) -> int:
@@ -87,16 +85,17 @@ class Task:
     benchmark: Benchmark
     items: tuple[Item, ...]
     counting: Counting
+    seed: int
     sheet: Sheet
     weights_BI: Floats
 
     @classmethod
-    def of(cls, benchmark: Benchmark, items: Sequence[Item], counting: Counting) -> Task:
+    def of(cls, benchmark: Benchmark, items: Sequence[Item], counting: Counting, seed: int) -> Task:
         """The task of these items."""
-        sheet, rng = Sheet.of(items), np.random.default_rng(derive_seed(counting.seed, "bootstrap"))
+        sheet, rng = Sheet.of(items), np.random.default_rng(derive_seed(seed, "bootstrap"))
         num = sheet.num_questions
         drawn = rng.multinomial(num, np.full(num, 1 / num), size=counting.resamples).astype(np.float64)
-        return cls(benchmark, tuple(items), counting, sheet, np.asarray(drawn[:, sheet.question_I]))
+        return cls(benchmark, tuple(items), counting, seed, sheet, np.asarray(drawn[:, sheet.question_I]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +240,7 @@ def _greedy(task: Task, judged: Judged) -> Outcome:
 def _add_votes(block: dict[str, Any], outcomes: dict[str, Outcome], task: Task, judged: Judged) -> None:
     """Everything that needs samples: votes over k, aggregators, adaptive k, orders, the meta RM."""
     table, counting, k_max = judged.votable, task.counting, task.counting.k_max
-    seed, guided = derive_seed(counting.seed, "draws"), table.logits_IK is not None
+    seed, guided = derive_seed(task.seed, "draws"), table.logits_IK is not None
     takes = {k: votes.draw(table, k, counting.num_draws, seed) for k in counting.ks}
 
     def vote(name: str, k: int = k_max, keep: int | None = None) -> Outcome:
@@ -260,7 +259,7 @@ def _add_votes(block: dict[str, Any], outcomes: dict[str, Outcome], task: Task, 
     ways = (*PLAIN, *(GUIDED if guided else ())) if k_max in ks else ()
     block["aggregators"] = {name: known.get(name) or vote(name).numbers for name in ways}
     block["adaptive"] = _adaptive(task, judged)
-    orders = {k: votes.compare_orders(table, k, derive_seed(counting.seed, "orders")) for k in counting.ks}
+    orders = {k: votes.compare_orders(table, k, derive_seed(task.seed, "orders")) for k in counting.ks}
     block["orders"] = {str(k): comparison for k, comparison in orders.items() if comparison}
     if guided:
         block["meta_rm"] = meta_block(table)
@@ -275,6 +274,8 @@ def _adaptive(task: Task, judged: Judged) -> dict[str, Any]:
     """The service's rule (`spct_ray.judge.adaptive`) on the first k_max samples of each item in the order in which they
     were drawn, plain and guided: the entry, the share of tokens needed, and the share of decisions that differ from
     those of all k_max (ties as probabilities) with its interval."""
+    from spct_ray.judge.adaptive import num_needed  # brings scipy, which `spct plan` does not need
+
     table, k_max, prompt = judged.votable, task.counting.k_max, judged.prompt or JudgeConfig()
     drawn: dict[str, list[Trajectory]] = {item.id: [] for item in task.items}
     for t in sorted(judged.trajectories, key=lambda t: t.sample):
@@ -333,7 +334,7 @@ def by_subset(task: Task, decided_by: Outcome) -> dict[str, Any]:
 
 def margins(task: Task, table: ScoreTable, k: int) -> list[dict[str, float]]:
     """Five bins of equal size by the vote's lead (points per sample, decided items): mean lead, share right, count."""
-    scores_IO = votes.decide("mean", table, votes.draw(table, k, 1, task.counting.seed)[:, :1], 1)[0].scores_IO
+    scores_IO = votes.decide("mean", table, votes.draw(table, k, 1, task.seed)[:, :1], 1)[0].scores_IO
     held = np.sort(np.where(task.sheet.option_IO, scores_IO, -np.inf), axis=-1)
     rows = np.flatnonzero(decided(scores_IO))
     lead, right = (held[:, -1] - held[:, -2])[rows], task.benchmark.credit(task.sheet, scores_IO)[rows]

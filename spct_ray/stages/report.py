@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,9 @@ WANTED = {  # of a run's report
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """`ks`: numbers of samples to vote with; a meta vote keeps `k_meta_share` of them. Numbers that are no exact mean
-    average `num_draws` draws; intervals take `resamples`. `num_examples` judgements of each judge and set of items are
-    on the page."""
+class ReportConfig(Counting):
+    """How votes are counted, and how many judgements of each judge and set of items are on the page."""
 
-    ks: tuple[int, ...] = (1, 2, 4, 8)
-    k_meta_share: float = 0.5
-    num_draws: int = 16
-    resamples: int = 300
     num_examples: int = 12
 
 
@@ -69,8 +63,7 @@ def run(context: StepContext, config: ReportConfig, _: None) -> dict[str, Any]:
     if not names:
         raise DataError("report: no evaluated judge among the inputs, e.g. evaluate_rft")
     ks = tuple(sorted({1, *config.ks} if of_run else config.ks))
-    counting = Counting(ks, config.k_meta_share, context.seed, config.resamples, config.num_draws)
-    tasks, notes = _tasks(inputs["items"], counting)
+    tasks, notes = _tasks(inputs["items"], replace(config, ks=ks), context.seed)
     judged = {name: read_judge(inputs, name, {label: task.items for label, task in tasks.items()}) for name in names}
     blocks: dict[str, Any] = {}
     for label, task in tasks.items():
@@ -79,10 +72,14 @@ def run(context: StepContext, config: ReportConfig, _: None) -> dict[str, Any]:
         block = results.benchmark_block(task, {name: of[label] for name, of in judged.items()}, against)
         noted = {"dropped": {}, "contaminated": None} | notes.get(label, {})
         blocks[label] = noted | block | {"in_distribution": label == "heldout"}
-    records = [record for directory in set(inputs.values()) if (record := read_record(directory))]
-    records.sort(key=lambda record: (record.finished_at, record.name))
+    found = {directory: record for directory in inputs.values() if (record := read_record(directory))}
+    records = sorted(found.values(), key=lambda record: (record.finished_at, record.name))
+    configs = {directory: record.config for directory, record in found.items()}
     result: dict[str, Any] = {
-        "judges": {name: _about(inputs, name, next(iter(of.values())).rates) for name, of in judged.items()},
+        "judges": {
+            name: asdict(next(iter(of.values())).rates) | {"evaluate": configs.get(inputs[f"evaluate_{name}"])}
+            for name, of in judged.items()
+        },
         "ks": list(ks),
         "brief": of_run,
         "benchmarks": blocks,
@@ -115,7 +112,7 @@ def judge_names(inputs: Mapping[str, str]) -> list[str]:
     return sorted(names, key=lambda name: JUDGES.index(name) if name in JUDGES else len(JUDGES))
 
 
-def _tasks(directory: str, counting: Counting) -> tuple[dict[str, Task], dict[str, Any]]:
+def _tasks(directory: str, counting: Counting, seed: int) -> tuple[dict[str, Task], dict[str, Any]]:
     """The sets of items by label, and what the step that read them notes of each benchmark. Items of a run that it has
     no note of are scored by accuracy."""
     noted = Path(directory, "data_report.json")
@@ -125,7 +122,7 @@ def _tasks(directory: str, counting: Counting) -> tuple[dict[str, Task], dict[st
     for label, file in judged_files(directory).items():
         items = read_items(str(file)) if notes else sorted(read_items(str(file)), key=lambda item: item.id)
         kind = notes.get(label, {}).get("name", "heldout" if label == "heldout" else "own")
-        tasks[label] = Task.of(find(kind), items, counting)
+        tasks[label] = Task.of(find(kind), items, counting, seed)
     return tasks, notes
 
 
@@ -183,18 +180,6 @@ def judge_logits(inputs: Mapping[str, str], name: str) -> dict[str, float] | Non
     model = record.name.removeprefix("evaluate_") if record else name
     rows = pq.read_table(Path(inputs[role], "logits.parquet")).to_pylist()
     return {row["key"]: row["logit"] for row in rows if row["model"] == model} or None
-
-
-def _about(inputs: Mapping[str, str], name: str, rates: Rates) -> dict[str, Any]:
-    record = read_record(inputs[f"evaluate_{name}"])
-    return {
-        "weights": rates.params,
-        "meta_weights": rates.meta_params,
-        "prompt_tokens": rates.prompt_tokens,
-        "completion_tokens": rates.completion_tokens,
-        "engine_seconds_per_judgement": rates.seconds,
-        "evaluate": record.config if record else None,
-    }
 
 
 def _habits(tasks: Mapping[str, Task], judged: Mapping[str, Judged]) -> dict[str, float | None]:
