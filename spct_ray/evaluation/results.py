@@ -265,7 +265,10 @@ def _add_votes(block: dict[str, Any], outcomes: dict[str, Outcome], task: Task, 
         block["meta_rm"] = meta_block(table)
         if k_max in ks:
             filters = {name: vote(name).numbers for name in FILTERS}
-            gains = gain_by_filter(known["sum"]["score"], known["meta_top"]["score"], filters)
+            plain, best = known["sum"]["score"], known["meta_top"]["score"]
+            gain = 0.0 if plain is None or best is None else best - plain
+            # The share of the gain that keeping other samples gives; None where the meta vote gains nothing.
+            gains = {n: (made["score"] - plain) / gain if gain > 0 else None for n, made in filters.items()}
             block["meta_rm"] |= {"filters": filters, "gain_by_filter": gains}
             block["k_meta"] = {str(keep): vote("meta_top", keep=keep).numbers for keep in counting.ks}
 
@@ -343,16 +346,6 @@ def margins(task: Task, table: ScoreTable, k: int) -> list[dict[str, float]]:
         for part in np.array_split(np.argsort(lead, kind="stable"), 5)
         if len(part)
     ]
-
-
-def gain_by_filter(
-    plain: float | None, guided: float | None, filters: Mapping[str, Mapping[str, Any]]
-) -> dict[str, float | None]:
-    """The share of the meta vote's gain over the plain vote that comes from keeping as many samples at random or by
-    length instead. None where the meta vote gains nothing."""
-    if plain is None or guided is None or guided <= plain:
-        return dict.fromkeys(filters)
-    return {name: (made["score"] - plain) / (guided - plain) for name, made in filters.items()}
 
 
 def meta_block(table: ScoreTable) -> dict[str, Any]:

@@ -95,8 +95,10 @@ class Scoring:
         return best_credit(self.sheet, self.decision.scores_IO)
 
     def mean(self, values_I: Floats, where_I: Bools | None = None) -> float | None:
-        """The weighted mean over the items `where_I`; None without such items."""
-        return weighted_mean(values_I, self.weight_I, self.weight_I > 0 if where_I is None else where_I)
+        """The weighted mean over the items `where_I`; None where they weigh nothing."""
+        inside_I = self.weight_I > 0 if where_I is None else where_I
+        total = float(self.weight_I[inside_I].sum())
+        return float((values_I * self.weight_I)[inside_I].sum() / total) if total else None
 
     def subset(self, names: Collection[str]) -> Bools:
         """[I] whether the item is of one of these subsets."""
@@ -154,12 +156,6 @@ def pair_reader(
 def accuracy(scoring: Scoring) -> Scores:
     """Share of items whose best response is chosen, ties broken at random."""
     return without_none({"score": scoring.mean(scoring.credit_I)})
-
-
-def weighted_mean(values_I: Floats, weight_I: Floats, where_I: Bools) -> float | None:
-    """The mean of the values over the items `where_I`; None where they weigh nothing."""
-    total = float(weight_I[where_I].sum())
-    return float((values_I * weight_I)[where_I].sum() / total) if total else None
 
 
 def mean_of(parts: Mapping[str, float | None], **others: float | None) -> Scores:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Row, Scores, Scoring, mean_of, weighted_mean
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Row, Scores, Scoring, mean_of
 from spct_ray.evaluation.judgements import strict_credit
 from spct_ray.records import Item
 
@@ -44,12 +44,12 @@ def score(scoring: Scoring) -> Scores:
     folder); its my_run_bon.py only writes which of n scored highest. Best of n in pairs, and the mean of four, as in
     RM-R1-UIUC/RM-R1, eval/RMB-Reward-Model-Benchmark; arXiv 2410.09893.
     """
-    sheet = scoring.sheet
-    by_question = np.ones(sheet.num_questions)
-    np.minimum.at(by_question, sheet.question_I, strict_credit(sheet, scoring.decision.scores_IO))
-    _, first = np.unique(sheet.question_I, return_index=True)
-    weight = scoring.weight_I[first]
-    return mean_of({n: weighted_mean(by_question, weight, scoring.subset([n])[first]) for n in sheet.names})
+    question_I, first_I = scoring.sheet.question_I, np.zeros(len(scoring.weight_I), dtype=bool)
+    first_I[np.unique(question_I, return_index=True)[1]] = True  # a row counts once
+    right_Q = np.ones(scoring.sheet.num_questions)
+    np.minimum.at(right_Q, question_I, strict_credit(scoring.sheet, scoring.decision.scores_IO))
+    names = scoring.sheet.names
+    return mean_of({name: scoring.mean(right_Q[question_I], scoring.subset([name]) & first_I) for name in names})
 
 
 BENCHMARK = Benchmark("RMB", (), read, score, credit=strict_credit, strict=True)
