@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from spct_ray.cluster.sampling import read_trajectories
 from spct_ray.data.store import read_items
 from spct_ray.evaluation import judgements, votes
-from spct_ray.evaluation.judgements import ScoreTable, Sheet, best_credit
+from spct_ray.evaluation.judgements import ScoreTable, best_credit
 from spct_ray.evaluation.results import meta_block
 from spct_ray.records import Item, Trajectory
 from spct_ray.stages.report import judge_logits
@@ -226,37 +226,37 @@ def measures(run_root: Path, judge: str, set_name: str) -> dict[str, float]:
     except FileNotFoundError:
         logits = None
     sampled = [t for t in judged if t.temperature]
-    table, sheet = judgements.tabulate(items, sampled, 0.5, logits), Sheet.of(items)
+    table = judgements.tabulate(items, sampled, 0.5, logits)
     found = {
-        "greedy": vote_accuracy(greedy, sheet, 1).mean(),
-        "one sample": vote_accuracy(table, sheet, 1).mean(),
+        "greedy": vote_accuracy(greedy, 1).mean(),
+        "one sample": vote_accuracy(table, 1).mean(),
         "parsed": table.used_IK.mean(),
-        "position consistency": _or_nan(judgements.position_consistency(greedy)),
-        "tied": _or_nan(judgements.tie_rate(table)),
+        "position consistency": _or_nan(greedy.position_consistency()),
+        "tied": _or_nan(table.tie_rate()),
         "pairs in order": _pairs_in_order(by_id, sampled),
     }
     for k in [k for k in (8, 16, 32) if k <= table.num_samples]:
-        right_I = vote_accuracy(table, sheet, k)
+        right_I = vote_accuracy(table, k)
         found[f"vote@{k}"] = right_I.mean()
-        of_three = table.num_responses_I == 3
+        of_three = table.sheet.num_responses_I == 3
         found[f"n = 3, vote@{k}"] = right_I[of_three].mean() if of_three.any() else math.nan
         if logits is not None:
             for way, share in (("meta 1/4", 0.25), ("meta", 0.5), ("meta 3/4", 0.75)):
-                found[f"{way}@{k}"] = vote_accuracy(table, sheet, k, "meta_top", max(1, int(k * share))).mean()
-            found[f"weighted@{k}"] = vote_accuracy(table, sheet, k, "meta_weighted").mean()
+                found[f"{way}@{k}"] = vote_accuracy(table, k, "meta_top", max(1, int(k * share))).mean()
+            found[f"weighted@{k}"] = vote_accuracy(table, k, "meta_weighted").mean()
     if logits is not None:
         found["AUC without ties"] = _or_nan(meta_block(table)["auc_without_ties"])
     return {name: float(value) for name, value in found.items()}
 
 
-def vote_accuracy(table: ScoreTable, sheet: Sheet, k: int, way: str = "sum", k_meta: int = 1) -> NDArray[np.float64]:
+def vote_accuracy(table: ScoreTable, k: int, way: str = "sum", k_meta: int = 1) -> NDArray[np.float64]:
     """[I] mean over all full blocks of k successive samples of the chance that their vote is right. Blocks share no
     sample and keep the balanced orders of a run of k samples."""
     place = np.arange(table.num_samples)
     block_BK = place[None, :] // k == place[: table.num_samples // k, None]
     take_IBK = np.broadcast_to(block_BK, (len(table.used_IK), *block_BK.shape))
     decisions = votes.decide(way, table, take_IBK, k_meta)
-    return np.asarray(np.mean([best_credit(sheet, decision.scores_IO) for decision in decisions], axis=0))
+    return np.asarray(np.mean([best_credit(table.sheet, decision.scores_IO) for decision in decisions], axis=0))
 
 
 def _or_nan(value: float | None) -> float:

@@ -1,5 +1,8 @@
 """Every exception that the package raises on purpose. Each says what is wrong, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class SpctError(Exception):
     """Base of all errors meant to be read by a person."""
@@ -31,3 +34,10 @@ class ParityError(SpctError):
 
 class StepError(SpctError):
     """A step of the job graph failed; the message names step, cause, log file and the command to retry."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to say of a word that is not among the known ones: the nearest, or all of them."""
+    words = list(known)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(words)}"

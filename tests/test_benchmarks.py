@@ -13,7 +13,7 @@ import pytest
 from spct_ray.data.validate import Limits
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.evaluation.benchmarks import BENCHMARKS, BenchmarkSpec, find, own, parse_spec, read_benchmark
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scoring, accuracy
 from spct_ray.evaluation.judgements import Decision, Sheet, facts_of
 from spct_ray.evaluation.statistics import auc
 from spct_ray.records import Item
@@ -32,7 +32,7 @@ def score(name: str, items: list[Item], given: list[list[float]], **orders: Any)
     decision = Decision(
         scores, padded(orders.get("forward", given), sheet), padded(orders.get("backward", given), sheet)
     )
-    return find(name).score(sheet, decision, np.ones(len(items)))
+    return find(name).score(Scoring(sheet, decision, np.ones(len(items))))
 
 
 def padded(given: list[list[float]], sheet: Sheet) -> np.ndarray[Any, Any]:
@@ -255,9 +255,9 @@ def test_weights_are_the_same_as_repeated_items(tmp_path: Path) -> None:
         weight = rng.integers(0, 3, len(items))
         copies = np.repeat(np.arange(len(items)), weight)
         many = Sheet.of([items[i] for i in copies])
-        once = find(name).score(Sheet.of(items), Decision(given, given, given), weight.astype(float))
+        once = find(name).score(Scoring(Sheet.of(items), Decision(given, given, given), weight.astype(float)))
         decision = Decision(given[copies], given[copies], given[copies])
-        assert once == pytest.approx(find(name).score(many, decision, np.ones(len(copies))))
+        assert once == pytest.approx(find(name).score(Scoring(many, decision, np.ones(len(copies)))))
     scores, positive = rng.integers(0, 4, 40).astype(float), rng.random(40) < 0.5
     pairs = [(a, b) for a in scores[positive] for b in scores[~positive]]
     expected = np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs])
@@ -320,7 +320,7 @@ def test_limit_keeps_whole_questions_and_the_same_ones(tmp_path: Path) -> None:
     assert len({facts_of(item)["question"] for item in few}) == 2
 
 
-OUTSIDE = Benchmark("Outside", (), own.read, own.accuracy)
+OUTSIDE = Benchmark("Outside", (), own.read, accuracy)
 
 
 def test_a_benchmark_from_outside_the_package_goes_by_its_import_path(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.evaluation.benchmarks import BenchmarkSpec, find
 from spct_ray.evaluation.compute import Rates, cost, count_weights, pareto
-from spct_ray.evaluation.judgements import Sheet, tabulate
-from spct_ray.evaluation.results import Counting, Judged, Task, judge_block, weights
+from spct_ray.evaluation.judgements import tabulate
+from spct_ray.evaluation.results import Counting, Judged, Task, judge_block
+from spct_ray.evaluation.tables import transfer
 from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
 from spct_ray.graph.room import placed
@@ -179,11 +180,10 @@ def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
         for item, rows in zip(items, scores, strict=True)
         for k, s in enumerate(rows)
     ]
-    task = Task(find("own"), tuple(items), Sheet.of(items))
     table = tabulate(items, made, 5.5, {t.key: float(-t.sample) for t in made})
     judged = Judged(tuple(made[::-1]), table, table, Rates(10, 0, 10, 10, 1.0), PROMPT)
-    counting = Counting((1, 8), 0.5, 0, 50, 4)
-    block = judge_block(task, judged, weights(task, counting), counting)[0]["adaptive"]
+    task = Task.of(find("own"), items, Counting((1, 8), 0.5, 4, 50), 0)
+    block = judge_block(task, judged)[0]["adaptive"]
     assert [*block] == ["error 0.01", "error 0.05", "meta, error 0.01", "meta, error 0.05"]
     found = block["error 0.05"]
     assert found["k"] == pytest.approx((4 + 8 + 4 + 8) / 4)
@@ -200,15 +200,20 @@ def test_adaptive_voting_is_the_service_s_and_says_what_it_saves() -> None:
 
 def test_the_meta_rm_stands_side_by_side_in_and_out_of_its_distribution(report: Any) -> None:
     summary, out, _ = report
-    assert set(summary["meta_rm"]) == {"strong"}  # the only one with a meta RM, which here knows what is right
     for label in ("rewardbench", "realmistake"):
-        assert summary["meta_rm"]["strong"][label]["auc"] == 1
+        models = summary["benchmarks"][label]["models"]
+        assert models["strong"]["meta_rm"]["auc"] == 1  # it knows what is right
+        assert "meta_rm" not in models["weak"]
         assert summary["benchmarks"][label]["in_distribution"] is False
     assert "never trained on" in (out / "index.html").read_text()
-    keys = ("auc", "auc_without_ties", "auc_within_item", "ece", "accuracy", "share_right", "num_samples")
-    model = {"models": {"m": {"meta_rm": dict.fromkeys(keys, 0.5)}}}
-    blocks = {"llmbar": model | {"in_distribution": False}, "heldout": model | {"in_distribution": True}}
-    assert list(report_stage._transfer(blocks)["m"]) == ["heldout", "llmbar"]
+    meta = {"auc": 0.5, "auc_within_item": 0.5, "ece": 0.5}
+    blocks = {
+        label: {"models": {"m": {"meta_rm": meta}}, "in_distribution": trained}
+        for label, trained in (("llmbar", False), ("heldout", True))
+    }
+    assert [row[:2] for row in transfer(blocks).rows] == [
+        ("m, heldout", "in distribution"), ("m, llmbar", "never trained on"),
+    ]  # fmt: skip
 
 
 def test_held_out_items_of_a_run_are_a_benchmark(tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def test_costs_grow_with_samples_and_the_front_is_one(report: Any) -> None:
     assert votes["1"]["cost"]["seconds"] == pytest.approx(0.05)
     page = (report[1] / "index.html").read_text()
     for axis, title in (("tokens", "tokens"), ("flops", "flops"), ("seconds", "seconds")):
-        front = summary["pareto"]["rewardbench"][axis]
+        front = summary["benchmarks"]["rewardbench"]["pareto"][axis]
         assert [p[axis] for p in front] == sorted(p[axis] for p in front)
         assert [p["score"] for p in front] == sorted(p["score"] for p in front)
         assert f"Score over {title}" in page
@@ -499,7 +504,7 @@ def test_a_scalar_reward_model_is_compared_on_the_same_items(tmp_path: Path, rep
     assert model["greedy"]["cost"] == {
         "tokens": 0, "prefill_flops": 2 * 6 * 50, "decode_flops": 0, "flops": 600, "seconds": pytest.approx(0.1),
     }  # fmt: skip
-    front = summary["pareto"]["rewardbench"]
+    front = summary["benchmarks"]["rewardbench"]["pareto"]
     assert "rm" in {p["judge"] for p in front["flops"]}
     assert "rm" not in {p["judge"] for p in front["tokens"]}
     assert {r["judge"] for r in pq.read_table(tmp_path / "out" / "samples.parquet").to_pylist()} == {"weak"}
@@ -612,7 +617,7 @@ def test_two_judges_on_one_real_engine_and_a_command_that_is_killed(tmp_path: Pa
     assert f"{resumed} starts engines\n" in again.stdout
     assert "official score in % of 6 questions" in again.stdout
     summary = json.loads((tmp_path / "out/report/summary.json").read_text())
-    assert summary["judges"]["two"]["weights"] > 1000
+    assert summary["judges"]["two"]["params"] > 1000
     failures = summary["benchmarks"]["rewardbench"]["models"]["two"]["failures"]
     assert sum(failures.values()) <= 12
     assert pq.read_table(tmp_path / "out/report/samples.parquet").num_rows == 2 * 12

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.evaluation import judgements, statistics, votes
-from spct_ray.evaluation.judgements import ScoreTable, Sheet, best_credit, decided
+from spct_ray.evaluation.judgements import ScoreTable, best_credit, decided
 from spct_ray.judge.orders import balanced_orders
 from spct_ray.judge.parse import Scale
 from spct_ray.judge.rule import is_correct
@@ -71,10 +71,9 @@ def block_votes(
     place = np.arange(table.num_samples)
     take_BK = place[None, :] // k == place[: table.num_samples // k, None]
     made = votes.decide(way, table, np.broadcast_to(take_BK, (len(items), *take_BK.shape)), k_meta)
-    tied = [judgements.winners(table.option_IO, d.scores_IO).sum(axis=-1) > 1 for d in made]
-    sheet = Sheet.of(items)
+    tied = [judgements.winners(table.sheet, d.scores_IO).sum(axis=-1) > 1 for d in made]
     return (
-        np.mean([best_credit(sheet, d.scores_IO) for d in made], axis=0),
+        np.mean([best_credit(table.sheet, d.scores_IO) for d in made], axis=0),
         np.mean(tied, axis=0),
         np.mean([~decided(d.scores_IO) for d in made], axis=0),
     )
@@ -119,10 +118,10 @@ def test_correct_samples_and_ties_follow_eq_10() -> None:
     right_IK = [
         [bool(t.scores) and is_correct(t.scores, i.rewards) for t in ts] for i, ts in zip(items, samples, strict=True)
     ]
-    assert judgements.correct_samples(table).tolist() == right_IK
+    assert table.correct_IK.tolist() == right_IK
     several = [t for ts in samples for t in ts if len(t.scores) > 1]
     shared = [t.scores.count(max(t.scores)) > 1 for t in several]
-    assert judgements.tie_rate(table) == pytest.approx(np.mean(shared))
+    assert table.tie_rate() == pytest.approx(np.mean(shared))
 
 
 def test_position_consistency_equals_pair_counting() -> None:
@@ -141,7 +140,7 @@ def test_position_consistency_equals_pair_counting() -> None:
         for b in ts[:x]
         if a.scores and b.scores and a.order != b.order
     ]
-    assert judgements.position_consistency(table) == pytest.approx(np.mean(pairs))
+    assert table.position_consistency() == pytest.approx(np.mean(pairs))
 
 
 def test_ties_count_as_their_share_and_undecided_items_as_wrong() -> None:
@@ -164,7 +163,9 @@ def test_a_weighted_vote_sums_scores_times_minus_log_of_the_chance_to_be_wrong()
     samples = [_one(item, s, k) for k, s in enumerate([(10, 2, 2), (10, 2, 2), (2, 10, 2), ()])]
     logits = {t.key: math.log(p / (1 - p)) for t, p in zip(samples, (0.6, 0.6, 0.9), strict=False)}
     table = judgements.tabulate([item], samples, 5.5, logits)
-    assert votes.meta_weight(table)[0] == pytest.approx([-math.log(0.4), -math.log(0.4), -math.log(0.1), 0])
+    (decision,) = votes.decide("meta_weighted", table, votes.draw(table, 4, 1, 0), 1)
+    two, one = -2 * math.log(0.4), -math.log(0.1)
+    assert decision.scores_IO[0] == pytest.approx([10 * two + 2 * one, 2 * two + 10 * one, 2 * two + 2 * one])
     assert block_votes([item], table, 4)[0].tolist() == [0]
     assert block_votes([item], table, 4, "meta_weighted")[0].tolist() == [1]
     with pytest.raises(DataError, match="meta-RM logits"):
@@ -287,7 +288,7 @@ def test_votes_of_fewer_samples_are_those_of_fresh_runs(n: int, num_samples: int
 
     def credit(of: ScoreTable) -> float:
         made = votes.decide("sum", of, votes.draw(of, k, 16, 0), 1)
-        return float(np.mean([best_credit(Sheet.of(items), d.scores_IO) for d in made]))
+        return float(np.mean([best_credit(of.sheet, d.scores_IO) for d in made]))
 
     assert credit(table(num_samples)) == pytest.approx(credit(table(k)), abs=0.025)
 

@@ -1,4 +1,5 @@
-"""The data of an evaluation as arrays: one judge's judgements, the facts of their items, and the credit of a decision.
+"""Judgements as arrays: the items of a benchmark (`Sheet`), one judge's samples of them (`ScoreTable`), one way to
+decide (`Decision`), and the credit that an item earns.
 
 Axes: I items, K samples, O options of an item, between which a vote chooses. With n >= 2 the options are the responses.
 With n = 1 they are "wrong" and "right": each sample gives "right" its score and "wrong" the middle of the scale. So the
@@ -34,34 +35,118 @@ def facts_of(item: Item) -> dict[str, Any]:
     return {"question": item.id, **(noted if isinstance(noted, dict) else {})}
 
 
+def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
+    """The score of each option by one judgement, or by the mean of several; for n = 1 "wrong" scores `middle`."""
+    return tuple(float(s) for s in scores) if len(scores) > 1 else (middle, float(scores[0]))
+
+
+def right_options(item: Item) -> list[bool]:
+    """Which options of an item are right."""
+    if len(item.responses) == 1:
+        return [item.rewards[0] <= 0.5, item.rewards[0] > 0.5]
+    return [reward == max(item.rewards) for reward in item.rewards]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """The items of a benchmark, as known before any judgement."""
+
+    option_IO: Bools  # False beyond the item's own number of options
+    right_IO: Bools
+    num_responses_I: Ints
+    names: tuple[str, ...]  # of the subsets
+    subset_I: Ints  # index into `names`
+    question_I: Ints  # items of one row of the benchmark share a number
+    facts_I: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Sheet:
+        """The sheet of the items, in their order."""
+        num_responses_I = np.array([len(item.responses) for item in items])
+        num_options_I = np.maximum(2, num_responses_I)
+        option_IO = np.arange(num_options_I.max()) < num_options_I[:, None]
+        right_IO = np.zeros(option_IO.shape, dtype=bool)
+        right_IO[option_IO] = [right for item in items for right in right_options(item)]
+        names, facts = tuple(sorted({item.subset for item in items})), tuple(map(facts_of, items))
+        questions = {question: number for number, question in enumerate(dict.fromkeys(f["question"] for f in facts))}
+        subset_I = np.array([names.index(item.subset) for item in items])
+        question_I = np.array([questions[f["question"]] for f in facts])
+        return cls(option_IO, right_IO, num_responses_I, names, subset_I, question_I, facts)
+
+    @property
+    def num_questions(self) -> int:
+        """Rows of the benchmark with at least one item."""
+        return int(self.question_I.max()) + 1
+
+    @property
+    def single_I(self) -> Bools:
+        """[I] whether n = 1."""
+        return np.asarray(self.num_responses_I == 1)
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreTable:
-    """All samples of one judge on I items; unparsable samples have zeros in `scores_IKO` and False in `used_IK`."""
+    """All samples of one judge; unparsable samples have zeros in `scores_IKO` and False in `used_IK`."""
 
+    sheet: Sheet
     scores_IKO: Floats
-    option_IO: Bools  # False beyond the item's own number of options
     used_IK: Bools
     tokens_IK: Floats
-    truth_I: Ints  # index of the right option
     order_IK: Ints  # equal for equal orders of an item's responses
-    num_responses_I: Ints
-    logits_IK: Floats | None  # meta-RM logits; None without meta RM
     first_IK: Ints  # index of the response that was shown first
+    logits_IK: Floats | None  # meta-RM logits; None without meta RM
+
+    @classmethod
+    def blank(cls, items: Sequence[Item], num_samples: int, with_logits: bool = False) -> ScoreTable:
+        """The table of items none of whose samples could be parsed, to be filled in."""
+        sheet, shape = Sheet.of(items), (len(items), num_samples)
+        return cls(
+            sheet=sheet,
+            scores_IKO=np.zeros((*shape, sheet.option_IO.shape[1])),
+            used_IK=np.zeros(shape, dtype=bool),
+            tokens_IK=np.zeros(shape),
+            order_IK=np.zeros(shape, dtype=np.int64),
+            first_IK=np.zeros(shape, dtype=np.int64),
+            logits_IK=np.full(shape, -np.inf) if with_logits else None,
+        )
 
     @property
     def num_samples(self) -> int:
         """K, the number of samples per item."""
         return int(self.used_IK.shape[1])
 
+    @property
+    def winners_IKO(self) -> Bools:
+        """The options to which each sample gives its highest score."""
+        return winners(self.sheet, self.scores_IKO)
 
-def options_of(scores: Sequence[float], middle: float) -> tuple[float, ...]:
-    """The score of each option by one judgement, or by the mean of several; for n = 1 "wrong" scores `middle`."""
-    return tuple(float(s) for s in scores) if len(scores) > 1 else (middle, float(scores[0]))
+    @property
+    def tied_IK(self) -> Bools:
+        """Whether a parsed sample gives its highest score to several options."""
+        return np.asarray(self.used_IK & (self.winners_IKO.sum(axis=-1) > 1))
 
+    @property
+    def correct_IK(self) -> Bools:
+        """Whether a sample is right by Eq. 10 (strict: ties and unparsable samples are wrong)."""
+        best_I11 = self.sheet.right_IO.argmax(axis=1)[:, None, None]
+        best_wins_IK = np.take_along_axis(self.winners_IKO, best_I11, axis=-1)[..., 0]
+        return np.asarray(self.used_IK & best_wins_IK & ~self.tied_IK)
 
-def right_option(item: Item) -> int:
-    """Index of the right option of an item."""
-    return item.best if len(item.responses) > 1 else int(item.rewards[0] > 0.5)
+    def tie_rate(self) -> float | None:
+        """Share of the parsed samples of items with n >= 2 whose highest score is shared; None without such samples."""
+        counted_IK = self.used_IK & ~self.sheet.single_I[:, None]
+        return float(self.tied_IK[counted_IK].mean()) if counted_IK.any() else None
+
+    def position_consistency(self) -> float | None:
+        """The share of pairs of parsed samples of one item in different orders that have the same set of winners.
+
+        None without such pairs (only n = 1, one sample, or nothing parsed).
+        """
+        set_IK = self.winners_IKO @ (1 << np.arange(self.scores_IKO.shape[-1]))
+        pair_IKK = self.used_IK[:, :, None] & self.used_IK[:, None, :]
+        pair_IKK &= self.order_IK[:, :, None] != self.order_IK[:, None, :]
+        same_IKK = set_IK[:, :, None] == set_IK[:, None, :]
+        return float(same_IKK[pair_IKK].mean()) if pair_IKK.any() else None
 
 
 def tabulate(
@@ -84,7 +169,7 @@ def tabulate(
     if len(counts) != 1 or 0 in counts:
         numbers = ", ".join(f"{num} items with {k} samples" for k, num in sorted(counts.items()))
         raise DataError(f"every item needs the same number (>= 1) of samples, found {numbers or 'no items'}")
-    table = _blank(items, next(iter(counts)), logits is not None)
+    table = ScoreTable.blank(items, next(iter(counts)), logits is not None)
     order_numbers: dict[tuple[int, ...], int] = {}
     for i, item in enumerate(items):
         for k, (_, t) in enumerate(sorted(samples[item.id].items())):
@@ -93,8 +178,8 @@ def tabulate(
             if t.failure:
                 continue
             table.used_IK[i, k] = True
-            given = options_of(t.scores, middle)
-            table.scores_IKO[i, k, : len(given)] = given
+            scores = options_of(t.scores, middle)
+            table.scores_IKO[i, k, : len(scores)] = scores
             if logits is not None and table.logits_IK is not None:
                 table.logits_IK[i, k] = logits.get(t.key, np.nan)
                 if not np.isfinite(table.logits_IK[i, k]):
@@ -109,29 +194,10 @@ def tabulate_scores(items: Sequence[Item], scores: Mapping[str, Sequence[float]]
     """
     if missing := [item.id for item in items if item.id not in scores]:
         raise DataError(f"no scores of {len(missing)} items, the first is {missing[0]!r}")
-    table = _blank(items, 1)
+    table = ScoreTable.blank(items, 1)
     table.used_IK[:] = True
-    for i, item in enumerate(items):
-        given = options_of(scores[item.id], 0.0)
-        table.scores_IKO[i, 0, : len(given)] = given
+    table.scores_IKO[:, 0][table.sheet.option_IO] = [s for item in items for s in options_of(scores[item.id], 0.0)]
     return table
-
-
-def _blank(items: Sequence[Item], num_samples: int, with_logits: bool = False) -> ScoreTable:
-    """The table of items none of whose samples could be parsed, to be filled in."""
-    shape, num_responses_I = (len(items), num_samples), np.array([len(item.responses) for item in items])
-    num_options_I = np.maximum(2, num_responses_I)
-    return ScoreTable(
-        scores_IKO=np.zeros((*shape, num_options_I.max())),
-        option_IO=np.arange(num_options_I.max()) < num_options_I[:, None],
-        used_IK=np.zeros(shape, dtype=bool),
-        tokens_IK=np.zeros(shape),
-        truth_I=np.array([right_option(item) for item in items]),
-        order_IK=np.zeros(shape, dtype=np.int64),
-        num_responses_I=num_responses_I,
-        logits_IK=np.full(shape, -np.inf) if with_logits else None,
-        first_IK=np.zeros(shape, dtype=np.int64),
-    )
 
 
 def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
@@ -140,109 +206,13 @@ def in_all_orders(greedy: Sequence[Trajectory]) -> list[Trajectory]:
     for t in greedy:
         by_item.setdefault(t.item_id, []).append(t)
     num = max(map(len, by_item.values()), default=0)
-    return [
-        replace(t, sample=j) if len(of_item) < num else t
-        for of_item in by_item.values()
-        for t in of_item
-        for j in range(num if len(of_item) < num else 1)
-    ]
-
-
-def winners(option_IO: Bools, scores: Floats) -> Bools:
-    """Which options have the highest score, none in a row of NaN; scores [I, O] or [I, anything, O]."""
-    option = option_IO if scores.ndim == 2 else option_IO[:, None, :]
-    held = np.where(option, scores, -np.inf)
-    return np.asarray(held == held.max(axis=-1, keepdims=True))
-
-
-def correct_samples(table: ScoreTable) -> Bools:
-    """[I, K] whether a sample is right by Eq. 10 (strict: ties and unparsable samples are wrong)."""
-    truth_first = np.take_along_axis(winners(table.option_IO, table.scores_IKO), table.truth_I[:, None, None], axis=-1)[
-        ..., 0
-    ]
-    return np.asarray(table.used_IK & truth_first & ~tied_samples(table))
-
-
-def tied_samples(table: ScoreTable) -> Bools:
-    """[I, K] whether a parsed sample gives its highest score to several options."""
-    return np.asarray(table.used_IK & (winners(table.option_IO, table.scores_IKO).sum(axis=-1) > 1))
-
-
-def tie_rate(table: ScoreTable) -> float | None:
-    """Share of the parsed samples of items with n >= 2 whose highest score is shared; None without such samples."""
-    counted_IK = table.used_IK & (table.num_responses_I > 1)[:, None]
-    return float(tied_samples(table)[counted_IK].mean()) if counted_IK.any() else None
-
-
-def position_consistency(table: ScoreTable) -> float | None:
-    """The share of pairs of parsed samples of one item in different orders that have the same set of winners.
-
-    None without such pairs (only n = 1, one sample, or nothing parsed).
-    """
-    winners_IKO = winners(table.option_IO, table.scores_IKO)
-    set_IK = winners_IKO @ (1 << np.arange(winners_IKO.shape[-1]))
-    pair_IKK = table.used_IK[:, :, None] & table.used_IK[:, None, :]
-    pair_IKK &= table.order_IK[:, :, None] != table.order_IK[:, None, :]
-    same_IKK = set_IK[:, :, None] == set_IK[:, None, :]
-    return float(same_IKK[pair_IKK].mean()) if pair_IKK.any() else None
-
-
-def rates(table: ScoreTable) -> dict[str, Any]:
-    """The rates of one judge over all its samples, by their names in summary.json."""
-    return {
-        "parse_rate": float(table.used_IK.mean()),
-        "tie_rate": tie_rate(table),
-        "correct_rate": float(correct_samples(table).mean()),
-        "position_consistency": position_consistency(table),
-        "tokens_per_judgement": float(table.tokens_IK.mean()),
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Sheet:
-    """The facts of a benchmark's items, known before any judgement."""
-
-    option_IO: Bools
-    right_IO: Bools
-    single_I: Bools  # n = 1
-    names: tuple[str, ...]  # of the subsets
-    subset_I: Ints  # index into `names`
-    question_I: Ints  # items of one row of the benchmark share a number
-    facts_I: tuple[dict[str, Any], ...]
-
-    @classmethod
-    def of(cls, items: Sequence[Item]) -> Sheet:
-        """The sheet of the items, in their order."""
-        width = max(max(2, len(item.responses)) for item in items)
-        option_IO, right_IO = np.zeros((len(items), width), bool), np.zeros((len(items), width), bool)
-        numbers: dict[str, int] = {}
-        names = tuple(sorted({item.subset for item in items}))
-        facts = tuple(facts_of(item) for item in items)
-        for i, item in enumerate(items):
-            option_IO[i, : max(2, len(item.responses))] = True
-            if len(item.responses) == 1:
-                right_IO[i, int(item.rewards[0] > 0.5)] = True
-            else:
-                right_IO[i, : len(item.rewards)] = [r == max(item.rewards) for r in item.rewards]
-        return cls(
-            option_IO,
-            right_IO,
-            np.array([len(item.responses) == 1 for item in items]),
-            names,
-            np.array([names.index(item.subset) for item in items]),
-            np.array([numbers.setdefault(f["question"], len(numbers)) for f in facts]),
-            facts,
-        )
-
-    @property
-    def num_questions(self) -> int:
-        """Rows of the benchmark with at least one item."""
-        return int(self.question_I.max()) + 1
+    filled = (ts if len(ts) == num else [replace(ts[0], sample=j) for j in range(num)] for ts in by_item.values())
+    return [t for ts in filled for t in ts]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The result of one way to decide: a score per option [I, O], rows of NaN where no judgement could be used.
+    """One way to decide: a score per option [I, O], rows of NaN where no judgement could be used.
 
     `forward_IO` and `backward_IO` are the same from the judgements that saw a pair as it is and in reverse.
     """
@@ -252,6 +222,13 @@ class Decision:
     backward_IO: Floats
 
 
+def winners(sheet: Sheet, scores: Floats) -> Bools:
+    """Which options have the highest score, none in a row of NaN; scores [I, O] or [I, anything, O]."""
+    option = sheet.option_IO if scores.ndim == 2 else sheet.option_IO[:, None, :]
+    held = np.where(option, scores, -np.inf)
+    return np.asarray(held == held.max(axis=-1, keepdims=True))
+
+
 def decided(scores_IO: Floats) -> Bools:
     """[I] whether any judgement of the item could be used."""
     return np.asarray(~np.isnan(scores_IO).any(axis=-1))
@@ -259,7 +236,7 @@ def decided(scores_IO: Floats) -> Bools:
 
 def best_credit(sheet: Sheet, scores_IO: Floats) -> Floats:
     """[I] probability that a right response is chosen when ties are broken at random."""
-    winner_IO = winners(sheet.option_IO, scores_IO)
+    winner_IO = winners(sheet, scores_IO)
     return np.asarray((winner_IO & sheet.right_IO).sum(axis=-1) / np.maximum(1, winner_IO.sum(axis=-1)))
 
 

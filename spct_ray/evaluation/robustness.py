@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from spct_ray.evaluation.judgements import Floats, facts_of
+from spct_ray.evaluation.judgements import Floats, ScoreTable, facts_of
 from spct_ray.evaluation.statistics import bootstrap_ci
-from spct_ray.evaluation.tables import Table, percent
+from spct_ray.evaluation.tables import Table, percent, span
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.records import Item, Message
 
@@ -137,40 +137,45 @@ def rates(
     before = dict(zip((facts_of(i)["question"] for i in items["clean"]), credit["clean"], strict=True))
     by_probe = {}
     for probe in PROBES:
-        known = np.array([probe.swap or before[facts_of(i)["question"]] == 1 for i in items[probe.name]], dtype=bool)
-        counted = known & (decided[probe.name] == 1)
-        fooled = 1 - credit[probe.name][counted]
-        by_probe[probe.name] = {
-            "what": probe.what,
-            "counted": "all decided" if probe.swap else "right before",
-            "rate": float(fooled.mean()) if len(fooled) else None,
-            "ci": list(bootstrap_ci(fooled, seed)) if len(fooled) else None,
-            "num_items": int(counted.sum()),
-            "undecided": int((known & (decided[probe.name] != 1)).sum()),
-        }
+        asked = [probe.swap or before[facts_of(i)["question"]] == 1 for i in items[probe.name]]
+        known, usable = np.array(asked, dtype=bool), decided[probe.name] == 1
+        fooled, counted = 1 - credit[probe.name][known & usable], "all decided" if probe.swap else "right before"
+        by_probe[probe.name] = _rate(probe.what, counted, fooled, int((known & ~usable).sum()), seed)
     return by_probe
 
 
-def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table per way to decide, with a row per probe and a column per judge."""
-    judges = result["judges"]
-    per_way = []
-    for way in [way for way in next(iter(judges.values())) if not way.endswith("clean accuracy")]:
-        rows = [["accuracy of the items as they are", *(percent(j[f"{way} clean accuracy"]) for j in judges.values())]]
-        rows[0] += [""] * len(judges)
-        for probe in next(iter(judges.values()))[way]:
-            per_judge = [judge[way][probe] for judge in judges.values()]
-            shares = [_share(one) for one in per_judge]
-            rows.append([f"{probe} ({per_judge[0]['counted']})", *shares, *(_counts(one) for one in per_judge)])
-        head = ("probe", *judges, *(f"{name}: items" for name in judges))
+def flips(greedy: ScoreTable, seed: int) -> dict[str, Any]:
+    """The share of items whose greedy winner differs between two orders, both parsed, as one of `rates`."""
+    both_I, winners_IKO = greedy.used_IK.all(axis=1), greedy.winners_IKO
+    differ_I = (winners_IKO[:, 0] != winners_IKO[:, 1]).any(axis=-1)[both_I].astype(float)
+    what = "the same item in another order gets another winner"
+    return _rate(what, "both parsed", differ_I, int((~both_I).sum()), seed)
+
+
+def _rate(what: str, counted: str, fooled_I: Floats, undecided: int, seed: int) -> dict[str, Any]:
+    return {
+        "what": what,
+        "counted": counted,
+        "rate": float(fooled_I.mean()) if len(fooled_I) else None,
+        "ci": list(bootstrap_ci(fooled_I, seed)) if len(fooled_I) else None,
+        "num_items": len(fooled_I),
+        "undecided": undecided,
+    }
+
+
+def tables(judges: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """One table per way to decide, with a row per probe and two columns per judge."""
+    first, per_way = next(iter(judges.values())), []
+    for way in [way for way in first if not way.endswith("clean accuracy")]:
+        clean = {name: percent(judge[f"{way} clean accuracy"]) for name, judge in judges.items()}
+        rows = {"accuracy of the items as they are": clean}
+        for probe, row in first[way].items():
+            of = {name: judge[way][probe] for name, judge in judges.items()}
+            shares = {n: "-" if r["rate"] is None else f"{percent(r['rate'])} {span(r['ci'])}" for n, r in of.items()}
+            rows[f"{probe} ({row['counted']})"] = shares | {
+                f"{name}: items": f"{r['num_items']}" + f" + {r['undecided']} undecided" * bool(r["undecided"])
+                for name, r in of.items()
+            }
         note = "In %, with 95 % intervals over items. A tie fools half; items without a decision are counted apart."
-        per_way.append(Table.of(f"Share fooled, {way}", head, rows, note))
+        per_way.append(Table.of(f"Share fooled, {way}", "probe", rows, note, absent=""))
     return per_way
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    return "-" if row["rate"] is None else "{} [{}, {}]".format(*map(percent, (row["rate"], *row["ci"])))
-
-
-def _counts(row: Mapping[str, Any]) -> str:
-    return f"{row['num_items']}" + (f" + {row['undecided']} undecided" if row["undecided"] else "")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks import BenchmarkSpec
+from spct_ray.data.store import read_items, write_items
+from spct_ray.data.validate import Limits, decontaminate
+from spct_ray.evaluation.benchmarks import BenchmarkSpec, find, read_benchmark
+from spct_ray.evaluation.judgements import Sheet
+from spct_ray.evaluation.results import layout
 from spct_ray.graph.record import write_atomically
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
@@ -39,13 +41,7 @@ class BenchmarksResources:
 @stage(version=3)
 def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksResources) -> dict[str, Any]:
     """Write the items and the report. Raises ConfigError and DataError, see `spct_ray.evaluation.benchmarks`."""
-    from spct_ray.data.store import read_items, write_items
-    from spct_ray.data.validate import decontaminate
-    from spct_ray.evaluation.benchmarks import find, read_benchmark
-    from spct_ray.evaluation.benchmarks.benchmark import layout
-    from spct_ray.evaluation.judgements import facts_of
-
-    train = [item for directory in resources.train for item in read_items(str(Path(directory, "train.parquet")))]
+    train = [item for directory in resources.train for item in read_items(f"{directory}/train.parquet")]
     report: dict[str, Any] = {}
     for spec in config.benchmarks:
         context.log(f"reading {spec.label} from {spec.path or 'the hub'}")
@@ -58,7 +54,7 @@ def run(context: StepContext, config: BenchmarksConfig, resources: BenchmarksRes
             "title": find(spec.name).title,
             "num_items": len(items),
             "content": content,
-            "num_questions": len({facts_of(item)["question"] for item in items}),
+            "num_questions": Sheet.of(items).num_questions,
             "layout": layout(items),
             "dropped": asdict(dropped),
             "contaminated": [overlap.item.id for overlap in overlaps] if train else None,

@@ -7,7 +7,6 @@ in this project's. `own=PATH` is any file of ours, scored by plain accuracy. NAM
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +14,19 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
+from spct_ray.config import imported
 from spct_ray.data.shapes import Cells, UnusableRow
 from spct_ray.data.sources import Dropped, SourceConfig, rows, with_content
 from spct_ray.data.validate import Limits, Problem, find_problem
-from spct_ray.errors import ConfigError, DataError
+from spct_ray.errors import ConfigError, DataError, suggestion
 from spct_ray.evaluation.benchmarks import own
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Row
 from spct_ray.evaluation.judgements import facts_of
 from spct_ray.records import Item
 
 _SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _IDS = ("id", "pair_id", "pair_uid", "bon_uid", "question_id")
-_SEVERAL_RIGHT = {Problem.NO_UNIQUE_BEST}
-
+_OWN = {"messages", "responses", "rewards"}  # columns of this project's own shape, which every benchmark may have
 
 BENCHMARKS: dict[str, Benchmark] = {
     module.name: import_module(f"{__name__}.{module.name}").BENCHMARK
@@ -51,20 +50,13 @@ def find(name: str) -> Benchmark:
     """The benchmark of that name or import path. Raises ConfigError with the nearest name."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    module, colon, attribute = name.partition(":")
-    if colon:
-        try:
-            imported = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"benchmark {name!r}: {error}") from error
-        if not isinstance(imported, Benchmark):
-            raise ConfigError(f"benchmark {name!r} is a {type(imported).__name__}, expected a Benchmark")
-        return imported
-    squeezed = {known.replace("_", ""): known for known in BENCHMARKS}
-    wanted = "".join(c for c in name.lower() if c.isalnum())
-    close = difflib.get_close_matches(wanted, squeezed, n=1, cutoff=0.5)
-    hint = f"did you mean {squeezed[close[0]]!r}?" if close else f"known are {', '.join(BENCHMARKS)}"
-    raise ConfigError(f"unknown benchmark {name!r}; {hint} For a file of your own write own=PATH")
+    if ":" not in name:
+        hint = suggestion(name.lower().replace("-", "_"), BENCHMARKS)
+        raise ConfigError(f"unknown benchmark {name!r}; {hint} For a file of your own write own=PATH")
+    benchmark = imported(name, "benchmark")
+    if not isinstance(benchmark, Benchmark):
+        raise ConfigError(f"benchmark {name!r} is a {type(benchmark).__name__}, expected a Benchmark")
+    return benchmark
 
 
 def parse_spec(text: str) -> BenchmarkSpec:
@@ -99,12 +91,17 @@ def read_benchmark(spec: BenchmarkSpec, limits: Limits, limit: int | None, seed:
             item_id = f"{spec.label}:{next((row[key] for key in _IDS if row.get(key) is not None), number)}"
             if item_id in items or f"{item_id}#0" in items:
                 item_id += f"@{total}"
-            for item in _items(benchmark, spec.label, Cells(row, spec.name, where), item_id, limits, dropped):
+            try:
+                of_row = _items(benchmark, Row(Cells(row, spec.name, where), item_id, limits))
+            except UnusableRow as unusable:
+                dropped.add(unusable.problem, where)
+                continue
+            for item in of_row:
                 problem = find_problem(item, limits)
-                if problem and not (benchmark.several_right and problem in _SEVERAL_RIGHT):
+                if problem and not (benchmark.several_right and problem is Problem.NO_UNIQUE_BEST):
                     dropped.add(problem, where)
                 else:
-                    items[item.id] = item
+                    items[item.id] = replace(item, source=spec.label)
     if not items:
         raise DataError(
             f"benchmark {spec.label}: no usable item in {spec.path or benchmark.hub}; "
@@ -113,21 +110,14 @@ def read_benchmark(spec: BenchmarkSpec, limits: Limits, limit: int | None, seed:
     return _limited(list(items.values()), limit, seed), dropped
 
 
-def _items(
-    benchmark: Benchmark, label: str, cells: Cells, item_id: str, limits: Limits, dropped: Dropped
-) -> list[Item]:
-    try:
-        read = own.read if own.is_own(cells.row) and not benchmark.several_right else benchmark.read
-        of_row = read(cells, item_id, limits)
-    except UnusableRow as unusable:
-        dropped.add(unusable.problem, cells.where)
-        return []
-    for item in of_row:
+def _items(benchmark: Benchmark, row: Row) -> list[Item]:
+    read = own.read if set(row.row) >= _OWN and not benchmark.several_right else benchmark.read
+    items = read(row)
+    for item in items:
         if benchmark.subsets and item.subset not in benchmark.subsets:
-            close = difflib.get_close_matches(item.subset, benchmark.subsets, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(benchmark.subsets)}"
-            raise cells.error(f"'subset' {item.subset!r} is none of {benchmark.title}'s; {hint}")
-    return [replace(item, source=label) for item in of_row]
+            hint = suggestion(item.subset, benchmark.subsets)
+            raise row.error(f"'subset' {item.subset!r} is none of {benchmark.title}'s; {hint}")
+    return items
 
 
 def _sources(spec: BenchmarkSpec) -> Iterator[SourceConfig]:

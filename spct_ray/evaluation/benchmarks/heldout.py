@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark
-from spct_ray.evaluation.benchmarks.own import accuracy, read
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, accuracy
+from spct_ray.evaluation.benchmarks.own import read
 
 BENCHMARK = Benchmark("held-out items", (), read, accuracy)

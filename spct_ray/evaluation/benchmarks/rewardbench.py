@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from spct_ray.data.shapes import Cells
-from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, in_subset, make_item, mean_of, weighted_mean
-from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Row, Scores, Scoring, mean_of
 from spct_ray.records import Item
 
 
-def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
+def read(row: Row) -> list[Item]:
     """{prompt, chosen, rejected, subset}; one pair."""
-    return [make_item(cells, item_id, cells.prompt("prompt"), [cells.text("chosen")], [cells.text("rejected")])]
+    return [row.item(row.prompt("prompt"), [row.text("chosen")], [row.text("rejected")])]
 
 
-REWARD_BENCH_COUNTS = {
+COUNTS = {
     "Chat": {
         "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
     },
@@ -33,7 +30,7 @@ REWARD_BENCH_COUNTS = {
 }  # fmt: skip
 
 
-def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
+def score(scoring: Scoring) -> Scores:
     """Mean of four sections; a section is the mean of its subsets weighted by their published sizes, with math-prm's
     447 items counted as 984, as much as the code subsets together. A tie counts half.
 
@@ -43,20 +40,15 @@ def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
     it is 0; and the prior sets, a fifth column that the first leaderboard counted half
     (analysis/get_benchmark_results.py), are other data sets that the published four-section scores do not hold.
     """
-    credit_I = best_credit(sheet, decision.scores_IO)
+    credit_I = scoring.credit_I
     sections: dict[str, float | None] = {}
-    for section, counts in REWARD_BENCH_COUNTS.items():
-        means = {name: weighted_mean(credit_I, weight_I, in_subset(sheet, name)) for name in counts}
+    for section, counts in COUNTS.items():
+        means = {name: scoring.mean(credit_I, scoring.subset([name])) for name in counts}
         present = {name: value for name, value in means.items() if value is not None}
         size = sum(counts[name] for name in present)
         sections[section] = sum(counts[name] * value for name, value in present.items()) / size if size else None
     return mean_of(sections)
 
 
-BENCHMARK = Benchmark(
-    "RewardBench",
-    (("allenai/reward-bench", "filtered"),),
-    read,
-    score,
-    subsets=tuple(name for counts in REWARD_BENCH_COUNTS.values() for name in counts),
-)
+SUBSETS = tuple(name for counts in COUNTS.values() for name in counts)
+BENCHMARK = Benchmark("RewardBench", (("allenai/reward-bench", "filtered"),), read, score, subsets=SUBSETS)

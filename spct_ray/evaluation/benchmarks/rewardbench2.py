@@ -2,52 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from spct_ray.data.shapes import Cells
-from spct_ray.data.validate import Limits
-from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Scores, in_subset, make_item, mean_of, weighted_mean
-from spct_ray.evaluation.judgements import Decision, Floats, Sheet, best_credit
+from spct_ray.evaluation.benchmarks.benchmark import Benchmark, Row, Scores, Scoring, mean_of
 from spct_ray.records import Item
 
 
-def read(cells: Cells, item_id: str, limits: Limits) -> list[Item]:
+def read(row: Row) -> list[Item]:
     """{id, prompt, chosen: [...], rejected: [...], subset}: best of n, or for Ties every response rated by itself, as
     the authors rate them with generative judges. Ties ids are "ref:<n>" and "tied:<n>"."""
-    chosen, rejected = cells.texts("chosen"), cells.texts("rejected")
-    prompt = cells.prompt("prompt")
-    if cells.text("subset").lower() != "ties":
-        return [make_item(cells, item_id, prompt, chosen, rejected)]
-    kind, colon, number = str(cells.get("id")).partition(":")
+    chosen, rejected, prompt = row.texts("chosen"), row.texts("rejected"), row.prompt("prompt")
+    if row.text("subset").lower() != "ties":
+        return [row.item(prompt, chosen, rejected)]
+    kind, colon, number = str(row.get("id")).partition(":")
     if kind not in ("ref", "tied") or not colon:
-        raise cells.error(f"'id' of a Ties row must be ref:<number> or tied:<number>, found {cells.get('id')!r}")
+        raise row.error(f"'id' of a Ties row must be ref:<number> or tied:<number>, found {row.get('id')!r}")
+    texts = [(text, True) for text in chosen] + [(text, False) for text in rejected]
+    facts: dict[str, Any] = {"kind": kind, "prompt": number}
     return [
-        Item(f"{item_id}#{i}", prompt, (text,), (float(i < len(chosen)),), subset=cells.text("subset"),
-             facts=json.dumps({"question": item_id, "kind": kind, "prompt": number}))
-        for i, text in enumerate([*chosen, *rejected])
-    ]  # fmt: skip
+        row.item(prompt, [text] * right, [text] * (not right), part=str(i), single=True, **facts)
+        for i, (text, right) in enumerate(texts)
+    ]
 
 
-REWARD_BENCH_2_SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
-def score(sheet: Sheet, decision: Decision, weight_I: Floats) -> Scores:
+def score(scoring: Scoring) -> Scores:
     """Unweighted mean of six subsets: best of 4 (1 / m where the right response is among m best), and Ties by `ties`.
 
     After allenai/reward-bench, rewardbench/utils.py (reroll_and_score_dataset) and the data set's card ("averages over
     these six subsets"); arXiv 2506.01937. An unreadable verdict counts 0.25 there (scripts/run_generative_v2.py)
     and nothing here.
     """
-    credit_I = best_credit(sheet, decision.scores_IO)
-    parts = {name: weighted_mean(credit_I, weight_I, in_subset(sheet, name)) for name in REWARD_BENCH_2_SUBSETS[:-1]}
-    parts["Ties"] = ties(sheet, decision, weight_I)
-    return mean_of(parts)
+    credit_I = scoring.credit_I
+    parts = {name: scoring.mean(credit_I, scoring.subset([name])) for name in SUBSETS[:-1]}
+    return mean_of(parts | {"Ties": ties(scoring)})
 
 
-def ties(sheet: Sheet, decision: Decision, weight_I: Floats) -> float | None:
+def ties(scoring: Scoring) -> float | None:
     """RewardBench 2 Ties, from ratings of single responses.
 
     A prompt is accurate when its worst right response outscores its best wrong one; c is that gap, d the spread of the
@@ -58,10 +54,10 @@ def ties(sheet: Sheet, decision: Decision, weight_I: Floats) -> float | None:
     authors let -1 stand for the missing rating, so that an unrated wrong response helps there.
     """
     groups: dict[tuple[str, str], list[int]] = {}
-    for i, facts in enumerate(sheet.facts_I):
+    for i, facts in enumerate(scoring.sheet.facts_I):
         if facts.get("kind") in ("ref", "tied"):
             groups.setdefault((facts["prompt"], facts["kind"]), []).append(i)
-    stats = {key: (*_gaps(sheet, decision, members), weight_I[members[0]]) for key, members in groups.items()}
+    stats = {key: (*_gaps(scoring, members), scoring.weight_I[members[0]]) for key, members in groups.items()}
     if not sum(weight for *_, weight in stats.values()):
         return None
 
@@ -82,9 +78,9 @@ def ties(sheet: Sheet, decision: Decision, weight_I: Floats) -> float | None:
     return 0.3 * accurate["tied"] + 0.3 * accurate["ref"] + 0.2 * preferred + 0.2 * hard + 0.01 * margin
 
 
-def _gaps(sheet: Sheet, decision: Decision, members: Sequence[int]) -> tuple[float, float]:
+def _gaps(scoring: Scoring, members: Sequence[int]) -> tuple[float, float]:
     """(worst right - best wrong, best right - worst right) of one prompt's ratings; -inf and 0 with one missing."""
-    rating, right = decision.scores_IO[members, 1], sheet.right_IO[members, 1]
+    rating, right = scoring.decision.scores_IO[members, 1], scoring.sheet.right_IO[members, 1]
     if np.isnan(rating).any() or right.all() or not right.any():
         return -np.inf, 0.0
     return float(rating[right].min() - rating[~right].max()), float(rating[right].max() - rating[right].min())
@@ -96,6 +92,5 @@ def _tanh_ratio(gap: float, spread: float) -> float:
     return float(np.tanh(gap / spread - 1))
 
 
-BENCHMARK = Benchmark(
-    "RewardBench 2", (("allenai/reward-bench-2", "test"),), read, score, subsets=REWARD_BENCH_2_SUBSETS, strict=True
-)
+HUB = (("allenai/reward-bench-2", "test"),)
+BENCHMARK = Benchmark("RewardBench 2", HUB, read, score, subsets=SUBSETS, strict=True)
