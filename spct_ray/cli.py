@@ -26,8 +26,6 @@ from spct_ray.errors import ConfigError, SpctError
 from spct_ray.graph.explain import format_plan, link_reused, plan
 from spct_ray.graph.lock import hold, holder
 from spct_ray.graph.record import local_root, read_record, write_atomically
-from spct_ray.graph.room import check as check_steps
-from spct_ray.graph.room import placed
 from spct_ray.graph.step import Step, steps_until
 from spct_ray.graph.view import shown
 from spct_ray.serve import commands
@@ -237,9 +235,11 @@ def run_graph(
                 with session.start(cluster):
                     signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own
                     nodes = session.nodes()
-                    steps = [placed(step, nodes) for step in steps]
+                    steps = [step.placed(nodes) for step in steps]
                     with session.waiting_for_room(cluster, say):
-                        check_steps([step for step in steps if step.name in left], nodes)
+                        for step in steps:
+                            if step.name in left:
+                                step.check_room(nodes)
                     run_steps(steps, root, seed, command, say)
         _publish(steps, {s.name: s.directory for s in planned}, root)
 
@@ -304,7 +304,7 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _say(line: str) -> None:
+def _say(line: object) -> None:
     print(line, flush=True)
 
 

@@ -13,7 +13,7 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.data.sources import with_content
 from spct_ray.errors import ConfigError
-from spct_ray.graph.stage import StageFunction, make_step, stage_at, typed
+from spct_ray.graph.stage import step_of
 from spct_ray.graph.step import Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
@@ -106,11 +106,11 @@ def build_steps(recipe: Recipe) -> list[Step]:
     _check(recipe)
     where, steps = recipe.resources, list[Step]()
 
-    def add(name: str, function: StageFunction, config: Any, resources: Any = None, /, **inputs: str) -> str:
+    def add(name: str, function: Any, config: Any, resources: Any = None, /, **inputs: str) -> str:
         config = _with_judge(name, config, recipe.judge)
         if recipe.items.builtin and hasattr(config, "kinds"):
             config = replace(config, kinds=recipe.items.builtin.kinds)
-        steps.append(make_step(name, function, config, _with_tracker(name, resources, where.tracker), inputs))
+        steps.append(Step(name, function, config, _with_tracker(name, resources, where.tracker), inputs))
         return name
 
     data = replace(
@@ -146,9 +146,8 @@ def build_steps(recipe: Recipe) -> list[Step]:
     read = {name: name for name in ("student", "grpo", "onpolicy", "meta", "meta_scores")} | evaluated
     add("report", report.run, recipe.report, items=judged, sample=sampled, select=selected, rft=judge, **read)
     for name, further in recipe.steps.items():
-        function = stage_at(further.stage, f"steps.{name}.stage")
-        own, place = typed(function, further.config, where.steps.get(name, {}), f"steps.{name}")
-        add(name, function, own, place, **further.inputs)
+        own = step_of(name, further.stage, further.config, where.steps.get(name, {}), **further.inputs)
+        add(name, own.function, own.config, own.resources, **own.inputs)
     return steps
 
 
