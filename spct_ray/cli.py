@@ -117,14 +117,12 @@ def run_command(ctx: typer.Context, recipe: RecipeName, overrides: Overrides = N
 @app.command("plan")
 def plan_command(recipe: RecipeName, overrides: Overrides = None, until: Until = None) -> None:
     """Say for each step whether it is done, resumes or runs, and why."""
-    from spct_ray.stages.plan_check import check, checkpoints
+    from spct_ray.stages.plan_check import check
 
     tree, steps, root = load_graph(recipe, overrides or (), until or ())
     _say(f"{root}\n{format_plan(plan(steps, root, tree.seed, tree.reuse))}")
     if running := holder(os.path.join(root, ".lock")):
         _say(f"now running: {running}")
-    if sizes := checkpoints(tree):
-        _say(f"checkpoints (two are kept): {'; '.join(f'{name} {value:.3g}' for name, value in sizes.items())}")
     check(tree)
 
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from random import Random
 
-from spct_ray.config import UNLESS_DEFAULT
 from spct_ray.data.kinds import KINDS, NAMES, PARTS, Kind, Sentence, Split, kind_named, kinds_of, render
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item, Message
@@ -46,7 +45,7 @@ class BuiltinConfig:
     alike: float = 0.3
     lure: float = 0.0
     graded: bool = False
-    kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
+    kinds: tuple[str, ...] = ()
 
 
 def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:
