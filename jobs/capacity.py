@@ -19,7 +19,7 @@ from spct_ray.cli import guarded
 from spct_ray.config import load
 from spct_ray.engines.base import EngineResources
 from spct_ray.errors import ConfigError
-from spct_ray.stages.plan_check import ModelShape, Training, beside, engine_memory, knobs, shape_of, trainings
+from spct_ray.stages.plan_check import ModelShape, Training, engine_memory, knobs, shape_of, trainings
 from spct_ray.stages.recipe import Recipe
 
 # An H100 SXM, eight a node.
@@ -149,8 +149,8 @@ def tables(recipe: Recipe, gpus: Sequence[int]) -> str:
             columns[f"{title}: {training.resources.num_workers} ranks"] = parts | {"sum": sum(parts.values())}
         lines.append(table(f"{name}, GiB", columns))
         for title, variant in variants.items():
-            training, room = trainings(variant)[name], recipe.resources.cluster.gpu_gib - beside(variant, name)
-            if sum(training.memory(shape).values()) > room:
+            training, room = trainings(variant)[name], recipe.resources.cluster.gpu_gib
+            if not training.fits(shape, room):
                 lines.append(f"{title} do not fit; what helps: {knobs(name, training, shape, room)}\n")
     columns = {}
     for title, variant in variants.items():

@@ -54,10 +54,9 @@ def override(config: T, overrides: Sequence[str]) -> T:
 
 
 def rebuild(schema: type[T], plain: Any, place: str) -> T:
-    """The dataclass whose plain form an earlier run stored at `place` (file and field, for messages); what it lacks has
-    its default. Raises ConfigError for keys and values that this version does not know."""
+    """The dataclass whose plain form an earlier run stored at `place`, file and field, as by `convert`."""
     try:
-        return _validate(schema, plain, lambda key: f"{place}: {key or 'the whole file'}")
+        return typing.cast(T, convert(schema, plain, place))
     except ConfigError as error:
         raise ConfigError(
             f"{error}\nAnother version of spct-ray wrote this. Its record.json names the version under `packages`: "
@@ -100,9 +99,10 @@ def imported(path: str, key: str) -> Any:
         ) from error
 
 
-def convert(kind: Any, values: Mapping[str, Any], key: str) -> Any:
-    """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
-    return _validate(kind, {**_defaults(kind), **values}, lambda inner: ".".join(filter(None, (key, inner))))
+def convert(schema: Any, values: Mapping[str, Any], key: str) -> Any:
+    """Plain values as a dataclass; what they lack has its default. Raises ConfigError, which names the full key under
+    the setting `key`."""
+    return _validate(schema, {**_defaults(schema), **values}, lambda inner: ".".join(filter(None, (key, inner))))
 
 
 def to_plain(value: Any) -> Any:

@@ -126,7 +126,7 @@ def test_a_built_in_stage_may_be_a_further_step(outside: Path) -> None:
     where = "resources.steps.again.num_replicas=3"
     steps = {s.name: s for s in build_steps(load(Recipe, str(outside / "mine.yaml"), [again, where]))}
     assert steps["again"].function is steps["meta_scores"].function
-    assert steps["again"].demand.cpus == 3
+    assert steps["again"].cpus == 3
 
 
 def test_a_kind_is_asked_for_checked_and_counted(outside: Path) -> None:

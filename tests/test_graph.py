@@ -215,7 +215,7 @@ def test_records_keep_numpy_metrics_and_refuse_to_be_tampered_with(tmp_path: Pat
 
 
 def test_urls_are_refused_as_roots() -> None:
-    with pytest.raises(ConfigError, match="conditional put"):
+    with pytest.raises(ConfigError, match="Mount the bucket"):
         local_root("s3://bucket/run")
 
 

@@ -15,7 +15,7 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import load, override
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
-from spct_ray.graph.step import Demand, Step
+from spct_ray.graph.step import Step
 from spct_ray.placement import check_engine, check_room, gpus_of
 from spct_ray.stages import evaluate, grpo
 from spct_ray.stages.evaluate import EvaluateConfig
@@ -76,9 +76,9 @@ def test_powers_of_two_are_refused_only_where_no_placement_exists(sizes: list[in
 def test_steps_take_what_they_left_open_and_say_so_to_whoever_admits_them() -> None:
     left = SamplingResources(2, 1, None, engine=EngineConfig(tensor_parallel=2))
     step = Step("evaluate_a", evaluate.run, EvaluateConfig(), left)
-    assert step.demand == Demand(2, (0, 0))
+    assert (step.cpus, step.gpus_of_each) == (2, (0, 0))
     there = step.placed(NODES)
-    assert (there.resources.gpus_per_replica, there.demand.gpus) == (2, 4)
+    assert (there.resources.gpus_per_replica, there.gpus_of_each) == (2, (2, 2))
     assert there.keeps == str(there.resources)  # the name under which the step keeps its engines
     stated = Step("evaluate_a", evaluate.run, EvaluateConfig(), SamplingResources())
     assert stated.placed(NODES) is stated
@@ -88,14 +88,13 @@ def test_steps_take_what_they_left_open_and_say_so_to_whoever_admits_them() -> N
     with pytest.raises(ConfigError, match="takes 2 GPUs, but 0 are asked for"):
         step.placed(NODES[:1])
     scoring = Step("scores", evaluate.run, None, MetaScoresResources(gpus_per_replica=None))
-    assert [scoring.placed(nodes).demand.gpus for nodes in (NODES, NODES[:1])] == [1, 0]
+    assert [scoring.placed(nodes).gpus_of_each for nodes in (NODES, NODES[:1])] == [(1,), (0,)]
 
 
 def test_the_demand_of_grpo_is_that_of_ranks_and_engines() -> None:
     where = load(Recipe, "conf/paper.yaml").resources.grpo
-    demand = Step("grpo", grpo.run, None, where).demand
-    assert demand.gpus == where.train.num_workers + 2 * where.rollout.num_replicas
-    assert sorted(set(demand.gpus_of_each)) == [1, 2]
+    gpus = Step("grpo", grpo.run, None, where).gpus_of_each
+    assert sorted(gpus) == [1.0] * where.train.num_workers + [2.0] * where.rollout.num_replicas
 
 
 @dataclass(frozen=True)

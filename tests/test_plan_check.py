@@ -18,7 +18,7 @@ from spct_ray.config import load
 from spct_ray.errors import ConfigError
 from spct_ray.learn.lora import add_adapters
 from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
-from spct_ray.stages.plan_check import KNOWN, Training, beside, check, engine_memory, shape_of, trainings
+from spct_ray.stages.plan_check import KNOWN, Training, check, engine_memory, shape_of, trainings
 from spct_ray.stages.recipe import Recipe
 from spct_ray.stages.student import StudentConfig
 
@@ -136,14 +136,14 @@ def test_an_engine_that_sleeps_takes_the_memory_in_turn_with_the_trainer() -> No
     single = str(ROOT / "conf" / "single_gpu.yaml")
     recipe = load(Recipe, single)
     assert recipe.resources.grpo.engine.transfer == "ipc"
-    assert beside(recipe, "grpo.train") == 3.0
+    assert trainings(recipe)["grpo.train"].beside_gib == 3.0
     half = ["resources.grpo.engine.transfer=directory", "resources.grpo.engine.gpu_memory_utilization=0.5"]
     awake = load(Recipe, single, half)
-    assert beside(awake, "grpo.train") == pytest.approx(0.5 * 79)
-    with pytest.raises(ConfigError, match=r"resources\.grpo\.train: a GPU needs 40 GiB"):
+    assert trainings(awake)["grpo.train"].beside_gib == pytest.approx(0.5 * 79)
+    with pytest.raises(ConfigError, match=r"resources\.grpo\.train: a GPU needs 79\.\d GiB \(engine beside it 40, "):
         check(awake)
     utilization = "resources.grpo.engine.gpu_memory_utilization"
-    with pytest.raises(ConfigError, match=r"engine awake 71, the trainer's state 15\) and has 79; .*=0\.8$"):
+    with pytest.raises(ConfigError, match=r"engine awake 71, the trainer's state 15\) and has 79\.0; .*=0\.8$"):
         check(load(Recipe, single, [f"{utilization}=0.9"]))
     check(load(Recipe, single, [f"{utilization}=0.8"]))
 
@@ -179,7 +179,7 @@ def test_offloading_is_offered_with_adamw_and_not_with_muon_which_refuses_it() -
     ],
 )
 def test_a_plan_that_cannot_fit_is_refused_and_what_helps_does_help(overrides: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"resources\.[a-z.]+: a GPU needs \d+ GiB .* what helps: ") as refused:
+    with pytest.raises(ConfigError, match=r"resources\.[a-z.]+: a GPU needs [\d.]+ GiB .* what helps: ") as refused:
         check(load(Recipe, PAPER, overrides))
     for line in str(refused.value).splitlines()[1:]:
         name = line.split(":")[0].strip()
@@ -206,7 +206,7 @@ def test_an_engine_without_room_for_a_sequence_is_refused() -> None:
     )
     with pytest.raises(
         ConfigError,
-        match=r"resources.evaluate.engine: a GPU needs 55 GiB \(weights 51, .* and has 47; .*tensor_parallel=2",
+        match=r"resources.evaluate.engine: a GPU needs [\d.]+ GiB \(weights 51, .* and has 47\.4; .*tensor_parallel=2",
     ):
         check(recipe)
 

@@ -63,39 +63,29 @@ def format_plan(planned: Sequence[PlannedStep]) -> str:
 
 def _changes(before: StepRecord, now: StepRecord) -> str:
     """In words, what makes the two ids differ."""
-    changes = [
-        change
-        for key, old, new in (
-            ("function", before.function, now.function),
-            ("version", before.version, now.version),
-            ("seed", before.seed, now.seed),
-            (now.name, before.config, now.config),
-            ("inputs", _sources(before), _sources(now)),
-        )
-        for change in _differences(old, new, key)
-    ]
+    changes = _differences(_identity(before), _identity(now))
     for role, source in now.inputs.items():
         old = before.inputs.get(role, source)
         if old["step"] == source["step"] and old["id"] != source["id"]:
-            changes.append(
-                f"input {role} changed" if role == source["step"] else f"input {role} ({source['step']}) changed"
-            )
+            name = role if role == source["step"] else f"{role} ({source['step']})"
+            changes.append(f"input {name} changed")
     if not changes:
         return f"its directory is gone (finished {before.finished_at[:19]})"
     return "because " + ", ".join(changes)
 
 
-def _sources(record: StepRecord) -> dict[str, str]:
-    return {role: source["step"] for role, source in record.inputs.items()}
+def _identity(step: StepRecord) -> dict[str, Any]:
+    what = {"function": step.function, "version": step.version, "seed": step.seed, step.name: step.config}
+    return what | {"inputs": {role: source["step"] for role, source in step.inputs.items()}}
 
 
-def _differences(before: Any, now: Any, key: str) -> list[str]:
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
     """Each changed value of two plain values by its full key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        gone = [f"{key}.{name} was removed" for name in before if name not in now]
-        added = [f"{key}.{name} was added ({_short(now[name])})" for name in now if name not in before]
-        kept = [name for name in now if name in before]
-        return [c for name in kept for c in _differences(before[name], now[name], f"{key}.{name}")] + added + gone
+        full = {name: f"{key}.{name}" if key else name for name in [*now, *before]}
+        kept = [c for name in now if name in before for c in _differences(before[name], now[name], full[name])]
+        added = [f"{full[name]} was added ({_short(now[name])})" for name in now if name not in before]
+        return kept + added + [f"{full[name]} was removed" for name in before if name not in now]
     return [] if before == now else [f"{key} changed from {_short(before)} to {_short(now)}"]
 
 

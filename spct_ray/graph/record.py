@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 from collections.abc import Sequence
@@ -96,13 +98,11 @@ def describe(steps: Sequence[Step], seed: int) -> dict[str, StepRecord]:
 
 
 def local_root(root: str) -> str:
-    """The absolute path of a run's root. ConfigError for a URL, saying what an object store would need."""
+    """The absolute path of a run's root. ConfigError for a URL; docs/job-graph.md says what that would need."""
     if "://" in root:
         raise ConfigError(
             f"root: {root!r} is a URL; the root must be a path that every node of the cluster sees (a local disk on "
-            "one machine, NFS or another shared file system on several). An object store such as S3 would need three "
-            "things that are not built: a conditional put for the locks, local scratch for partial steps, and an "
-            "upload on commit with record.json last. Mount the bucket, or copy finished runs there."
+            "one machine, NFS or another shared file system on several). Mount the bucket, or copy finished runs there."
         )
     return os.path.abspath(root)
 
@@ -110,11 +110,6 @@ def local_root(root: str) -> str:
 def step_directory(root: str, name: str, step_id: str) -> str:
     """`<root>/steps/<name>-<first 12 digits of the id>`."""
     return os.path.join(root, "steps", f"{name}-{step_id[:12]}")
-
-
-def log_path(root: str, name: str) -> str:
-    """`<root>/logs/<name>.log`: all that the step's process printed, over all attempts."""
-    return os.path.join(root, "logs", f"{name}.log")
 
 
 def read_record(directory: str) -> StepRecord | None:
@@ -135,7 +130,8 @@ def read_record(directory: str) -> StepRecord | None:
 
 def write_record(directory: str, record: StepRecord) -> None:
     """Commit a step: from the moment `record.json` has its name, the directory counts as finished."""
-    text = json.dumps(dataclasses.asdict(record), indent=1, default=_from_array)
+    to_list = operator.methodcaller("tolist")  # of numpy scalars and arrays among the metrics
+    text = json.dumps(dataclasses.asdict(record), indent=1, default=to_list)
     write_atomically(os.path.join(directory, "record.json"), text.encode())
 
 
@@ -151,14 +147,6 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, read without importing them."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
-
-
-def _from_array(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy scalars and arrays among the metrics
-        return value.tolist()
-    raise TypeError(f"metric {value!r} of type {type(value).__name__} is not a JSON value")

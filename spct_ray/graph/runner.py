@@ -1,16 +1,8 @@
-"""Runs the steps of a job graph as Ray tasks. What it guarantees, whatever is killed and whenever:
+"""Runs the steps of a job graph as Ray tasks: each step once, whatever is killed and whenever (docs/job-graph.md).
 
-* **Record last.** A step's directory `<root>/steps/<name>-<id>` counts as finished from the moment `record.json` is
-  renamed into it, and never before. The step's own process writes it, so a dead driver loses no finished step.
-* **No step is repeated.** A finished step with the same id is used as it is. Changing a step's function, version,
-  config, seed or inputs changes its id and thereby its directory, so old output is never served for a new config.
-* **Resume in place.** A killed step is started again in the same directory and finds its partial files there. How much
-  of the work it repeats, and whether the result is bit-equal, is the step's own promise (docs/job-graph.md).
-* **One writer.** Each step's process holds a lock on its directory and each driver one on the root: an orphan of a
-  killed run cannot write beside its successor, and a second driver waits and says for whom.
-* **Death of a worker or node** (killed, out of memory, crashed) is retried in place while Ray lives, at most
-  SYSTEM_RETRIES times a step and run. An exception of the step itself is not: it ends the run with a StepError, after
-  the other running steps have finished. The same command then goes on from there.
+A step's own process commits it, so a dead driver loses no finished step; a killed step is started again in its
+directory. Death of a worker or node is retried in place, at most SYSTEM_RETRIES times a step and run. An exception of
+the step itself is not: it ends the run with a StepError, after the other running steps have finished.
 
 Steps only coordinate (num_cpus=0); the workers that they start take the CPUs and GPUs. A step is admitted beside
 others when its declared demand fits beside theirs in the whole cluster; alone it always starts, so that an autoscaler
@@ -32,7 +24,7 @@ import ray.exceptions
 
 from spct_ray.errors import SpctError, StepError
 from spct_ray.graph.keeper import keeper
-from spct_ray.graph.record import StepRecord, describe, local_root, log_path, read_record
+from spct_ray.graph.record import StepRecord, describe, local_root, read_record
 from spct_ray.graph.step import Event, Step, StepContext
 from spct_ray.graph.worker import execute
 
@@ -129,8 +121,8 @@ class _Run:
         if step.keeps and any(attempt.step.keeps == step.keeps for attempt in self.running.values()):
             return False
         total = ray.cluster_resources()
-        demands = [attempt.step.demand for attempt in self.running.values()] + [step.demand]
-        cpus, gpus = sum(d.cpus for d in demands), sum(d.gpus for d in demands)
+        together = [attempt.step for attempt in self.running.values()] + [step]
+        cpus, gpus = sum(s.cpus for s in together), sum(sum(s.gpus_of_each) for s in together)
         fits = cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
         if not fits and not self.running:
             note = (
@@ -142,7 +134,7 @@ class _Run:
         return fits or not self.running
 
     def _start(self, step: Step, number: int) -> None:
-        log = log_path(self.root, step.name)
+        log = os.path.join(self.root, "logs", f"{step.name}.log")
         os.makedirs(os.path.dirname(log), exist_ok=True)
         inputs = {role: self._directory(source) for role, source in step.inputs.items()}
         context = StepContext(step.name, self.seed, self._directory(step.name), inputs, self.command, log)

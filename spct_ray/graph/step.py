@@ -18,19 +18,6 @@ PROGRESS_SECONDS = 5.0  # least time between two progress events of one phase
 
 
 @dataclass(frozen=True)
-class Demand:
-    """CPUs and GPUs that a step's own workers take while it runs. The GPUs of one worker are on one node."""
-
-    cpus: float
-    gpus_of_each: tuple[float, ...] = ()
-
-    @property
-    def gpus(self) -> float:
-        """Of all workers."""
-        return sum(self.gpus_of_each)
-
-
-@dataclass(frozen=True)
 class Step:
     """One node of the graph. `function(context, config, resources) -> metrics` is marked `@stage` and lives at the top
     level of a module, so that a worker can import it. `inputs` maps each role to the step whose directory is read.
@@ -46,12 +33,15 @@ class Step:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def demand(self) -> Demand:
-        """What the replicas and ranks in its resources take together, one CPU without any. GPUs that are left open
-        (None) count once `placed` fills them in."""
+    def cpus(self) -> float:
+        """Of all replicas and ranks in its resources, which it starts; one where there are none."""
         workers = _workers(self.resources)
-        cpus = sum(num * cpus for num, cpus, _ in workers) if workers else 1
-        return Demand(cpus, tuple(gpus for num, _, gpus in workers for _ in range(num)))
+        return sum(num * cpus for num, cpus, _ in workers) if workers else 1
+
+    @property
+    def gpus_of_each(self) -> tuple[float, ...]:
+        """Of each replica and rank, on one node. Those left open (None) count once `placed` fills them in."""
+        return tuple(gpus for num, _, gpus in _workers(self.resources) for _ in range(num))
 
     @property
     def keeps(self) -> str:
@@ -71,7 +61,7 @@ class Step:
     def check_room(self, nodes: Nodes) -> None:
         """Raise ConfigError where the step would wait for ever on these nodes, even alone."""
         advice = f"lower the resources of step {self.name} (num_replicas, num_workers), or name a larger cluster"
-        check_room({self.name: self.demand.cpus}, {self.name: self.demand.gpus_of_each}, nodes, advice)
+        check_room({self.name: self.cpus}, {self.name: self.gpus_of_each}, nodes, advice)
 
 
 def _workers(resources: Any) -> list[tuple[int, float, float]]:
@@ -88,15 +78,11 @@ def _workers(resources: Any) -> list[tuple[int, float, float]]:
 
 def steps_until(steps: Sequence[Step], last: Sequence[str]) -> list[Step]:
     """Those named in `last` and all that they need, in the given order. Raises ConfigError for a name that is none."""
-    inputs = {step.name: step.inputs.values() for step in steps}
-    needed, waiting = set[str](), list(last)
-    while waiting:
-        name = waiting.pop()
-        if name not in inputs:
-            raise ConfigError(f"--until {name}: no such step; there are {', '.join(inputs)}")
-        if name not in needed:
-            needed.add(name)
-            waiting.extend(inputs[name])
+    names, needed = [step.name for step in steps], set(last)
+    if unknown := needed - set(names):
+        raise ConfigError(f"--until {', '.join(sorted(unknown))}: no such step; there are {', '.join(names)}")
+    while more := {name for step in steps if step.name in needed for name in step.inputs.values()} - needed:
+        needed |= more
     return [step for step in steps if step.name in needed]
 
 

@@ -64,8 +64,7 @@ class RunJudge:
 
     def source(self, record: StepRecord, role: str) -> str:
         """The directory of one of the record's inputs."""
-        source = record.inputs[role]
-        return step_directory(self.root, source["step"], source["id"])
+        return step_directory(self.root, record.inputs[role]["step"], record.inputs[role]["id"])
 
 
 def parse_target(text: str) -> Target:

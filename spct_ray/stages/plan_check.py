@@ -126,6 +126,7 @@ class Training:
     lora: LoraConfig
     optim: OptimConfig
     has_reference: bool = False
+    beside_gib: float = 0.0  # of an engine on the same GPU
 
     @property
     def width(self) -> int:
@@ -156,6 +157,8 @@ class Training:
             "embedding": embedding,
             "activations": kept,
         }
+        if self.beside_gib:
+            sizes["engine beside it"] = self.beside_gib * GIB
         return {name: size / GIB for name, size in sizes.items()} | {"logits": LOGITS_GIB, "reserve": RESERVE_GIB}
 
     def fits(self, shape: ModelShape, room: float) -> bool:
@@ -164,11 +167,16 @@ class Training:
 
 
 def trainings(recipe: Recipe) -> dict[str, Training]:
-    """The steps that train on GPUs, by the name of their resources."""
+    """The steps that train on GPUs, by the name of their resources. Where GRPO's ranks and engines ask for a part of a
+    GPU each, they share it; an engine that sleeps meanwhile (ipc) keeps what is not weights or cache."""
     where, policy, scalar = recipe.resources, recipe.grpo, recipe.bradley_terry
+    engine, ranks = where.grpo.engine, where.grpo.train
+    is_shared = ranks.gpus_per_worker < 1 and 0 < where.grpo.rollout.gpus_per_replica < 1
+    awake = engine.gpu_memory_utilization * where.cluster.gpu_gib
+    beside = (ENGINE_GIB if engine.transfer == "ipc" else awake) if is_shared else 0.0
     steps = {
         "rft": Training(where.rft, recipe.rft.lora, recipe.rft.optim),
-        "grpo.train": Training(where.grpo.train, policy.lora, policy.optim, policy.beta > 0),
+        "grpo.train": Training(ranks, policy.lora, policy.optim, policy.beta > 0, beside),
         "meta": Training(where.meta, recipe.meta.lora, recipe.meta.optim),
     }
     if scalar:
@@ -184,15 +192,6 @@ def engine_memory(shape: ModelShape, engine: EngineConfig) -> dict[str, float]:
     return {"weights": weights, "reserve": ENGINE_GIB, "one sequence": sequence}
 
 
-def beside(recipe: Recipe, name: str) -> float:
-    """GiB that an engine takes on the GPUs of a training step: GRPO's, where each asks for a part of a GPU. Asleep,
-    it keeps what is not weights or cache."""
-    where, gpu_gib = recipe.resources.grpo, recipe.resources.cluster.gpu_gib
-    if name != "grpo.train" or where.train.gpus_per_worker >= 1 or not 0 < where.rollout.gpus_per_replica < 1:
-        return 0.0
-    return ENGINE_GIB if where.engine.transfer == "ipc" else where.engine.gpu_memory_utilization * gpu_gib
-
-
 def check(recipe: Recipe) -> None:
     """Raise ConfigError where a training step or an engine cannot fit its GPUs, with what takes the memory and which
     settings help. Says nothing about models whose shape is not known, and about steps on CPUs."""
@@ -202,8 +201,7 @@ def check(recipe: Recipe) -> None:
     checks: list[tuple[str, dict[str, float], float, str]] = []  # part of the resources, GiB by part, GiB there, help
     trained = trainings(recipe)
     for name, training in trained.items():
-        room = gpu_gib - beside(recipe, name)
-        checks.append((name, training.memory(shape), room, knobs(name, training, shape, room)))
+        checks.append((name, training.memory(shape), gpu_gib, knobs(name, training, shape, gpu_gib)))
     engines: dict[str, Any] = {"grpo": where.grpo, "onpolicy": where.onpolicy, "evaluate": where.evaluate}
     if recipe.sample.sampler.kind == "student":
         engines["sample"] = where.sample
@@ -221,7 +219,7 @@ def check(recipe: Recipe) -> None:
         share = math.floor(100 * max(0.0, 1 - state / gpu_gib)) / 100
         checks.append(("grpo.engine", both, gpu_gib, f"gpu_memory_utilization={share}"))
     problems = [
-        f"resources.{name}: a GPU needs {sum(parts.values()):.0f} GiB ({listed(parts)}) and has {room:.0f}; "
+        f"resources.{name}: a GPU needs {sum(parts.values()):.1f} GiB ({listed(parts)}) and has {room:.1f}; "
         f"what helps: {helps}"
         for name, parts, room, helps in checks
         if sum(parts.values()) > room
