@@ -19,23 +19,14 @@ from spct_ray.cli import guarded
 from spct_ray.config import load
 from spct_ray.engines.base import EngineResources
 from spct_ray.errors import ConfigError
-from spct_ray.stages.plan_check import (
-    FILE_BYTES_S,
-    ModelShape,
-    Training,
-    beside,
-    checkpoints,
-    engine_memory,
-    knobs,
-    shape_of,
-    trainings,
-)
+from spct_ray.stages.plan_check import ModelShape, Training, engine_memory, knobs, shape_of, trainings
 from spct_ray.stages.recipe import Recipe
 
 # An H100 SXM, eight a node.
 PEAK_FLOPS = 989e12  # dense bf16
 MFU = 0.4  # share of it that training and prefill reach
 MEMORY_BYTES_S = 0.6 * 3.35e12
+FILE_BYTES_S = 2e9  # shared file system: of each writer and of each reader
 NVLINK_BYTES_S, NETWORK_BYTES_S = 0.8 * 450e9, 0.8 * 50e9  # a GPU, within a node and beyond
 CPU_ADAM_BYTES_S = 12.5e9  # host memory for one rank of eight; an update touches 28 bytes a weight
 COMPLETION_TOKENS = 300  # mean of a judgement (paper: 220 to 380)
@@ -68,6 +59,22 @@ def forward_seconds(training: Training, shape: ModelShape, work: Work) -> float:
     return max(work.forward(shape) / (ranks * PEAK_FLOPS * MFU), moved / link(ranks))
 
 
+def checkpoint(training: Training, shape: ModelShape) -> tuple[float, float]:
+    """Bytes of a checkpoint, fp32 masters and moments, and the seconds that the ranks take to write their parts."""
+    size = 12 * (shape.adapters(training.lora) if training.lora.rank else shape.weights)
+    return size, size / training.resources.num_workers / FILE_BYTES_S
+
+
+def checkpoints(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
+    """GB of a checkpoint of each step that trains on GPUs, seconds to write it, and updates from one to the next."""
+    figures: dict[str, float] = {}
+    for name, training in trainings(recipe).items():
+        step, (size, seconds) = name.partition(".")[0], checkpoint(training, shape)
+        figures |= {f"{step}, GB": size / 1e9, f"{step}, seconds": seconds}
+        figures[f"{step}, every"] = getattr(recipe, step).checkpoint_every
+    return figures
+
+
 def link(ranks: int) -> float:
     """Bytes a second between ranks."""
     return NVLINK_BYTES_S if ranks <= 8 else NETWORK_BYTES_S
@@ -94,7 +101,7 @@ def grpo_seconds(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
         "rollout": prefill + decode,
         "reference": forward_seconds(training, shape, work) if config.beta > 0 else 0.0,
         "train": update_seconds(training, shape, work),
-        "checkpoint": training.checkpoint(shape)[1] / config.checkpoint_every,
+        "checkpoint": checkpoint(training, shape)[1] / config.checkpoint_every,
     }
     whole = sum(phases.values())
     if config.max_staleness:
@@ -126,7 +133,7 @@ def tables(recipe: Recipe, gpus: Sequence[int]) -> str:
 
     Raises ConfigError for a model whose shape is not known.
     """
-    shape = None if recipe.nano else shape_of(recipe.student.model)
+    shape = shape_of(recipe.student)
     if shape is None:
         raise ConfigError(
             f"the shape of student.model {recipe.student.model!r} is not known: give the directory of a dense model"
@@ -142,21 +149,23 @@ def tables(recipe: Recipe, gpus: Sequence[int]) -> str:
             columns[f"{title}: {training.resources.num_workers} ranks"] = parts | {"sum": sum(parts.values())}
         lines.append(table(f"{name}, GiB", columns))
         for title, variant in variants.items():
-            training, room = trainings(variant)[name], recipe.resources.cluster.gpu_gib - beside(variant, name)
-            if sum(training.memory(shape).values()) > room:
+            training, room = trainings(variant)[name], recipe.resources.cluster.gpu_gib
+            if not training.fits(shape, room):
                 lines.append(f"{title} do not fit; what helps: {knobs(name, training, shape, room)}\n")
-    columns = {
-        f"{title}: {v.resources.grpo.rollout.num_replicas} engines": engine_memory(
-            shape, v.resources.grpo.engine, recipe.resources.cluster.gpu_gib
-        )
-        for title, v in variants.items()
-    }
+    columns = {}
+    for title, variant in variants.items():
+        engine, parts = variant.resources.grpo.engine, engine_memory(shape, variant.resources.grpo.engine)
+        share = engine.gpu_memory_utilization * recipe.resources.cluster.gpu_gib
+        cache = share - parts["weights"] - parts["reserve"]
+        needed = {"weights": parts["weights"], "reserve": parts["reserve"], "cache": cache}
+        title = f"{title}: {variant.resources.grpo.rollout.num_replicas} engines"
+        columns[title] = needed | {"needed": parts["one sequence"]}
     lines.append(table("grpo.engine, GiB", columns))
     columns = {}
     for title, variant in variants.items():
         columns[title] = grpo_seconds(variant, shape)
     lines.append(table("GRPO step, seconds", columns))
-    lines.append(table("checkpoints (two are kept)", {title: checkpoints(v) for title, v in variants.items()}))
+    lines.append(table("checkpoints (two are kept)", {title: checkpoints(v, shape) for title, v in variants.items()}))
     return "\n".join(lines)
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from spct_ray.cli import guarded, load_graph
 from spct_ray.errors import DataError
-from spct_ray.graph.fingerprint import step_ids
-from spct_ray.graph.record import step_directory
+from spct_ray.graph.record import describe
 from spct_ray.graph.step import StepContext
 from spct_ray.learn.metrics_file import read_metrics
 from spct_ray.stages.grpo import GrpoConfig, GrpoResources, Phases, policy_trainer, update
@@ -71,8 +70,7 @@ def _chosen(numbers: dict[str, float]) -> dict[str, float]:
 def main(config_path: str, overrides: Sequence[str], command: str) -> None:
     """Replay the step "grpo" of the run that the arguments stand for."""
     recipe, steps, root = load_graph(config_path, overrides)
-    ids = step_ids(steps, recipe.seed)
-    directories = {step.name: step_directory(root, step.name, ids[step.name]) for step in steps}
+    directories = {name: step.directory(root) for name, step in describe(steps, recipe.seed).items()}
     (grpo,) = (step for step in steps if step.name == "grpo")
     inputs = {role: directories[source] for role, source in grpo.inputs.items()}
     context = StepContext("grpo", recipe.seed, directories["grpo"], inputs, command)

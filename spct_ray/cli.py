@@ -31,8 +31,6 @@ from spct_ray.errors import ConfigError, RequestError, SpctError
 from spct_ray.graph.explain import format_plan, link_reused, plan
 from spct_ray.graph.lock import hold, holder
 from spct_ray.graph.record import local_root, read_record, write_atomically
-from spct_ray.graph.room import check as check_steps
-from spct_ray.graph.room import placed
 from spct_ray.graph.step import Step, steps_until
 from spct_ray.graph.view import shown
 from spct_ray.serve.deployment import ServeConfig, resolve
@@ -144,14 +142,12 @@ def run_command(ctx: typer.Context, recipe: RecipeName, overrides: Overrides = N
 @app.command("plan")
 def plan_command(recipe: RecipeName, overrides: Overrides = None, until: Until = None) -> None:
     """Say for each step whether it is done, resumes or runs, and why."""
-    from spct_ray.stages.plan_check import check, checkpoints
+    from spct_ray.stages.plan_check import check
 
     tree, steps, root = load_graph(recipe, overrides or (), until or ())
     _say(f"{root}\n{format_plan(plan(steps, root, tree.seed, tree.reuse))}")
     if running := holder(os.path.join(root, ".lock")):
         _say(f"now running: {running}")
-    if sizes := checkpoints(tree):
-        _say(f"checkpoints (two are kept): {'; '.join(f'{name} {value:.3g}' for name, value in sizes.items())}")
     check(tree)
 
 
@@ -350,9 +346,11 @@ def run_graph(
                 with session.start(cluster):
                     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after ray.init, which sets its own
                     nodes = session.nodes()
-                    steps = [placed(step, nodes) for step in steps]
+                    steps = [step.placed(nodes) for step in steps]
                     with session.waiting_for_room(cluster, say):
-                        check_steps([step for step in steps if step.name in left], nodes)
+                        for step in steps:
+                            if step.name in left:
+                                step.check_room(nodes)
                     run_steps(steps, root, seed, command, say)
         _publish(steps, {s.name: s.directory for s in planned}, root)
 

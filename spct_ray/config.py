@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
 import importlib
 import json
 import math
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
 from typing import Any, TypeVar
 
 import yaml
@@ -25,9 +25,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from spct_ray.errors import ConfigError
 
 T = TypeVar("T")
-# Metadata of a field that was added to a config without changing what its default stands for: steps keep their ids.
-UNLESS_DEFAULT = {"plain": "unless default"}
-
 _EXPECTED = {
     "float_type": "a number",
     "int_type": "an integer",
@@ -57,10 +54,9 @@ def override(config: T, overrides: Sequence[str]) -> T:
 
 
 def rebuild(schema: type[T], plain: Any, place: str) -> T:
-    """The dataclass whose plain form an earlier run stored at `place` (file and field, for messages); what it lacks has
-    its default. Raises ConfigError for keys and values that this version does not know."""
+    """The dataclass whose plain form an earlier run stored at `place`, file and field, as by `convert`."""
     try:
-        return _validate(schema, plain, lambda key: f"{place}: {key or 'the whole file'}")
+        return typing.cast(T, convert(schema, plain, place))
     except ConfigError as error:
         raise ConfigError(
             f"{error}\nAnother version of spct-ray wrote this. Its record.json names the version under `packages`: "
@@ -103,19 +99,17 @@ def imported(path: str, key: str) -> Any:
         ) from error
 
 
-def convert(kind: Any, values: Mapping[str, Any], key: str) -> Any:
-    """Plain values as the dataclass `kind`. Raises ConfigError, which names the full key under the setting `key`."""
-    return _validate(kind, {**_defaults(kind), **values}, lambda inner: ".".join(filter(None, (key, inner))))
+def convert(schema: Any, values: Mapping[str, Any], key: str) -> Any:
+    """Plain values as a dataclass; what they lack has its default. Raises ConfigError, which names the full key under
+    the setting `key`."""
+    return _validate(schema, {**_defaults(schema), **values}, lambda inner: ".".join(filter(None, (key, inner))))
 
 
 def to_plain(value: Any) -> Any:
     """A config as JSON values: dataclasses and mappings become dicts, tuples lists, whole floats integers.
 
-    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError. A field with
-    `UNLESS_DEFAULT` as its metadata is absent while it has its default.
+    Two configs are equal exactly when their plain forms are; NaN and other types raise ConfigError.
     """
-    if isinstance(value, enum.Enum):
-        return to_plain(value.value)
     if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float):
@@ -123,11 +117,7 @@ def to_plain(value: Any) -> Any:
             raise ConfigError("a configuration value is NaN, which equals nothing, not even itself")
         return int(value) if value.is_integer() else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if not (f.metadata == UNLESS_DEFAULT and getattr(value, f.name) == _default_of(f))
-        }
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -168,12 +158,9 @@ def _source(key: str, path: str, overrides: Sequence[str]) -> str:
 def _defaults(schema: type) -> dict[str, Any]:
     """The defaults of a dataclass as plain values: a section that a file gives in part keeps the rest of them, which
     may differ from those of the section's own class."""
-    fields = dataclasses.fields(schema)
-    return {f.name: to_plain(_default_of(f)) for f in fields if _default_of(f) is not dataclasses.MISSING}
-
-
-def _default_of(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    made = {f.name: f.default_factory() for f in dataclasses.fields(schema) if f.default_factory is not MISSING}
+    given = {f.name: f.default for f in dataclasses.fields(schema) if f.default is not MISSING}
+    return {name: to_plain(value) for name, value in (made | given).items()}
 
 
 def _validate(schema: type[T], values: Any, place: Callable[[str], str]) -> T:

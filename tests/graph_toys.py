@@ -11,12 +11,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spct_ray.cli import guarded, run_graph
 from spct_ray.cluster.session import ClusterResources
-from spct_ray.graph.step import Demand, Step, StepContext
+from spct_ray.graph.record import describe
+from spct_ray.graph.stage import stage
+from spct_ray.graph.step import Step, StepContext
 
 GATE = 3  # the part before which `left` waits
 
@@ -55,6 +58,17 @@ def parts(context: StepContext, config: PartsConfig, resources: PartsResources) 
     return {"num_parts": config.num_parts}
 
 
+@stage(version=1)
+def left(context: StepContext, config: PartsConfig, resources: PartsResources) -> dict[str, Any]:
+    return parts(context, config, resources)
+
+
+@stage(version=1)
+def right(context: StepContext, config: PartsConfig, resources: PartsResources) -> dict[str, Any]:
+    return parts(context, config, resources)
+
+
+@stage(version=1)
 def total(context: StepContext, config: PartsConfig, resources: PartsResources) -> dict[str, Any]:
     _note(context, "call")
     result = 0.0
@@ -67,13 +81,16 @@ def total(context: StepContext, config: PartsConfig, resources: PartsResources) 
     return {"total": result, "summary_text": f"the total is {result}"}
 
 
-def toy_steps(gate: str = "", fail: bool = False, config: PartsConfig | None = None, version: int = 1) -> list[Step]:
-    config, one = config or PartsConfig(), Demand(cpus=1)
+def toy_steps(gate: str = "", fail: bool = False, config: PartsConfig | None = None) -> list[Step]:
     return [
-        Step("left", parts, version, config, PartsResources(gate=gate), one),
-        Step("right", parts, 1, PartsConfig(factor=2.0), PartsResources(fail=fail), one),
-        Step("total", total, 1, PartsConfig(), PartsResources(), one, {"left": "left", "right": "right"}),
+        Step("left", left, config or PartsConfig(), PartsResources(gate=gate)),
+        Step("right", right, PartsConfig(factor=2.0), PartsResources(fail=fail)),
+        Step("total", total, PartsConfig(), PartsResources(), {"left": "left", "right": "right"}),
     ]
+
+
+def step_ids(steps: Sequence[Step], seed: int) -> dict[str, str]:
+    return {name: step.id for name, step in describe(steps, seed).items()}
 
 
 class Pid:
@@ -87,17 +104,19 @@ def make_pids() -> list[Any]:
     return [ray.remote(Pid).options(num_cpus=1).remote()]
 
 
-def ask_kept(context: StepContext, kind: str, _: None) -> dict[str, Any]:
+@stage(version=1, keeps=True)
+def ask_kept(context: StepContext, kind: str, resources: None) -> dict[str, Any]:
     """What the keeper had of this kind, and the process of the actor that it lends."""
     import ray
 
     from spct_ray.graph.keeper import keeper
 
     kept = keeper()
-    there = ray.get(kept.keep.remote("pids", kind, make_pids))
-    return {"there": there, "pid": ray.get(ray.get(kept.lend.remote("pids")).pid.remote())}
+    there = ray.get(kept.keep.remote(str(resources), kind, make_pids))
+    return {"there": there, "pid": ray.get(ray.get(kept.lend.remote(str(resources))).pid.remote())}
 
 
+@stage(version=1)
 def take_the_cpu(context: StepContext, config: None, _: None) -> dict[str, Any]:
     import ray
 

@@ -8,6 +8,7 @@ from typing import Any
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.engines.base import EngineConfig, EngineResources, Request, SamplingParams
 from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
@@ -34,6 +35,7 @@ class SeeingJudge(LocalJudge):
         super().__init__(SeeingEngine(), config)
 
 
+@stage(version=1)
 def see(context: StepContext, config: Any, resources: SamplingResources) -> dict[str, Any]:
     """A step: what its own process, a sender of blocks, engines that are kept and engines of a pool see."""
     import ray

@@ -34,7 +34,7 @@ from spct_ray.judge.parse import Scale, has_three_parts, parse_scores
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct
 from spct_ray.records import Item
-from spct_ray.stages.nano import NanoConfig, phrases, write_nano
+from spct_ray.stages.student import phrases, write_nano
 
 JUDGE = JudgeConfig(template="compact")
 FOXES = "The 4 red foxes often waited!"
@@ -278,7 +278,7 @@ def test_exercises_apply_the_given_principles_to_all_words() -> None:
 def test_the_nano_tokenizer_has_a_token_for_every_phrase_and_takes_any_text(tmp_path) -> None:  # type: ignore[no-untyped-def]
     from transformers import AutoTokenizer
 
-    write_nano(str(tmp_path), NanoConfig(), phrases(), 1)
+    write_nano(str(tmp_path), phrases(), 1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for row in exercises(100, JUDGE, 2):
         text = row["prompt"] + row["completion"]

@@ -160,9 +160,9 @@ def test_a_stored_config_is_rebuilt_as_itself(recipe: Recipe) -> None:
 def test_a_stored_config_of_another_version_says_file_field_and_what_to_do() -> None:
     assert rebuild(Recipe, {"root": "x", "grpo": {"ks": [3]}}, "r") == Recipe("x", Grpo(ks=(3,)))  # new fields
     with pytest.raises(
-        ConfigError, match=r"^steps/a/record\.json: grpo\.betta: unknown key; did you mean 'grpo\.beta'"
+        ConfigError, match=r"^steps/a/record\.json: config\.grpo\.betta: unknown key; did you mean 'grpo\.beta'"
     ) as no:
-        rebuild(Recipe, {"root": "x", "grpo": {"betta": 1}}, "steps/a/record.json")
+        rebuild(Recipe, {"root": "x", "grpo": {"betta": 1}}, "steps/a/record.json: config")
     assert "spct run" in str(no.value)
 
 

@@ -198,18 +198,18 @@ def test_unseen_sets_are_of_other_sizes_beside_some_held_out_items(tmp_path: Pat
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (ItemsConfig(sources=(SourceConfig("builtin", "x"),)), ConfigError, "'builtin' is taken"),
-        (ItemsConfig(benchmarks=(SourceConfig("a/b", "x"),)), ConfigError, "'a/b'"),
-        (ItemsConfig(heldout_share=1.0), ConfigError, "heldout_share"),
-        (ItemsConfig(decontaminate_words=0), ConfigError, "decontaminate_words"),
-        (ItemsConfig(builtin=None), DataError, "no training item is left"),
+        ({"sources": (SourceConfig("builtin", "x"),)}, ConfigError, "'builtin' is taken"),
+        ({"benchmarks": (SourceConfig("a/b", "x"),)}, ConfigError, "'a/b'"),
+        ({"heldout_share": 1.0}, ConfigError, "heldout_share"),
+        ({"decontaminate_words": 0}, ConfigError, "decontaminate_words"),
+        ({"builtin": None}, DataError, "no training item is left"),
     ],
 )
 def test_bad_configurations_are_refused(
-    tmp_path: Path, config: ItemsConfig, error: type[Exception], message: str
+    tmp_path: Path, config: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        run(context(tmp_path / "out"), config, None)
+        run(context(tmp_path / "out"), ItemsConfig(**config), None)
 
 
 def test_the_configuration_loads_from_yaml(tmp_path: Path) -> None:

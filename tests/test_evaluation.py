@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from graph_toys import step_ids
 
 from spct_ray.cli import main
 from spct_ray.cluster.sampling import TRAJECTORY_SCHEMA
@@ -28,15 +29,13 @@ from spct_ray.evaluation.compute import Rates, cost, count_weights, pareto
 from spct_ray.evaluation.judgements import tabulate
 from spct_ray.evaluation.results import Counting, Judged, Task, judge_block
 from spct_ray.evaluation.tables import transfer
-from spct_ray.graph.fingerprint import step_ids
 from spct_ray.graph.record import StepRecord, step_directory, write_record
-from spct_ray.graph.room import placed
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.placement import Nodes
 from spct_ray.records import Item, Message, Trajectory
-from spct_ray.stages import benchmarks, evaluation
+from spct_ray.stages import benchmarks, evaluation, scalar
 from spct_ray.stages import report as report_stage
 from spct_ray.stages.evaluate import EvaluateConfig, tasks_of
 from spct_ray.stages.evaluation import Endpoint, Evaluation, EvaluationConfig, build_steps, on_resources, resolve
@@ -386,7 +385,7 @@ def test_judges_run_on_what_they_ran_on_in_the_run_and_else_on_gpus_if_there_are
     def resources(*overrides: str, nodes: Nodes = ({"CPU": 8.0, "GPU": 4.0},), **config: Any) -> dict[str, Any]:
         said = EvaluationConfig(**config)
         judges = [on_resources(resolve(str(target), said), said, overrides) for target in targets]
-        return {step.name: placed(step, nodes).resources for step in build_steps(judges, Evaluation(specs, (1,)))}
+        return {step.name: step.placed(nodes).resources for step in build_steps(judges, Evaluation(specs, (1,)))}
 
     found = resources()
     gpus = {name: where.gpus_per_replica for name, where in found.items() if "evaluate" in name or "scores" in name}
@@ -517,7 +516,7 @@ def test_a_classifier_is_a_scalar_reward_model(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
     judge = resolve(str(model), EvaluationConfig())
     steps = {step.name: step for step in build_steps([judge], Evaluation(specs, (1, 4)))}
-    assert steps["evaluate_rm"].function_name == "spct_ray.stages.scalar:run"
+    assert steps["evaluate_rm"].function is scalar.run
     with pytest.raises(ConfigError, match="no judge modes"):
         resolve(f"{model}@best", EvaluationConfig())
     with pytest.raises(ConfigError, match="robustness suite"):

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from graph_toys import toy_steps, wait_until
+from graph_toys import step_ids, toy_steps, wait_until
+from test_graph import run_all
 
-from spct_ray.graph.fingerprint import step_ids, topological
-from spct_ray.graph.record import describe, read_record, step_directory
-from spct_ray.graph.step import StepContext
-from spct_ray.graph.worker import execute
+from spct_ray.graph.record import read_record, step_directory
 
 pytestmark = pytest.mark.slow
 StartDriver = Callable[..., subprocess.Popen[str]]
@@ -61,12 +59,7 @@ def reached(root: Path, driver: subprocess.Popen[str]) -> dict[str, int]:
 
 def undisturbed(root: Path) -> float:
     """The result without Ray, without kills: the same functions, one after the other in this process."""
-    steps, ids = toy_steps(), step_ids(toy_steps(), 7)
-    for step in topological(steps):
-        directories = {role: step_directory(str(root), source, ids[source]) for role, source in step.inputs.items()}
-        out = step_directory(str(root), step.name, ids[step.name])
-        context = StepContext(step.name, 7, out, directories, "", str(root / "logs" / step.name))
-        execute(step, context, describe(step, ids, 7))
+    run_all(root, toy_steps())
     return result(root)
 
 

@@ -17,7 +17,7 @@ from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.graph.runner import run_steps
-from spct_ray.graph.step import Demand, Step
+from spct_ray.graph.step import Step
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
@@ -108,14 +108,14 @@ def test_actors_are_kept_for_the_next_step_like_it_and_ended_for_others(tmp_path
     """On one CPU: what is kept must be gone before another step's workers find a place."""
     import ray
 
-    def step(name: str, function: Any, config: Any, after: str, keeps: str = "pids") -> Step:
-        return Step(name, function, 1, config, None, Demand(1), {"before": after} if after else {}, keeps)
+    def step(name: str, function: Any, config: Any, after: str) -> Step:
+        return Step(name, function, config, None, {"before": after} if after else {})
 
     steps = [
         step("first", ask_kept, "x", ""),
         step("second", ask_kept, "x", ""),
         step("third", ask_kept, "y", "second"),
-        step("other", take_the_cpu, None, "third", keeps=""),
+        step("other", take_the_cpu, None, "third"),
     ]
     ray.init(
         address="local",

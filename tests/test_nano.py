@@ -13,7 +13,7 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.model import TokenLogprobs, load_model
-from spct_ray.stages.nano import NanoConfig, phrases, write_nano
+from spct_ray.stages.student import phrases, write_nano
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ def test_log_probs_agree(tmp_path: Path) -> None:
     from spct_ray.engines.vllm import VllmEngine
 
     directory = str(tmp_path)
-    write_nano(directory, NanoConfig(), phrases(), 1)
+    write_nano(directory, phrases(), 1)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = exercises(8, JudgeConfig(template="compact"), 1)
     sequences = [tokenizer.encode(r["prompt"] + r["completion"], add_special_tokens=False) for r in rows]

@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 from spct_ray.cli import main
 from spct_ray.cluster.sampling_resources import SamplingResources
-from spct_ray.config import override
+from spct_ray.config import load, override
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
-from spct_ray.graph.room import check, placed
-from spct_ray.graph.stage import make_step
-from spct_ray.graph.step import Demand, Step
+from spct_ray.graph.step import Step
 from spct_ray.placement import check_engine, check_room, gpus_of
-from spct_ray.stages import evaluate
+from spct_ray.stages import evaluate, grpo
 from spct_ray.stages.evaluate import EvaluateConfig
 from spct_ray.stages.meta_scores import MetaScoresResources
+from spct_ray.stages.recipe import Recipe
 
 NODES = [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
 
@@ -76,24 +75,26 @@ def test_powers_of_two_are_refused_only_where_no_placement_exists(sizes: list[in
 
 def test_steps_take_what_they_left_open_and_say_so_to_whoever_admits_them() -> None:
     left = SamplingResources(2, 1, None, engine=EngineConfig(tensor_parallel=2))
-    step = make_step("evaluate_a", evaluate.run, EvaluateConfig(), left)
-    assert step.demand == Demand(2, (0, 0))
-    there = placed(step, NODES)
-    assert (there.resources.gpus_per_replica, there.demand.gpus) == (2, 4)
+    step = Step("evaluate_a", evaluate.run, EvaluateConfig(), left)
+    assert (step.cpus, step.gpus_of_each) == (2, (0, 0))
+    there = step.placed(NODES)
+    assert (there.resources.gpus_per_replica, there.gpus_of_each) == (2, (2, 2))
     assert there.keeps == str(there.resources)  # the name under which the step keeps its engines
-    stated = make_step("evaluate_a", evaluate.run, EvaluateConfig(), SamplingResources())
-    assert placed(stated, NODES) is stated
-    check([there], NODES)
+    stated = Step("evaluate_a", evaluate.run, EvaluateConfig(), SamplingResources())
+    assert stated.placed(NODES) is stated
+    there.check_room(NODES)
     with pytest.raises(ConfigError, match=r"evaluate_a 2 x 2; .*there are 2: lower the resources of step evaluate_a"):
-        check([there], NODES[:2])
+        there.check_room(NODES[:2])
     with pytest.raises(ConfigError, match="takes 2 GPUs, but 0 are asked for"):
-        placed(step, NODES[:1])
-    scoring = Step("scores", evaluate.run, 1, None, MetaScoresResources(gpus_per_replica=None), Demand(1))
-    assert [placed(scoring, nodes).demand.gpus for nodes in (NODES, NODES[:1])] == [1, 0]
+        step.placed(NODES[:1])
+    scoring = Step("scores", evaluate.run, None, MetaScoresResources(gpus_per_replica=None))
+    assert [scoring.placed(nodes).gpus_of_each for nodes in (NODES, NODES[:1])] == [(1,), (0,)]
 
 
 def test_the_demand_of_grpo_is_that_of_ranks_and_engines() -> None:
-    assert Demand(2, (1, 1)) + Demand(1, (2,)) == Demand(3, (1, 1, 2))
+    where = load(Recipe, "conf/paper.yaml").resources.grpo
+    gpus = Step("grpo", grpo.run, None, where).gpus_of_each
+    assert sorted(gpus) == [1.0] * where.train.num_workers + [2.0] * where.rollout.num_replicas
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.graph.record import read_record
-from spct_ray.graph.step import Demand, Step
+from spct_ray.graph.step import Step
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
 from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
@@ -50,7 +50,7 @@ def cluster() -> Iterator[session.ClusterResources]:
 
 def step_of(model: str, engine: EngineConfig, num_replicas: int = 2) -> Step:
     where = SamplingResources(num_replicas, 1, None, engine=engine)
-    return Step("see", see, 1, model, where, Demand.of_replicas(where))
+    return Step("see", see, model, where)
 
 
 def test_engines_of_a_step_see_the_gpus_that_they_ask_for_and_other_processes_none(

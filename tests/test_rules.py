@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graph_toys import step_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spct_ray.config import load
-from spct_ray.graph.fingerprint import step_ids
 from spct_ray.records import Record
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from graph_toys import step_ids
 
 from spct_ray.config import load
 from spct_ray.errors import ConfigError
-from spct_ray.graph.fingerprint import step_ids
 from spct_ray.learn.metrics_file import MetricsFile, require_tracker
 from spct_ray.stages.recipe import Recipe, build_steps
 

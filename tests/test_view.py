@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pty
 import re
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from spct_ray.graph.explain import PlannedStep
-from spct_ray.graph.step import PROGRESS, StepContext
+from spct_ray.graph.step import Event, StepContext
 from spct_ray.graph.view import RunView, shown
 
 PLANNED = [
@@ -36,10 +37,11 @@ def test_the_live_view_shows_state_progress_speed_and_the_last_note_within_80_co
 ) -> None:
     view = RunView(PLANNED, "/r", Console())
     view.say("dashboard: http://127.0.0.1:8265")
-    view.say("[sample] starts")
-    view.say("[sample] reading 40 items")
+    view.say(Event("sample", text="starts", state="running"))
+    view.say(Event("sample", "reading 40 items"))
     before = render(view)
-    view.say("[sample] 12/160 judgements, 3.2/s, 46 s left; 210 tok/s, unparsable 1.0%")
+    speed = "12/160 judgements, 3.2/s, 46 s left"
+    view.say(Event("sample", "210 tok/s, unparsable 1.0%", speed, done=12, total=160))
     text = render(view)
     assert capsys.readouterr().out == "dashboard: http://127.0.0.1:8265\n"
     assert re.search(r"^items +done", text, re.M)
@@ -50,38 +52,42 @@ def test_the_live_view_shows_state_progress_speed_and_the_last_note_within_80_co
     assert "sample: 210 tok/s, unparsable 1.0%" in text
     assert max(map(len, text.splitlines())) <= 80
     assert len(text.splitlines()) == 5  # nothing wraps
-    view.say("[sample] done in 50 s")
-    view.say("[rft] resumes")
+    view.say(Event("sample", text="done in 0 s", state="done"))
+    view.say(Event("rft", text="resumes", state="running"))
     view.stop()
     text = render(view)
-    assert re.search(r"^sample +done +50 s *$", text, re.M)
+    assert re.search(r"^sample +done +0 s *$", text, re.M)
     assert re.search(r"^rft +stopped", text, re.M)
 
 
-def test_progress_lines_are_read_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
-    context = StepContext("rft", 0, "", {}, "")
+def test_events_are_a_line_of_the_log_each_and_whole_for_the_driver(tmp_path: Path) -> None:
+    context = StepContext("rft", 0, "", {}, "", str(tmp_path / "rft.log"))
     context.progress(0, 100, "steps", "loss 0.5; tie")
     context.progress(100, 100, "steps")
-    first, last = (PROGRESS.fullmatch(line.removeprefix("[rft] ")) for line in capsys.readouterr().out.splitlines())
-    assert first is not None
-    assert last is not None
-    assert first.group("done", "total", "unit", "note") == ("0", "100", "steps", "loss 0.5; tie")
-    assert last.group("done", "speed", "note") == ("100", None, None)
+    context.log("two\nlines")
+    events = [Event(**json.loads(line)) for line in Path(context.events_file).read_text().splitlines()]
+    assert events[0] == Event("rft", "loss 0.5; tie", "0/100 steps", done=0, total=100)
+    assert (events[1].done, events[1].note) == (100, "")
+    assert events[2:] == [Event("rft", "two"), Event("rft", "lines")]
+    assert Path(context.log_file).read_text().splitlines() == list(map(str, events))
+    assert str(events[0]) == "[rft] 0/100 steps; loss 0.5; tie"
 
 
 def test_elsewhere_all_lines_are_plain() -> None:
-    said: list[str] = []
+    said: list[Event | str] = []
     with shown(PLANNED, "/r", said.append) as say:
-        say("[sample] starts")
-    assert said[0].startswith("/r\n  items   done\n  sample  run     never ran\n")
-    assert said[1:] == ["[sample] starts"]
+        say(Event("sample", text="starts", state="running"))
+    assert str(said[0]).startswith("/r\n  items   done\n  sample  run     never ran\n")
+    assert list(map(str, said[1:])) == ["[sample] starts"]
 
 
 @pytest.mark.parametrize(("settings", "live"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_a_terminal_gets_the_live_view_unless_it_asks_for_plain_text(settings: dict[str, str], live: bool) -> None:
     code = (
-        "from test_view import PLANNED, shown\nwith shown(PLANNED, '/r', print) as say:\n say('[sample] starts')\n"
-        " say('[sample] 1/2 parts')\n say('[sample] done in 1 s')\n"
+        "from test_view import Event, PLANNED, shown\nwith shown(PLANNED, '/r', print) as say:\n"
+        " say(Event('sample', text='starts', state='running'))\n"
+        " say(Event('sample', text='1/2 parts', done=1, total=2))\n"
+        " say(Event('sample', text='done in 1 s', state='done'))\n"
     )
     own, other = pty.openpty()
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | {"TERM": "xterm"} | settings
@@ -94,4 +100,5 @@ def test_a_terminal_gets_the_live_view_unless_it_asks_for_plain_text(settings: d
     assert run.wait() == 0
     assert (b"\x1b[" in out) == live
     assert (b"[sample] 1/2 parts" in out) == (not live)
-    assert b"1 s" in out
+    assert (b"done in 1 s" in out) == (not live)
+    assert b"sample" in out

@@ -19,13 +19,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from random import Random
 from typing import Literal
 
-from spct_ray.config import UNLESS_DEFAULT, imported
+from spct_ray.config import imported
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.records import Item, Message
 
@@ -160,7 +160,7 @@ class BuiltinConfig:
     num_requirements: tuple[int, ...] = (3, 4)
     num_requirements_weights: tuple[float, ...] = (0.5, 0.5)
     graded: bool = False
-    kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
+    kinds: tuple[str, ...] = ()
 
 
 def generate(config: BuiltinConfig, seed: int) -> tuple[list[Item], list[Item]]:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spct_ray.graph.fingerprint import step_ids, topological
-from spct_ray.graph.record import StepRecord, describe, finished_records, local_root, read_record, step_directory
+from spct_ray.graph.record import StepRecord, describe, finished_records, local_root, read_record
 from spct_ray.graph.step import Step
 
 
@@ -29,24 +28,18 @@ def plan(steps: Sequence[Step], root: str, seed: int, reuse: str = "") -> list[P
     step with the most recently finished one of the same name under this root, else under that. Raises StepError for a
     record that cannot be read, ConfigError for a graph that is none.
     """
-    root, ids = local_root(root), step_ids(steps, seed)
     last = {r.name: r for place in (reuse, root) if place for r in finished_records(local_root(place))}
     planned = []
-    for step in topological(steps):
-        directory = step_directory(root, step.name, ids[step.name])
+    for step in describe(steps, seed).values():
+        directory, is_begun = step.directory(root), os.path.isdir(step.directory(root))
         if read_record(directory) is not None:
             planned.append(PlannedStep(step.name, "done", "", directory))
-            continue
-        there = step_directory(local_root(reuse), step.name, ids[step.name]) if reuse else ""
-        if there and not os.path.isdir(directory) and read_record(there) is not None:
-            planned.append(PlannedStep(step.name, "done", f"in {reuse}", there))
-            continue
-        before = last.get(step.name)
-        reason = "never ran" if before is None else _changes(before, describe(step, ids, seed))
-        if os.path.isdir(directory):
-            planned.append(PlannedStep(step.name, "resume", f"started but not finished; {reason}", directory))
+        elif reuse and not is_begun and read_record(step.directory(reuse)) is not None:
+            planned.append(PlannedStep(step.name, "done", f"in {reuse}", step.directory(reuse)))
         else:
-            planned.append(PlannedStep(step.name, "run", reason, directory))
+            reason = _changes(last[step.name], step) if step.name in last else "never ran"
+            reason = f"started but not finished; {reason}" if is_begun else reason
+            planned.append(PlannedStep(step.name, "resume" if is_begun else "run", reason, directory))
     return planned
 
 
@@ -70,38 +63,29 @@ def format_plan(planned: Sequence[PlannedStep]) -> str:
 
 def _changes(before: StepRecord, now: StepRecord) -> str:
     """In words, what makes the two ids differ."""
-    changes = []
-    if before.function != now.function:
-        changes.append(f"function {before.function} -> {now.function}")
-    if before.version != now.version:
-        changes.append(f"version {before.version} -> {now.version}")
-    if before.seed != now.seed:
-        changes.append(f"seed changed from {before.seed} to {now.seed}")
-    changes += _config_changes(before.config, now.config, now.name)
-    for role in sorted(before.inputs.keys() | now.inputs.keys()):
-        old, new = before.inputs.get(role), now.inputs.get(role)
-        if old is None or new is None:
-            changes.append(f"input {role} was {'added' if old is None else 'removed'}")
-        elif old["step"] != new["step"]:
-            changes.append(f"input {role} is now step {new['step']}, was {old['step']}")
-        elif old["id"] != new["id"]:
-            changes.append(f"input {role} changed" if role == new["step"] else f"input {role} ({new['step']}) changed")
+    changes = _differences(_identity(before), _identity(now))
+    for role, source in now.inputs.items():
+        old = before.inputs.get(role, source)
+        if old["step"] == source["step"] and old["id"] != source["id"]:
+            name = role if role == source["step"] else f"{role} ({source['step']})"
+            changes.append(f"input {name} changed")
     if not changes:
         return f"its directory is gone (finished {before.finished_at[:19]})"
     return "because " + ", ".join(changes)
 
 
-def _config_changes(before: Any, now: Any, key: str) -> list[str]:
+def _identity(step: StepRecord) -> dict[str, Any]:
+    what = {"function": step.function, "version": step.version, "seed": step.seed, step.name: step.config}
+    return what | {"inputs": {role: source["step"] for role, source in step.inputs.items()}}
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Each changed value of two plain values by its full key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        changes = []
-        for name in [*now, *(name for name in before if name not in now)]:
-            if name not in before:
-                changes.append(f"{key}.{name} was added ({_short(now[name])})")
-            elif name not in now:
-                changes.append(f"{key}.{name} was removed")
-            else:
-                changes += _config_changes(before[name], now[name], f"{key}.{name}")
-        return changes
+        full = {name: f"{key}.{name}" if key else name for name in [*now, *before]}
+        kept = [c for name in now if name in before for c in _differences(before[name], now[name], full[name])]
+        added = [f"{full[name]} was added ({_short(now[name])})" for name in now if name not in before]
+        return kept + added + [f"{full[name]} was removed" for name in before if name not in now]
     return [] if before == now else [f"{key} changed from {_short(before)} to {_short(now)}"]
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import time
@@ -42,9 +41,9 @@ def hold(path: str, command: str, say: Callable[[str], None], limit: float = flo
                 ) from None
             say(f"waiting for {holder(path)}, which holds {path}")
             patience = min(REMIND_SECONDS, limit - waited)
-    who = {"host": platform.node(), "pid": os.getpid(), "command": command, "since": time.strftime("%F %T %Z")}
+    who = f"process {os.getpid()} on {platform.node()} ({command}, since {time.strftime('%F %T %Z')})"
     try:
-        write_atomically(_holder_file(path), json.dumps(who).encode())
+        write_atomically(_holder_file(path), who.encode())
         yield
     finally:
         _holder_file(path).unlink(missing_ok=True)
@@ -59,8 +58,7 @@ def holder(path: str) -> str:
     with contextlib.suppress(Timeout), lock.acquire(timeout=0):
         return ""
     try:
-        who = json.loads(_holder_file(path).read_text(encoding="utf-8"))
-        return f"process {who['pid']} on {who['host']} ({who['command']}, since {who['since']})"
+        return _holder_file(path).read_text(encoding="utf-8")
     except FileNotFoundError:  # about to be written, or just removed
         return "another process"
 

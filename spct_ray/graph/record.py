@@ -1,16 +1,19 @@
-"""The record of a finished step, and where steps lie. `record.json`, written last, is what makes a step count.
+"""The one description of a step: its id, what is known before it runs, and what a finished one gave; where steps lie.
 
-Leaves out how a step is run (`runner.py`) and why it must run (`explain.py`).
+`record.json`, written last, is what makes a step count as finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import operator
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +27,11 @@ PACKAGES = ("spct-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vl
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What a finished step was and what it gave, e.g. `read_record("runs/demo/steps/rft-0f3a...").metrics["loss"]`."""
+    """A step: what it is and, once finished, what it gave, e.g. `read_record("runs/demo/steps/rft-0f3a...").metrics`.
+
+    The id is a hash of what the step computes: function, version, config, seed and the ids of its inputs. Paths,
+    addresses, resources and the time are no part of it.
+    """
 
     name: str
     id: str
@@ -40,29 +47,62 @@ class StepRecord:
     hostname: str = ""
     packages: dict[str, str] = field(default_factory=dict)
 
+    def directory(self, root: str) -> str:
+        """Where the step lies under a run's root."""
+        return step_directory(local_root(root), self.name, self.id)
 
-def describe(step: Step, ids: Mapping[str, str], seed: int) -> StepRecord:
-    """The part of a step's record that is known before it runs."""
-    return StepRecord(
-        name=step.name,
-        id=ids[step.name],
-        function=step.function_name,
-        version=step.version,
-        seed=seed,
-        config=to_plain(step.config),
-        inputs={role: {"step": source, "id": ids[source]} for role, source in sorted(step.inputs.items())},
-        resources=to_plain(step.resources),
-    )
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (hex) of a plain value's canonical JSON: equal values, and only they, have equal fingerprints.
+
+    Keys are sorted, tuples equal lists, 1.0 equals 1; floats are written by `repr`, which gives back the same float.
+    """
+    text = json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe(steps: Sequence[Step], seed: int) -> dict[str, StepRecord]:
+    """The steps by name as far as they are known before they run, each after its inputs, else in the given order.
+
+    Raises ConfigError on double or unknown names and on cycles.
+    """
+    names = [step.name for step in steps]
+    for step in steps:
+        if names.count(step.name) > 1:
+            raise ConfigError(f"two steps are named {step.name!r}; names must differ")
+        for role, source in step.inputs.items():
+            if source not in names:
+                raise ConfigError(f"step {step.name!r}: input {role!r} names step {source!r}, which does not exist")
+    known: dict[str, StepRecord] = {}
+    while len(known) < len(steps):
+        ready = [step for step in steps if step.name not in known and known.keys() >= set(step.inputs.values())]
+        if not ready:
+            circle = ", ".join(name for name in names if name not in known)
+            raise ConfigError(f"steps wait for each other in a circle: {circle}")
+        step = ready[0]
+        what = {
+            "function": f"{step.function.__module__}:{step.function.__qualname__}",
+            "version": step.function.version,  # type: ignore[attr-defined]
+            "seed": seed,
+            "config": to_plain(step.config),
+        }
+        sources = {role: known[source] for role, source in sorted(step.inputs.items())}
+        known[step.name] = StepRecord(
+            **what,
+            name=step.name,
+            id=fingerprint({**what, "inputs": {role: source.id for role, source in sources.items()}}),
+            inputs={role: {"step": source.name, "id": source.id} for role, source in sources.items()},
+            resources=to_plain(step.resources),
+        )
+    return known
 
 
 def local_root(root: str) -> str:
-    """The absolute path of a run's root. ConfigError for a URL, saying what an object store would need."""
+    """The absolute path of a run's root. ConfigError for a URL; docs/job-graph.md says what that would need."""
     if "://" in root:
         raise ConfigError(
             f"root: {root!r} is a URL; the root must be a path that every node of the cluster sees (a local disk on "
-            "one machine, NFS or another shared file system on several). An object store such as S3 would need three "
-            "things that are not built: a conditional put for the locks, local scratch for partial steps, and an "
-            "upload on commit with record.json last. Mount the bucket, or copy finished runs there."
+            "one machine, NFS or another shared file system on several). Mount the bucket, or copy finished runs there."
         )
     return os.path.abspath(root)
 
@@ -70,11 +110,6 @@ def local_root(root: str) -> str:
 def step_directory(root: str, name: str, step_id: str) -> str:
     """`<root>/steps/<name>-<first 12 digits of the id>`."""
     return os.path.join(root, "steps", f"{name}-{step_id[:12]}")
-
-
-def log_path(root: str, name: str) -> str:
-    """`<root>/logs/<name>.log`: all that the step's process printed, over all attempts."""
-    return os.path.join(root, "logs", f"{name}.log")
 
 
 def read_record(directory: str) -> StepRecord | None:
@@ -95,7 +130,8 @@ def read_record(directory: str) -> StepRecord | None:
 
 def write_record(directory: str, record: StepRecord) -> None:
     """Commit a step: from the moment `record.json` has its name, the directory counts as finished."""
-    text = json.dumps(dataclasses.asdict(record), indent=1, default=_from_array)
+    to_list = operator.methodcaller("tolist")  # of numpy scalars and arrays among the metrics
+    text = json.dumps(dataclasses.asdict(record), indent=1, default=to_list)
     write_atomically(os.path.join(directory, "record.json"), text.encode())
 
 
@@ -111,14 +147,6 @@ def package_versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, read without importing them."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
-
-
-def _from_array(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy scalars and arrays among the metrics
-        return value.tolist()
-    raise TypeError(f"metric {value!r} of type {type(value).__name__} is not a JSON value")

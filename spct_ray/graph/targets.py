@@ -43,7 +43,7 @@ class RunJudge:
     @property
     def directory(self) -> str:
         """The directory of the evaluation."""
-        return directory_of(self.root, self.evaluation)
+        return self.evaluation.directory(self.root)
 
     @property
     def judge_model(self) -> str:
@@ -64,8 +64,7 @@ class RunJudge:
 
     def source(self, record: StepRecord, role: str) -> str:
         """The directory of one of the record's inputs."""
-        source = record.inputs[role]
-        return step_directory(self.root, source["step"], source["id"])
+        return step_directory(self.root, record.inputs[role]["step"], record.inputs[role]["id"])
 
 
 def parse_target(text: str) -> Target:
@@ -92,29 +91,24 @@ def find_judge(target: Target, judges: Sequence[str] = JUDGES[::-1]) -> RunJudge
     if target.judge and target.judge not in JUDGES:
         raise ConfigError(f"{target.run}:{target.judge}: a run's judges are {', '.join(JUDGES)}, not {target.judge!r}")
     root, judges = local_root(target.run), (target.judge,) if target.judge else judges
-    newest = {record.name: record for record in finished_records(root)}
+    records = finished_records(root)
+    newest = {record.name: record for record in records}
     found = next((newest[f"evaluate_{name}"] for name in judges if f"evaluate_{name}" in newest), None)
     if found is None:
         raise ConfigError(f"{root}: no finished evaluation of {' or '.join(judges)}; finish the run (`spct run`) first")
-    scored = (r for r in reversed(finished_records(root)) if r.name == "meta_scores")
-    scores = (r for r in scored if any(source["id"] == found.id for source in r.inputs.values()))
-    return RunJudge(root, found, next(scores, None))
+    scored = [r for r in records if r.name == "meta_scores" and found.id in (s["id"] for s in r.inputs.values())]
+    return RunJudge(root, found, scored[-1] if scored else None)
 
 
 def newest_step(target: Target, name: str) -> tuple[StepRecord, str]:
     """The record and the directory of a run's newest finished step of that name. Raises ConfigError without one."""
     root = local_root(target.run)
-    found = next((r for r in reversed(finished_records(root)) if r.name == name), None)
-    if found is None:
+    records = [record for record in finished_records(root) if record.name == name]
+    if not records:
         raise ConfigError(
             f"{root}: no finished step {name}; name it in the recipe and finish the run (`spct run`) first"
         )
-    return found, directory_of(root, found)
-
-
-def directory_of(root: str, record: StepRecord) -> str:
-    """The directory of a finished step."""
-    return step_directory(local_root(root), record.name, record.id)
+    return records[-1], records[-1].directory(root)
 
 
 def clean(name: str) -> str:

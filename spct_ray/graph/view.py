@@ -1,7 +1,4 @@
-"""What a person sees of a run: on a terminal one live view of all steps, elsewhere a line for each thing that happens.
-
-Both show the same lines, those of the runner and of the steps' logs; the live view sorts them by step.
-"""
+"""What a person sees of a run: on a terminal one live view of all steps, elsewhere a line for each event."""
 
 from __future__ import annotations
 
@@ -19,17 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from spct_ray.graph.explain import PlannedStep, format_plan
-from spct_ray.graph.step import PROGRESS, format_seconds
+from spct_ray.graph.step import Event, format_seconds
 
 STYLES = {"done": "green", "running": "bold cyan", "waiting": "dim", "stopped": "red"}
+Say = Callable[[Event | str], None]  # shows an event, or a line that belongs to no step
 
 
 @contextlib.contextmanager
-def shown(planned: Sequence[PlannedStep], root: str, say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """Show the plan, and yield the function that shows a line of the run.
+def shown(planned: Sequence[PlannedStep], root: str, say: Say) -> Iterator[Say]:
+    """Show the plan, and yield the function that shows what happens in the run.
 
     The view is live where stdout is a terminal that can move its cursor, NO_COLOR is not set, and something is left to
-    run; else the plan and all lines go to `say`.
+    run; else the plan and all events go to `say`.
     """
     console = Console()
     plain = not sys.stdout.isatty() or console.is_dumb_terminal or bool(os.environ.get("NO_COLOR"))
@@ -52,7 +50,7 @@ class _Row:
 
     state: str
     text: str
-    started: float = 0.0  # of the clock, while it runs
+    started: float = 0.0  # of the clock
     took: str = ""
     done: int = 0
     total: int = 0
@@ -66,22 +64,19 @@ class RunView:
         self._root, self._console = root, console
         self._rows = {s.name: _Row("done" if s.state == "done" else "waiting", s.reason) for s in planned}
 
-    def say(self, line: str) -> None:
-        """Show a line: in its step's row, or above the table where it belongs to no step."""
-        name, bracket, message = line.removeprefix("[").partition("] ")
-        row = self._rows.get(name) if bracket else None
-        if row is None:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        elif message in ("starts", "resumes"):
-            self._rows[name] = _Row("running", "", time.monotonic())
-        elif message.startswith("done in "):
-            row.state, row.text, row.took = "done", "", message.removeprefix("done in ")
-        elif match := PROGRESS.fullmatch(message):
-            row.done, row.total = int(match["done"]), int(match["total"])
-            row.text = f"{row.done}/{row.total} {match['unit']}" + (f", {match['speed']}" if match["speed"] else "")
-            row.note = match["note"] or row.note
-        else:
-            row.note = message
+    def say(self, event: Event | str) -> None:
+        """Show an event in its step's row, and a line above the table."""
+        if isinstance(event, str):
+            self._console.print(event, markup=False, highlight=False, soft_wrap=True)
+            return
+        row = self._rows[event.step]
+        if event.state == "running":
+            row = self._rows[event.step] = _Row("running", "", time.monotonic())
+        elif event.state:
+            row.state, row.text, row.took = event.state, "", format_seconds(time.monotonic() - row.started)
+        elif event.text:
+            row.text, row.done, row.total = event.text, event.done, event.total
+        row.note = event.note or row.note
 
     def stop(self) -> None:
         """Say of the steps that run that they were stopped."""
@@ -98,11 +93,8 @@ class RunView:
             state = ProgressBar(row.total, row.done, width=10) if running and row.total else Text(row.state, style)
             took = format_seconds(time.monotonic() - row.started) if running else row.took
             table.add_row(Text(name, style), state, took, Text(row.text, style))
-        notes = [
-            Text(f"{name}: {row.note}", "dim", no_wrap=True, overflow="ellipsis")
-            for name, row in self._rows.items()
-            if row.note and row.state in ("running", "stopped")
-        ]
         yield Text(self._root, no_wrap=True, overflow="ellipsis")
         yield table
-        yield from notes
+        for name, row in self._rows.items():
+            if row.note and row.state in ("running", "stopped"):
+                yield Text(f"{name}: {row.note}".replace("\n", " "), "dim", no_wrap=True, overflow="ellipsis")

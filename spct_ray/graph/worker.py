@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from spct_ray.graph.lock import hold
 from spct_ray.graph.record import StepRecord, package_versions, read_record, write_record
-from spct_ray.graph.step import Step, StepContext, format_seconds
+from spct_ray.graph.step import Event, Step, StepContext, format_seconds
 
 ORPHAN_SECONDS = 300.0  # how long an orphan of a killed run may go on; Ray ends one within about a minute
 
@@ -37,18 +37,16 @@ def execute(step: Step, context: StepContext, known: StepRecord) -> None:
                 traceback.print_exc()
                 raise
         seconds = time.monotonic() - started
-        write_record(
-            context.out,
-            dataclasses.replace(
-                known,
-                metrics=metrics,
-                seconds=round(seconds, 3),
-                finished_at=datetime.datetime.now(datetime.UTC).isoformat(),
-                hostname=platform.node(),
-                packages=package_versions(),
-            ),
+        record = dataclasses.replace(
+            known,
+            metrics=metrics,
+            seconds=round(seconds, 3),
+            finished_at=datetime.datetime.now(datetime.UTC).isoformat(),
+            hostname=platform.node(),
+            packages=package_versions(),
         )
-        context.log(f"done in {format_seconds(seconds)}")
+        write_record(context.out, record)
+        context.report(Event(step.name, text=f"done in {format_seconds(seconds)}", state="done"))
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _attend_tree_by_tree(
     Rows are split once, not sliced: the gradient of a slice is a row of zeros around it.
     """
     pieces = _pieces(trees)
-    query, key, value = (rows.float().split([piece.length for piece in pieces], 2) for rows in qkv)
+    query, key, value = (torch.split(rows.float(), [piece.length for piece in pieces], 2) for rows in qkv)
     groups = query[0].shape[1] // key[0].shape[1]
     outputs = []
     for own, own_keys, own_values, piece in zip(query, key, value, pieces, strict=True):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from spct_ray.config import UNLESS_DEFAULT
 from spct_ray.errors import ConfigError
 from spct_ray.precision import Precision
 
@@ -87,7 +86,7 @@ class PolicyLoss:
     clip: float = 0.2
     clip_high: float | None = None
     tis_cap: float = 2.0
-    updates_per_batch: int = field(default=1, metadata=UNLESS_DEFAULT)
+    updates_per_batch: int = 1
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES and ":" not in self.objective:

@@ -24,9 +24,8 @@ from spct_ray.engines.remote import RemoteConfig
 from spct_ray.errors import ConfigError
 from spct_ray.evaluation.benchmarks import BenchmarkSpec, parse_spec, with_digest
 from spct_ray.graph.record import local_root, step_directory
-from spct_ray.graph.stage import make_step
 from spct_ray.graph.step import Step
-from spct_ray.graph.targets import SCALAR, Target, clean, directory_of, find_judge, newest_step, parse_target
+from spct_ray.graph.targets import SCALAR, Target, clean, find_judge, newest_step, parse_target
 from spct_ray.judge.modes import MODES, ModeName
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.stages import benchmarks, evaluate, judge_model, meta_scores, probes, report, scalar
@@ -143,7 +142,7 @@ def _of_run(target: Target) -> Judge:
     resources = rebuild(SamplingResources, found.evaluation.resources, f"{found.directory}/record.json: resources")
     scoring = MetaScoresResources()
     if found.scores:
-        file = f"{directory_of(found.root, found.scores)}/record.json"
+        file = f"{found.scores.directory(found.root)}/record.json"
         scoring = rebuild(MetaScoresResources, found.scores.resources, f"{file}: resources")
     return Judge(
         name=found.name,
@@ -234,9 +233,9 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
     train = {step: directory for judge in judges for step, directory in judge.train.items()}
     data = benchmarks.BenchmarksConfig(asked.benchmarks, asked.limit, Limits(), tuple(train))
     found = benchmarks.BenchmarksResources(tuple(train.values()))
-    first = [make_step("benchmarks", benchmarks.run, data, found)]
+    first = [Step("benchmarks", benchmarks.run, data, found)]
     if is_robustness:
-        first.append(make_step("probes", probes.run, {}, inputs={"items": "benchmarks"}))
+        first.append(Step("probes", probes.run, {}, inputs={"items": "benchmarks"}))
     items = first[-1].name
     models, judged, scored = list[Step](), list[Step](), list[Step]()
     for judge in judges:
@@ -248,23 +247,23 @@ def build_steps(judges: Sequence[Judge], asked: Evaluation) -> list[Step]:
         if judge.config is None:
             if is_robustness:
                 raise ConfigError(f"{judge.name}: the robustness suite asks judges, not scalar reward models")
-            scored.append(make_step(name, scalar.run, {}, judge.scoring, inputs))
+            scored.append(Step(name, scalar.run, {}, judge.scoring, inputs))
             continue
         temperature = judge.config.temperature if asked.temperature is None else asked.temperature
         config = replace(judge.config, k_max=max(asked.ks), temperature=temperature, in_chunks=True)
         is_endpoint = isinstance(judge.resources, evaluate.EndpointResources)
         ask = evaluate.run_endpoint if is_endpoint else evaluate.run
-        judged.append(make_step(name, ask, config, judge.resources, inputs))
+        judged.append(Step(name, ask, config, judge.resources, inputs))
         if judge.meta is not None and not is_robustness:
             models.append(_model_step(f"meta_{judge.name}", judge.meta))
             inputs = {"items": items, "meta": models[-1].name, name: name}
-            scored.append(make_step(f"meta_scores_{judge.name}", meta_scores.run, {}, judge.scoring, inputs))
+            scored.append(Step(f"meta_scores_{judge.name}", meta_scores.run, {}, judge.scoring, inputs))
     steps = [*first, *models, *judged, *scored]  # evaluations follow each other at once, so that they share engines
     read = {"items": items} | {step.name: step.name for step in [*models, *judged, *scored]}
     ks = tuple(sorted(set(asked.ks)))
     if is_robustness:
-        return [*steps, make_step("report", probes.report, probes.RobustnessConfig(ks), inputs=read)]
-    return [*steps, make_step("report", report.run, report.ReportConfig(ks), inputs=read)]
+        return [*steps, Step("report", probes.report, probes.RobustnessConfig(ks), inputs=read)]
+    return [*steps, Step("report", report.run, report.ReportConfig(ks), inputs=read)]
 
 
 def _unique(judges: Sequence[Judge]) -> list[Judge]:
@@ -279,4 +278,4 @@ def _unique(judges: Sequence[Judge]) -> list[Judge]:
 
 
 def _model_step(name: str, path: str) -> Step:
-    return make_step(name, judge_model.run, JudgeModelConfig(judge_model.digest(path)), JudgeModelResources(path))
+    return Step(name, judge_model.run, JudgeModelConfig(judge_model.digest(path)), JudgeModelResources(path))

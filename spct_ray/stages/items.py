@@ -7,17 +7,16 @@ reason).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from spct_ray.data.builtin import BuiltinConfig, generate
 from spct_ray.data.sources import Dropped, SourceConfig, read_source
 from spct_ray.data.validate import Limits, Problem, decontaminate, split_heldout
 from spct_ray.errors import ConfigError, DataError
+from spct_ray.files import write_atomically
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.records import Item
@@ -39,24 +38,35 @@ class ItemsConfig:
     limits: Limits = field(default_factory=Limits)
     decontaminate_words: int = 13
 
+    def __post_init__(self) -> None:
+        names = ["builtin", *(s.name for s in self.sources), *(b.name for b in self.benchmarks)]
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ConfigError(
+                    f"the source name {name!r} becomes part of ids and file names: use letters, digits, _ and -"
+                )
+            if names.count(name) > 1:
+                raise ConfigError(f"two sources are named {name!r}; names must differ ('builtin' is taken)")
+        if not 0 <= self.heldout_share < 1:
+            raise ConfigError(f"heldout_share must be in [0, 1), found {self.heldout_share}")
+        if self.decontaminate_words < 1:
+            raise ConfigError(f"decontaminate_words must be at least 1, found {self.decontaminate_words}")
+
 
 @stage(version=4)
 def run(context: StepContext, config: ItemsConfig, _: None) -> dict[str, Any]:
-    """Write the items and the report; returns the report's totals. Raises ConfigError and DataError."""
+    """Write the items and the report; returns the report's totals. Raises DataError."""
     from spct_ray.data.store import write_items
 
-    _check_names(config)
+    read: dict[str, list[Item]] = {}
     dropped: dict[str, Dropped] = {}
-    read: list[Item] = []
-    for source in config.sources:
+    for source in (*config.sources, *config.benchmarks):
         context.log(f"reading {source.name} from {source.path}")
-        items, dropped[source.name] = read_source(source, config.limits)
-        read += items
-    benchmarks: dict[str, list[Item]] = {}
-    for bench in config.benchmarks:
-        benchmarks[bench.name], dropped[bench.name] = read_source(bench, config.limits)
+        read[source.name], dropped[source.name] = read_source(source, config.limits)
+    benchmarks = {f"bench_{b.name}": read[b.name] for b in config.benchmarks}
 
-    train, heldout = split_heldout(read, config.heldout_share, context.seed)
+    ours = [item for source in config.sources for item in read[source.name]]
+    train, heldout = split_heldout(ours, config.heldout_share, context.seed)
     for item in heldout[config.heldout_size :]:
         dropped[_source_of(item)].add(Problem.OVER_HELDOUT_SIZE, item.id)
     # Everything held out stays protected, also what is over the size: other sources may ask the same.
@@ -73,41 +83,22 @@ def run(context: StepContext, config: ItemsConfig, _: None) -> dict[str, Any]:
     if not train:
         raise DataError(f"no training item is left; dropped: { {name: d.counts for name, d in dropped.items()} }")
 
-    files = {"train": train, "heldout": heldout, **{f"bench_{name}": items for name, items in benchmarks.items()}}
+    files = {"train": train, "heldout": heldout, **benchmarks}
     content = {name: write_items(f"{context.out}/{name}.parquet", items) for name, items in files.items()}
+    kept = {name: len(items) for name, items in files.items()}
+    sizes = {name: Counter(str(len(item.responses)) for item in items) for name, items in files.items()}
     report = {
-        "kept": {name: len(items) for name, items in files.items()},
-        "kept_by_source": {name: dict(Counter(map(_source_of, items))) for name, items in files.items()},
-        "kept_by_num_responses": {
-            name: dict(sorted(Counter(str(len(i.responses)) for i in items).items())) for name, items in files.items()
-        },
+        "kept": kept,
+        "kept_by_source": {name: Counter(map(_source_of, items)) for name, items in files.items()},
+        "kept_by_num_responses": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},
         "dropped": {name: asdict(drops) for name, drops in dropped.items()},
     }
-    partial = Path(context.out) / "data_report.json.partial"
-    partial.write_text(json.dumps(report, indent=2))
-    os.replace(partial, Path(context.out) / "data_report.json")
-    totals: Counter[str] = Counter()
-    for drops in dropped.values():
-        totals.update(drops.counts)
-    context.log(f"kept {report['kept']}, dropped {dict(totals)}")
-    return {"kept": report["kept"], "dropped": dict(totals), "content": content}
+    write_atomically(f"{context.out}/data_report.json", json.dumps(report, indent=2).encode())
+    totals = dict(sum((Counter(drops.counts) for drops in dropped.values()), Counter[str]()))
+    context.log(f"kept {kept}, dropped {totals}")
+    return {"kept": kept, "dropped": totals, "content": content}
 
 
 def _source_of(item: Item) -> str:
     """The configured name of the item's source, which begins its id."""
     return item.id.partition(":")[0] if ":" in item.id else "builtin"
-
-
-def _check_names(config: ItemsConfig) -> None:
-    names = ["builtin", *(s.name for s in config.sources), *(b.name for b in config.benchmarks)]
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise ConfigError(
-                f"items: the source name {name!r} becomes part of ids and file names: use letters, digits, _ and -"
-            )
-        if names.count(name) > 1:
-            raise ConfigError(f"items: two sources are named {name!r}; names must differ ('builtin' is taken)")
-    if not 0 <= config.heldout_share < 1:
-        raise ConfigError(f"items.heldout_share must be in [0, 1), found {config.heldout_share}")
-    if config.decontaminate_words < 1:
-        raise ConfigError(f"items.decontaminate_words must be at least 1, found {config.decontaminate_words}")

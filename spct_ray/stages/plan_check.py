@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from spct_ray.engines.base import EngineConfig
 from spct_ray.errors import ConfigError
 from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 from spct_ray.stages.recipe import Recipe
+from spct_ray.stages.student import StudentConfig
 
 GIB = 2**30
 # What DeepSpeed and the trainer hold beside the model's state.
@@ -25,7 +26,6 @@ BUCKET_NUMEL = 5e8  # reduce_bucket_size; two buffers of it in fp32, however lit
 LOGITS_GIB = 1.0  # four copies of a chunk of learn.model's log-prob head
 RESERVE_GIB = 6.0  # CUDA context, NCCL, fragmentation
 ENGINE_GIB = 3.0  # the same of vLLM, with its activations and CUDA graphs
-FILE_BYTES_S = 2e9  # shared file system: of each writer and of each reader
 MOE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -48,26 +48,16 @@ class ModelShape:
     def of(cls, config: Mapping[str, Any]) -> ModelShape | None:
         """The shape that a (text) config.json describes; None for a mixture of experts and where a size is missing."""
         config = config.get("text_config", config)
-        if any(config.get(key) for key in MOE_KEYS):
+        sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size")
+        if any(config.get(key) for key in MOE_KEYS) or not all(key in config for key in sizes):
             return None
-        try:
-            hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-            window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-            types = config.get("layer_types") or ["sliding_attention"] * layers
-            return cls(
-                hidden,
-                layers,
-                config["intermediate_size"],
-                heads,
-                config.get("num_key_value_heads") or heads,
-                config.get("head_dim") or hidden // heads,
-                config["vocab_size"],
-                bool(config.get("tie_word_embeddings", True)),
-                window or 0,
-                types.count("sliding_attention") if window else 0,
-            )
-        except KeyError:
-            return None
+        hidden, layers, intermediate, heads, vocab = (config[key] for key in sizes)
+        kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+        window = config.get("sliding_window") or 0 if config.get("use_sliding_window", True) else 0
+        types = config.get("layer_types") or ["sliding_attention"] * layers
+        num_windowed = types.count("sliding_attention") if window else 0
+        tied = bool(config.get("tie_word_embeddings", True))
+        return cls(hidden, layers, intermediate, heads, kv_heads, head_dim, vocab, tied, window, num_windowed)
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
@@ -120,13 +110,11 @@ KNOWN = {
 }
 
 
-def shape_of(model: str) -> ModelShape | None:
-    """The shape of a known hub id, or of a directory by its config.json; None where it is not known."""
-    if model in KNOWN:
-        return KNOWN[model]
-    path = Path(model, "config.json")
-    if not path.is_file():
-        return None
+def shape_of(student: StudentConfig) -> ModelShape | None:
+    """The student's shape: of a known hub id, or of a directory by its config.json; None where it is not known."""
+    path = Path(student.model, "config.json")
+    if student.source == "nano" or student.model in KNOWN or not path.is_file():
+        return KNOWN.get(student.model)
     return ModelShape.of(json.loads(path.read_text()))
 
 
@@ -138,6 +126,7 @@ class Training:
     lora: LoraConfig
     optim: OptimConfig
     has_reference: bool = False
+    beside_gib: float = 0.0  # of an engine on the same GPU
 
     @property
     def width(self) -> int:
@@ -168,109 +157,73 @@ class Training:
             "embedding": embedding,
             "activations": kept,
         }
+        if self.beside_gib:
+            sizes["engine beside it"] = self.beside_gib * GIB
         return {name: size / GIB for name, size in sizes.items()} | {"logits": LOGITS_GIB, "reserve": RESERVE_GIB}
 
-    def state(self, shape: ModelShape) -> float:
-        """GiB of one GPU that stay from step to step."""
-        parts = self.memory(shape)
-        return sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference", "reserve"))
-
-    def checkpoint(self, shape: ModelShape) -> tuple[float, float]:
-        """Bytes of a checkpoint, fp32 masters and moments, and the seconds that the ranks take to write their parts."""
-        size = 12 * (shape.adapters(self.lora) if self.lora.rank else shape.weights)
-        return size, size / self.resources.num_workers / FILE_BYTES_S
-
-
-def engine_memory(shape: ModelShape, engine: EngineConfig, gpu_gib: float) -> dict[str, float]:
-    """GiB of one GPU by part; `cache` is what is left of its share, `needed` what one sequence of full length takes."""
-    width = 4 if engine.dtype == "float32" else 2
-    weights = width * shape.weights / engine.tensor_parallel / GIB
-    needed = width * shape.kv_numel * engine.max_model_len / engine.tensor_parallel / GIB
-    cache = engine.gpu_memory_utilization * gpu_gib - weights - ENGINE_GIB
-    return {"weights": weights, "reserve": ENGINE_GIB, "cache": cache, "needed": needed}
-
-
-def checkpoints(recipe: Recipe) -> dict[str, float]:
-    """GB of a checkpoint of each step that trains on GPUs, seconds to write it, and updates from one to the next."""
-    shape, found = None if recipe.nano else shape_of(recipe.student.model), dict[str, float]()
-    if shape is None:
-        return found
-    for name, training in trainings(recipe).items():
-        step, (size, seconds) = name.partition(".")[0], training.checkpoint(shape)
-        found |= {f"{step}, GB": size / 1e9, f"{step}, seconds": seconds}
-        found[f"{step}, every"] = getattr(recipe, step).checkpoint_every
-    return found
+    def fits(self, shape: ModelShape, room: float) -> bool:
+        """Whether one GPU with `room` GiB holds it."""
+        return sum(self.memory(shape).values()) <= room
 
 
 def trainings(recipe: Recipe) -> dict[str, Training]:
-    """The steps that train on GPUs, by the name of their resources."""
-    where, policy = recipe.resources, recipe.grpo
-    found = {
+    """The steps that train on GPUs, by the name of their resources. Where GRPO's ranks and engines ask for a part of a
+    GPU each, they share it; an engine that sleeps meanwhile (ipc) keeps what is not weights or cache."""
+    where, policy, scalar = recipe.resources, recipe.grpo, recipe.bradley_terry
+    engine, ranks = where.grpo.engine, where.grpo.train
+    is_shared = ranks.gpus_per_worker < 1 and 0 < where.grpo.rollout.gpus_per_replica < 1
+    awake = engine.gpu_memory_utilization * where.cluster.gpu_gib
+    beside = (ENGINE_GIB if engine.transfer == "ipc" else awake) if is_shared else 0.0
+    steps = {
         "rft": Training(where.rft, recipe.rft.lora, recipe.rft.optim),
-        "grpo.train": Training(where.grpo.train, policy.lora, policy.optim, policy.beta > 0),
+        "grpo.train": Training(ranks, policy.lora, policy.optim, policy.beta > 0, beside),
         "meta": Training(where.meta, recipe.meta.lora, recipe.meta.optim),
     }
-    if recipe.bradley_terry:
-        scalar = recipe.bradley_terry
-        found["bradley_terry"] = Training(where.bradley_terry, scalar.lora, scalar.optim)
-    return {name: training for name, training in found.items() if training.resources.gpus_per_worker > 0}
+    if scalar:
+        steps["bradley_terry"] = Training(where.bradley_terry, scalar.lora, scalar.optim)
+    return {name: training for name, training in steps.items() if training.resources.gpus_per_worker > 0}
 
 
-def engines(recipe: Recipe) -> dict[str, EngineConfig]:
-    """The engines on GPUs that hold the student or what becomes of it, by the name of their resources."""
-    where = recipe.resources
-    placed: dict[str, tuple[Any, EngineConfig]] = {
-        "grpo": (where.grpo.rollout, where.grpo.engine),
-        "onpolicy": (where.onpolicy, where.onpolicy.engine),
-        "evaluate": (where.evaluate, where.evaluate.engine),
-    }
-    if recipe.sample.sampler.kind == "student":
-        placed["sample"] = (where.sample, where.sample.engine)
-    return {name: engine for name, (resources, engine) in placed.items() if resources.gpus_per_replica}
-
-
-def beside(recipe: Recipe, name: str) -> float:
-    """GiB that an engine takes on the GPUs of a training step: GRPO's, where each asks for a part of a GPU. Asleep,
-    it keeps what is not weights or cache."""
-    where, gpu_gib = recipe.resources.grpo, recipe.resources.cluster.gpu_gib
-    if name != "grpo.train" or where.train.gpus_per_worker >= 1 or not 0 < where.rollout.gpus_per_replica < 1:
-        return 0.0
-    return ENGINE_GIB if where.engine.transfer == "ipc" else where.engine.gpu_memory_utilization * gpu_gib
+def engine_memory(shape: ModelShape, engine: EngineConfig) -> dict[str, float]:
+    """GiB of one GPU by part, with a cache for one sequence of full length."""
+    width = 4 if engine.dtype == "float32" else 2
+    weights = width * shape.weights / engine.tensor_parallel / GIB
+    sequence = width * shape.kv_numel * engine.max_model_len / engine.tensor_parallel / GIB
+    return {"weights": weights, "reserve": ENGINE_GIB, "one sequence": sequence}
 
 
 def check(recipe: Recipe) -> None:
     """Raise ConfigError where a training step or an engine cannot fit its GPUs, with what takes the memory and which
     settings help. Says nothing about models whose shape is not known, and about steps on CPUs."""
-    shape = None if recipe.nano else shape_of(recipe.student.model)
+    shape, where, gpu_gib = shape_of(recipe.student), recipe.resources, recipe.resources.cluster.gpu_gib
     if shape is None:
         return
-    gpu_gib, problems = recipe.resources.cluster.gpu_gib, []
-    for name, training in trainings(recipe).items():
-        room = gpu_gib - beside(recipe, name)
-        parts = training.memory(shape)
-        if sum(parts.values()) > room:
-            problems.append(
-                f"resources.{name}: a GPU needs {sum(parts.values()):.0f} GiB ({listed(parts)}) and has {room:.0f}; "
-                f"what helps: {knobs(name, training, shape, room)}"
-            )
-    for name, engine in engines(recipe).items():
-        parts = engine_memory(shape, engine, gpu_gib)
-        if parts["cache"] < parts["needed"]:
-            problems.append(
-                f"resources.{name}.engine: weights of {parts['weights']:.0f} GiB leave {max(0.0, parts['cache']):.1f} "
-                f"of {engine.gpu_memory_utilization * gpu_gib:.0f} GiB for the cache; a sequence of full length takes "
-                f"{parts['needed']:.1f}; what helps: tensor_parallel={2 * engine.tensor_parallel} (with as many GPUs a "
-                "replica), a smaller max_model_len, a higher gpu_memory_utilization"
-            )
-    policy = trainings(recipe).get("grpo.train")
-    if policy and recipe.resources.grpo.engine.transfer == "ipc":
-        share, state = recipe.resources.grpo.engine.gpu_memory_utilization, policy.state(shape)
-        if state + share * gpu_gib > gpu_gib:
-            problems.append(
-                f"resources.grpo.engine: awake it takes {share * gpu_gib:.0f} GiB beside the trainer's state of "
-                f"{state:.0f}, and the GPU has {gpu_gib:.0f}; what helps: gpu_memory_utilization="
-                f"{math.floor(100 * max(0.0, 1 - state / gpu_gib)) / 100}"
-            )
+    checks: list[tuple[str, dict[str, float], float, str]] = []  # part of the resources, GiB by part, GiB there, help
+    trained = trainings(recipe)
+    for name, training in trained.items():
+        checks.append((name, training.memory(shape), gpu_gib, knobs(name, training, shape, gpu_gib)))
+    engines: dict[str, Any] = {"grpo": where.grpo, "onpolicy": where.onpolicy, "evaluate": where.evaluate}
+    if recipe.sample.sampler.kind == "student":
+        engines["sample"] = where.sample
+    for name, resources in engines.items():
+        engine: EngineConfig = resources.engine
+        if getattr(resources, "rollout", resources).gpus_per_replica:
+            room = engine.gpu_memory_utilization * gpu_gib
+            helps = f"tensor_parallel={2 * engine.tensor_parallel} (with as many GPUs a replica), "
+            helps += "a smaller max_model_len, a higher gpu_memory_utilization"
+            checks.append((f"{name}.engine", engine_memory(shape, engine), room, helps))
+    if "grpo.train" in trained and where.grpo.engine.transfer == "ipc":  # awake beside what the trainer always holds
+        parts = trained["grpo.train"].memory(shape)
+        state = sum(parts[part] for part in ("weights", "gradients", "optimizer", "reference", "reserve"))
+        both = {"the engine awake": where.grpo.engine.gpu_memory_utilization * gpu_gib, "the trainer's state": state}
+        share = math.floor(100 * max(0.0, 1 - state / gpu_gib)) / 100
+        checks.append(("grpo.engine", both, gpu_gib, f"gpu_memory_utilization={share}"))
+    problems = [
+        f"resources.{name}: a GPU needs {sum(parts.values()):.1f} GiB ({listed(parts)}) and has {room:.1f}; "
+        f"what helps: {helps}"
+        for name, parts, room, helps in checks
+        if sum(parts.values()) > room
+    ]
     if problems:
         raise ConfigError("this plan cannot fit, by the arithmetic of docs/scaling.md:\n  " + "\n  ".join(problems))
 
@@ -282,40 +235,28 @@ def listed(parts: dict[str, float]) -> str:
 
 def knobs(name: str, training: Training, shape: ModelShape, room: float) -> str:
     """The settings that alone make a training step fit or, if none does, those that do together."""
-    where, alone, together, changed = training.resources, list[str](), list[str](), training
-    step = name.partition(".")[0]
-    steps: list[tuple[str, bool, Callable[[Training], Training]]] = [
-        (f"resources.{name}.zero_stage=3", where.zero_stage < 3 and where.num_workers > 1, _with(zero_stage=3)),
-        (
-            f"resources.{name}.gradient_checkpointing=true",
-            not where.gradient_checkpointing,
-            _with(gradient_checkpointing=True),
-        ),
-        (f"resources.{name}.micro_tokens=2048", where.micro_tokens > 2048, _with(micro_tokens=2048)),
-        (
-            f"resources.{name}.offload_optimizer=true",
-            not where.offload_optimizer and not training.optim.muon_lr,
-            _with(offload_optimizer=True),
-        ),
-        (
-            f"resources.{name}.num_workers={2 * where.num_workers}",
-            where.num_workers > 1 or where.zero_stage == 3,
-            _with(num_workers=2 * where.num_workers),
-        ),
-        (f"{step}.lora.rank=32", not training.lora.rank, lambda t: replace(t, lora=replace(t.lora, rank=32))),
+    where = training.resources
+    options: list[tuple[str, str, Any, bool]] = [
+        ("resources", "zero_stage", 3, where.zero_stage < 3 and where.num_workers > 1),
+        ("resources", "gradient_checkpointing", True, not where.gradient_checkpointing),
+        ("resources", "micro_tokens", 2048, where.micro_tokens > 2048),
+        ("resources", "offload_optimizer", True, not where.offload_optimizer and not training.optim.muon_lr),
+        ("resources", "num_workers", 2 * where.num_workers, where.num_workers > 1 or where.zero_stage == 3),
+        ("lora", "rank", 32, not training.lora.rank),
     ]
-    for setting, is_new, change in steps:
-        if not is_new:
-            continue
-        if sum(change(training).memory(shape).values()) <= room:
+    keys = {"resources": f"resources.{name}", "lora": f"{name.partition('.')[0]}.lora"}
+    alone, together, changed = list[str](), list[str](), training
+    for part, key, value, is_new in options:
+        setting = f"{keys[part]}.{key}={json.dumps(value)}"
+        if is_new and _with(training, part, key, value).fits(shape, room):
             alone.append(setting)
-        if sum(changed.memory(shape).values()) > room:
-            changed = change(changed)
+        if is_new and not changed.fits(shape, room):
+            changed = _with(changed, part, key, value)
             together.append(setting)
     if alone:
         return " or ".join(alone)
-    return " with ".join(together) if sum(changed.memory(shape).values()) <= room else "a smaller model or more GPUs"
+    return " with ".join(together) if changed.fits(shape, room) else "a smaller model or more GPUs"
 
 
-def _with(**values: Any) -> Callable[[Training], Training]:
-    return lambda training: replace(training, resources=replace(training.resources, **values))
+def _with(training: Training, part: str, key: str, value: Any) -> Training:
+    return replace(training, **{part: replace(getattr(training, part), **{key: value})})

@@ -7,38 +7,21 @@ cluster with another `resources:` block, and only the former makes a step's iden
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.data.sources import with_content
 from spct_ray.errors import ConfigError
-from spct_ray.graph.stage import StageFunction, make_step, stage_at, typed
+from spct_ray.graph.stage import step_of
 from spct_ray.graph.step import Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.train_config import TrackerName, TrainResources
-from spct_ray.stages import (
-    bradley_terry,
-    evaluate,
-    grpo,
-    items,
-    meta,
-    meta_scores,
-    nano,
-    report,
-    rft,
-    sample,
-    select,
-    student,
-    unseen,
-)
-from spct_ray.stages.bradley_terry import BradleyTerryConfig  # a default of None would hide the module of its name
-from spct_ray.stages.nano import NanoStudentConfig
+from spct_ray.stages import bradley_terry as scalar  # a default of None would hide a module of the field's name
+from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, report, rft, sample, select, student
+from spct_ray.stages import unseen as other_items
 from spct_ray.stages.sample import SampleConfig, SamplerConfig
-from spct_ray.stages.unseen import UnseenConfig
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,6 @@ class Resources:
 class Recipe:
     """One run. Steps that are finished under the root `reuse` are linked, not run again. `judge` is the prompt of every
     stage; `rounds` repeats sampling, selection and RFT with the current student as sampler (one round is the paper's).
-    With `nano`, the student is made from nothing, not from `student`.
     With `bradley_terry` ({} takes its defaults), a scalar baseline is trained on the same items. With `unseen`, the
     judges are evaluated on built-in items that are unlike those that they were trained on. `steps` are further ones, by
     name."""
@@ -85,7 +67,6 @@ class Recipe:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     items: items.ItemsConfig = field(default_factory=items.ItemsConfig)
     student: student.StudentConfig = field(default_factory=student.StudentConfig)
-    nano: NanoStudentConfig | None = None
     sample: SampleConfig = field(default_factory=SampleConfig)
     select: select.SelectConfig = field(default_factory=select.SelectConfig)
     rounds: int = 1
@@ -93,9 +74,9 @@ class Recipe:
     grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
     onpolicy: SampleConfig = field(default_factory=lambda: SampleConfig(num_hinted=0))
     meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
-    bradley_terry: BradleyTerryConfig | None = None
+    bradley_terry: scalar.BradleyTerryConfig | None = None
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
-    unseen: UnseenConfig | None = None
+    unseen: other_items.UnseenConfig | None = None
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
     steps: dict[str, FurtherStep] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
@@ -105,12 +86,14 @@ def build_steps(recipe: Recipe) -> list[Step]:
     """The graph in an order in which every step comes after its inputs. Raises ConfigError on settings that clash."""
     _check(recipe)
     where, steps = recipe.resources, list[Step]()
+    kinds = recipe.items.builtin.kinds if recipe.items.builtin else ()
 
-    def add(name: str, function: StageFunction, config: Any, resources: Any = None, /, **inputs: str) -> str:
-        config = _with_judge(name, config, recipe.judge)
-        if recipe.items.builtin and hasattr(config, "kinds"):
-            config = replace(config, kinds=recipe.items.builtin.kinds)
-        steps.append(make_step(name, function, config, _with_tracker(name, resources, where.tracker), inputs))
+    def add(name: str, function: Any, config: Any, resources: Any = None, /, **inputs: str) -> str:
+        config = _share(config, name, "judge", JudgeConfig(), recipe.judge)
+        config = _share(config, name, "items.builtin.kinds", (), kinds)
+        tracker = TrainResources.tracker, where.tracker
+        resources = _share(resources, f"resources.{name}", "resources.tracker", *tracker)
+        steps.append(Step(name, function, config, resources, inputs))
         return name
 
     data = replace(
@@ -119,7 +102,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
         benchmarks=tuple(map(with_content, recipe.items.benchmarks)),
     )
     add("items", items.run, data)
-    judge = add("student", nano.run, recipe.nano) if recipe.nano else add("student", student.run, recipe.student)
+    judge = add("student", student.run, recipe.student)
     for number in range(1, recipe.rounds + 1):
         end = "" if number == 1 else f"_{number}"
         config = recipe.sample if number == 1 else replace(recipe.sample, sampler=SamplerConfig("student"))
@@ -132,10 +115,10 @@ def build_steps(recipe: Recipe) -> list[Step]:
     add("onpolicy", sample.run, recipe.onpolicy, where.onpolicy, items="items", judge="grpo")
     read = {"items": "items", "sample": sampled, "onpolicy": "onpolicy"}
     add("meta", meta.run, recipe.meta, where.meta, **read, init=init_of[recipe.meta.init])
-    if scalar := recipe.bradley_terry:
-        start = init_of[scalar.init]
-        add("bradley_terry", bradley_terry.run, scalar, where.bradley_terry, items="items", init=start)
-    judged = add("unseen", unseen.run, recipe.unseen, items="items") if recipe.unseen else "items"
+    if recipe.bradley_terry:
+        start = init_of[recipe.bradley_terry.init]
+        add("bradley_terry", scalar.run, recipe.bradley_terry, where.bradley_terry, items="items", init=start)
+    judged = add("unseen", other_items.run, recipe.unseen, items="items") if recipe.unseen else "items"
     evaluated: dict[str, str] = {}
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         # What the base model is worth shows in its greedy judgements.
@@ -146,9 +129,8 @@ def build_steps(recipe: Recipe) -> list[Step]:
     read = {name: name for name in ("student", "grpo", "onpolicy", "meta", "meta_scores")} | evaluated
     add("report", report.run, recipe.report, items=judged, sample=sampled, select=selected, rft=judge, **read)
     for name, further in recipe.steps.items():
-        function = stage_at(further.stage, f"steps.{name}.stage")
-        own, place = typed(function, further.config, where.steps.get(name, {}), f"steps.{name}")
-        add(name, function, own, place, **further.inputs)
+        own = step_of(name, further.stage, further.config, where.steps.get(name, {}), **further.inputs)
+        add(name, own.function, own.config, own.resources, **own.inputs)
     return steps
 
 
@@ -172,21 +154,14 @@ def _check(recipe: Recipe) -> None:
         raise ConfigError(f"resources.steps: {', '.join(sorted(unknown))} is no step of `steps`")
 
 
-def _with_judge(name: str, config: Any, judge: JudgeConfig) -> Any:
-    """The stage's config with the run's one prompt, if it has one. Raises ConfigError when it asks for another."""
-    if not hasattr(config, "judge"):
-        return config
-    if config.judge not in (JudgeConfig(), judge):
-        raise ConfigError(f"{name}.judge differs from judge: all stages share one prompt, set it under judge: alone")
-    return replace(config, judge=judge)
-
-
-def _with_tracker(name: str, resources: R, tracker: TrackerName) -> R:
-    """The resources of a step that trains, with the run's one tracker. Raises ConfigError where they name another."""
-    if isinstance(resources, grpo.GrpoResources):
-        return replace(resources, train=_with_tracker(f"{name}.train", resources.train, tracker))
-    if not isinstance(resources, TrainResources):
-        return resources
-    if resources.tracker not in (TrainResources.tracker, tracker):
-        raise ConfigError(f"resources.{name}.tracker: all steps share one, set resources.tracker alone")
-    return replace(resources, tracker=tracker)
+def _share(owner: Any, name: str, setting: str, default: Any, value: Any) -> Any:
+    """The part `name` of the recipe with the run's value of `setting`, if it has a field of that name. Raises
+    ConfigError where it asks for another one."""
+    if isinstance(owner, grpo.GrpoResources):
+        return replace(owner, train=_share(owner.train, f"{name}.train", setting, default, value))
+    key = setting.rpartition(".")[2]
+    if not hasattr(owner, key):
+        return owner
+    if getattr(owner, key) not in (default, value):
+        raise ConfigError(f"{name}.{key}: all steps share one, set {setting} alone")
+    return replace(owner, **{key: value})

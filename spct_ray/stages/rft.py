@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spct_ray.config import UNLESS_DEFAULT
 from spct_ray.data.program import exercises
 from spct_ray.errors import ConfigError, DataError
 from spct_ray.graph.stage import stage
@@ -44,7 +43,7 @@ class RftConfig(SupervisedConfig):
     general_paths: tuple[str, ...] = ()
     general_builtin: int = 0
     general_shares: tuple[float, ...] = (0.0,)
-    kinds: tuple[str, ...] = field(default=(), metadata=UNLESS_DEFAULT)
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.general_shares or not all(0 <= share < 1 for share in self.general_shares):

@@ -1,7 +1,7 @@
 """Rejection sampling: several judgements of every training item, with and without a hint (paper, Section 4.1).
 
 The sampler is a choice of its own, apart from the student: the student itself, another model, a remote endpoint, or,
-for the built-in set, the checker program. Leaves out selection; see `stages.select`.
+for the built-in set, the checker program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
-from spct_ray.config import UNLESS_DEFAULT, convert, imported
+from spct_ray.config import convert, imported
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import read_items
 from spct_ray.engines.base import EngineConfig
@@ -44,7 +44,7 @@ class SamplerConfig:
     endpoint: RemoteConfig | None = None
     program: ProgramConfig = field(default_factory=ProgramConfig)
     guided: bool = False  # hold the text to the format, for models that cannot write it yet
-    own: dict[str, Any] = field(default_factory=dict, metadata=UNLESS_DEFAULT)
+    own: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if ":" in self.kind:

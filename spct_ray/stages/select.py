@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from spct_ray.data.store import read_items
+from spct_ray.data.store import read_items, write_rows
 from spct_ray.errors import DataError
+from spct_ray.files import write_atomically
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
@@ -55,24 +54,15 @@ def run(context: StepContext, config: SelectConfig, _: None) -> dict[str, Any]:
         counts.update(selection.counts)
         for t in selection.accepted:
             prompt = [m.to_row() for m in judge_messages(item, t.order, config.judge)]
-            sft.append(
-                {
-                    "item_id": item_id,
-                    "key": t.key,
-                    "num_responses": len(item.responses),
-                    "prompt": prompt,
-                    "completion": t.text,
-                }
-            )
+            row = {"item_id": item_id, "key": t.key, "num_responses": len(item.responses)}
+            sft.append(row | {"prompt": prompt, "completion": t.text})
     if not sft:
         raise DataError(
             f"no judgement was accepted, counts by reason: {dict(counts)}. A sampler that cannot write the format "
             "needs sample.sampler.guided=true; one that is always right needs harder items"
         )
-    temporary = Path(context.out, "sft.parquet.tmp")
-    pq.write_table(pa.Table.from_pylist(sft, schema=SFT_SCHEMA), temporary)
-    os.replace(temporary, Path(context.out, "sft.parquet"))
+    write_rows(f"{context.out}/sft.parquet", sft, SFT_SCHEMA)
     report = {"accepted": len(sft), "counts": dict(sorted(counts.items()))}
-    (Path(context.out) / "select_report.json").write_text(json.dumps(report, indent=1))
+    write_atomically(f"{context.out}/select_report.json", json.dumps(report, indent=1).encode())
     context.log(f"accepted {len(sft)} judgements; " + ", ".join(f"{k} {v}" for k, v in sorted(counts.items())))
     return report

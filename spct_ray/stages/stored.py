@@ -11,7 +11,7 @@ from pathlib import Path
 
 from spct_ray.errors import ConfigError
 from spct_ray.graph.step import StepContext
-from spct_ray.graph.targets import directory_of, find_judge, parse_target
+from spct_ray.graph.targets import find_judge, parse_target
 from spct_ray.stages import report
 from spct_ray.stages.evaluate import config_of
 
@@ -40,7 +40,7 @@ def report_stored(targets: Sequence[str], ks: Sequence[int], seed: int, out: str
             )
         inputs |= {f"evaluate_{name}": judge.directory, f"model_{name}": judge.judge_model}
         if judge.scores and judge.meta_model:
-            inputs |= {f"meta_scores_{name}": directory_of(judge.root, judge.scores), f"meta_{name}": judge.meta_model}
+            inputs |= {f"meta_scores_{name}": judge.scores.directory(judge.root), f"meta_{name}": judge.meta_model}
     Path(out).mkdir(parents=True, exist_ok=True)
     context = StepContext("report", seed, out, inputs, command)
     return str(report.run(context, report.ReportConfig(tuple(ks)), None)["summary_text"])
