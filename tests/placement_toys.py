@@ -7,6 +7,7 @@ from typing import Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.engines.base import EngineConfig, EngineResources, Request, SamplingParams
+from spct_ray.engines.host import JudgeSpec
 from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
@@ -35,19 +36,17 @@ class SeeingJudge(LocalJudge):
 
 
 def see(context: StepContext, config: Any, resources: SamplingResources) -> dict[str, Any]:
-    """A step: what its own process, a sender of blocks, engines that are kept and engines of a pool see."""
+    """A step: what its own process, a task, engines of judges and engines of rollouts see."""
     import ray
 
-    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
-    from spct_ray.cluster.pool import EnginePool
-    from spct_ray.graph.keeper import keeper
+    from spct_ray.cluster.pool import EnginePool, close_judge_pool, judge_pool
 
-    spec = JudgeSpec(config, JudgeConfig(template="compact"), "judge")
-    make_judge = keep_judges(keeper(), context.name, spec, resources, context.log, SeeingEngine)
+    pool = judge_pool(config, resources, context.log, SeeingEngine)
+    make_judge = pool.judge_maker(JudgeSpec(JudgeConfig(template="compact"), "judge"))
     judges = [make_judge() for _ in range(resources.num_replicas)]
     kept = {t.text.split()[0] for judge in judges for t in judge.judge(TASKS)}
     in_use = ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0)
-    ray.get(keeper().end.remote(context.name))
+    close_judge_pool()
     pool = EnginePool("none", EngineConfig(), EngineResources(2, 0, 1), SeeingEngine)
     pooled = {c.text.split()[0] for (c,) in pool.generate([_request(i) for i in range(8)])}
     pool.close()

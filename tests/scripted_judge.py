@@ -52,13 +52,13 @@ class WatchedReplica(JudgeReplica):
     def __init__(self, config):
         super().__init__(config)
         self._futures = []
-        submit = self._judge.engine.submit
+        submit = self._engine.submit
 
         def watched(request):
             self._futures.append(submit(request))
             return self._futures[-1]
 
-        self._judge.engine.submit = watched
+        self._engine.submit = watched
 
     async def num_under_way(self):
         return sum(not future.done() for future in self._futures)

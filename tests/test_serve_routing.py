@@ -139,6 +139,6 @@ def test_a_replica_loads_weights_once_a_version():
             super().reload(weights_dir, weight_version)
 
     judge = LocalJudge(Engine(lambda r: ["x"]), ServeConfig("unused"))
-    for directory, version in (("", 0), ("/new", 1), ("/new", 1), ("/newer", 2)):
+    for directory, version in (("unused", 0), ("/new", 1), ("/new", 1), ("/newer", 2)):
         asyncio.run(judge.reconfigure({"directory": directory, "version": version}))
     assert loaded == [("/new", 1), ("/newer", 2)]

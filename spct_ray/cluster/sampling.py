@@ -18,14 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from spct_ray.cluster.pool import MAX_RESTARTS
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.errors import EngineError
 from spct_ray.files import replacing
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.records import Item, Trajectory
-
-MAX_RESTARTS = 3  # of one judge actor; a block that kills every judge must not be tried for ever
-
 
 TRAJECTORY_SCHEMA = pa.schema(
     [

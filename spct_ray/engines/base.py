@@ -1,9 +1,4 @@
-"""What every engine promises: completions for prompts, and the settings of one (importable without vLLM and Ray).
-
-Leaves out judging; see `spct_ray.judge`.
-
-One engine class serves three homes: Ray Data actors (sampling, evaluation), rollout actors (GRPO), Serve replicas.
-"""
+"""What every engine promises: completions for prompts, and the settings of one (importable without vLLM and Ray)."""
 
 from __future__ import annotations
 
@@ -59,6 +54,14 @@ class EngineConfig:
     def num_seqs(self, on_gpu: bool) -> int:
         """`max_num_seqs`, or what it will be on CPU or on a card of 70 GiB and more (an A100 and smaller take 256)."""
         return self.max_num_seqs or (1024 if on_gpu else 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights(Record):
+    """What an engine holds: safetensors in a directory, and their version (0: not from a trainer or a roll-out)."""
+
+    directory: str
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

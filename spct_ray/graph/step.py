@@ -110,7 +110,7 @@ class Step:
 
     `function(context, config, resources) -> metrics` lives at the top level of a module, so that a worker can import
     it; `inputs` names, for each role, the step whose finished directory is read. Steps that name the same `keeps` run
-    one after the other, on actors that outlive a step (`graph.keeper`).
+    one after the other in one process, which keeps what they load.
     """
 
     name: str
