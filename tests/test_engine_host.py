@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -22,7 +21,7 @@ from spct_ray.graph.runner import run_steps
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
-from spct_ray.records import Item, Message, Trajectory
+from spct_ray.records import Item, Message
 
 PROMPT = JudgeConfig(template="compact", max_tokens=12)
 TASKS = [
@@ -57,20 +56,16 @@ def test_a_host_loads_the_weights_that_a_call_is_for_once() -> None:
     engine = Reloading("a")
     host = Mourned(engine, "a")
 
-    async def scenario() -> None:
-        for weights, name in (("a", 0), "A"), (("a", 0), "A"), (("b", 0), "B"), (("b", 0), "B-best"), (("a", 1), "A"):
-            held = Weights(*weights)
-            blocks = await asyncio.gather(*(host.judge_block(held, JudgeSpec(PROMPT, name), TASKS) for _ in range(2)))
-            seen = {(t.model, t.text[0], t.weight_version) for block in blocks for t in block}
-            assert seen == {(name, held.directory, held.version)}
-        assert engine.loaded == ["a", "b", "a"]
-        assert await host.call(Weights("c", 2), "prompt_logprobs", [[1, 2]]) == [[-1.0]]
-        assert engine.weight_version == 2
-        for _ in range(2):  # the weights may be half new: they are not taken for loaded
-            with pytest.raises(EngineError, match="no such weights"):
-                await host.judge_block(Weights("bad"), JudgeSpec(PROMPT, "bad"), TASKS)
-
-    asyncio.run(scenario())
+    for weights, name in (("a", 0), "A"), (("a", 0), "A"), (("b", 0), "B"), (("b", 0), "B-best"), (("a", 1), "A"):
+        held = Weights(*weights)
+        judged = host.judge_block(held, JudgeSpec(PROMPT, name), TASKS)
+        assert {(t.model, t.text[0], t.weight_version) for t in judged} == {(name, held.directory, held.version)}
+    assert engine.loaded == ["a", "b", "a"]
+    assert host.call(Weights("c", 2), "prompt_logprobs", [[1, 2]]) == [[-1.0]]
+    assert engine.weight_version == 2
+    for _ in range(2):  # the weights may be half new: they are not taken for loaded
+        with pytest.raises(EngineError, match="no such weights"):
+            host.judge_block(Weights("bad"), JudgeSpec(PROMPT, "bad"), TASKS)
     assert host.causes == ("no such weights",) * 2
 
 
@@ -101,10 +96,7 @@ def test_after_a_reload_a_judge_says_what_it_says_on_an_engine_of_its_own(tmp_pa
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     host = EngineHost(VllmEngine(a, config), a)
 
-    async def judged(model: str) -> list[Trajectory]:
-        return await host.judge_block(Weights(model), JudgeSpec(PROMPT, "judge"), TASKS)
-
-    before, after, back = (asyncio.run(judged(model)) for model in (a, b, a))
+    before, after, back = (host.judge_block(Weights(model), JudgeSpec(PROMPT, "judge"), TASKS) for model in (a, b, a))
     fresh = EngineJudge(VllmEngine(b, config), PROMPT, "judge").judge(TASKS)
     assert after == fresh
     assert back == before

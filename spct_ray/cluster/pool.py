@@ -61,7 +61,7 @@ class EngineActor(EngineHost):
             raise
         super().__init__(engine, model)
 
-    async def next_number(self) -> int:
+    def next_number(self) -> int:
         """0, 1, 2, ... by which callers share out the pool's engines among them."""
         self._num_lent += 1
         return self._num_lent - 1

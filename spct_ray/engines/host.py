@@ -5,9 +5,9 @@ A plain class: `cluster.pool` makes it a Ray actor, `serve` a replica of Ray Ser
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from spct_ray.engines.base import Engine, Weights
@@ -29,7 +29,7 @@ class JudgeSpec:
 
 
 class EngineHost:
-    """Answers calls on one engine, which was started on `model`; never blocks its event loop.
+    """Answers calls on one engine, which was started on `model`, from any number of threads.
 
     Calls name the weights that they are for, so that a host that replaces a dead one loads the newest first. Every
     call raises EngineError, after `engine_died`, where it finds the engine dead.
@@ -38,37 +38,37 @@ class EngineHost:
     def __init__(self, engine: Engine, model: str) -> None:
         self._engine = engine
         self._weights = Weights(model)
-        self._loading = asyncio.Lock()
+        self._loading = Lock()
         self._judge: EngineJudge | None = None
         self._judge_of: tuple[Weights, JudgeSpec] | None = None
 
-    async def load(self, weights: Weights) -> None:
+    def load(self, weights: Weights) -> None:
         """Hold these weights; those that it holds already are not loaded again."""
-        async with self._loading:
+        with self._loading:
             if weights != self._weights:
-                await self._in_thread(self._engine.reload, weights.directory, weights.version)
+                self._run(self._engine.reload, weights.directory, weights.version)
                 self._weights = weights
 
-    async def call(self, weights: Weights, method: str, *arguments: Any) -> Any:
+    def call(self, weights: Weights, method: str, *arguments: Any) -> Any:
         """Call a method of the engine."""
-        await self.load(weights)
-        return await self._in_thread(getattr(self._engine, method), *arguments)
+        self.load(weights)
+        return self._run(getattr(self._engine, method), *arguments)
 
-    async def judge_block(self, weights: Weights, spec: JudgeSpec, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
+    def judge_block(self, weights: Weights, spec: JudgeSpec, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
         """One trajectory per task, in order."""
-        await self.load(weights)
+        self.load(weights)
         if self._judge is None or self._judge_of != (weights, spec):
             self._judge = EngineJudge(self._engine, spec.prompt, spec.name, spec.guided, spec.in_chunks)
             self._judge_of = weights, spec
-        judged: list[Trajectory] = await self._in_thread(self._judge.judge, tasks)
+        judged: list[Trajectory] = self._run(self._judge.judge, tasks)
         return judged
 
     def engine_died(self, error: EngineError) -> None:
         """Called with the cause where a call finds the engine dead."""
 
-    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return await asyncio.to_thread(function, *arguments)
+            return function(*arguments)
         except EngineError as error:
             self.engine_died(error)
             raise

@@ -74,7 +74,7 @@ class LocalJudge(EngineHost):
 
         Judgements under way are finished with the old weights, later ones wait for the new. Raises EngineError.
         """
-        await self.load(Weights(**weights))
+        await asyncio.to_thread(self.load, Weights(**weights))
 
     async def deployed(self) -> tuple[type[LocalJudge], ServeConfig, Weights]:
         """What runs here, so that the same can be deployed with other weights."""
