@@ -1,7 +1,7 @@
 """Rejection sampling: several judgements of every training item, with and without a hint (paper, Section 4.1).
 
 The sampler is a choice of its own, apart from the student: the student itself, another model, a remote endpoint, or,
-for the built-in set, the checker program. Leaves out selection; see `stages.select`.
+for the built-in set, the checker program.
 """
 
 from __future__ import annotations
