@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_RESTARTS = 3  # of one engine; work that kills every engine must not be tried for ever
 _BLOCKS_IN_FLIGHT = 2  # per engine: the next block joins the batch while the last sequences of the one before run out
-_START_TIMEOUT_S = 1800.0
+_START_TIMEOUT_S, _EXIT_TIMEOUT_S = 1800.0, 20.0
 _SAVING = {  # what a model directory says of how it was saved, not of what it computes
     "config.json": ("dtype", "torch_dtype", "transformers_version", "_name_or_path"),
     "tokenizer_config.json": ("is_local", "local_files_only", "name_or_path", "tokenizer_file"),
@@ -68,6 +70,9 @@ class EngineActor(EngineHost):
 
     def engine_died(self, error: EngineError) -> None:
         """End the process with the cause as its last words, which Ray repeats when it has no restarts left."""
+        last_resort = threading.Timer(_EXIT_TIMEOUT_S, os._exit, (1,))  # what a dead engine left may not end in order
+        last_resort.daemon = True
+        last_resort.start()
         sys.exit(" ".join(str(error).split()))
 
 
@@ -144,7 +149,7 @@ class EnginePool:
 
     def close(self) -> None:
         """Stop all engines."""
-        refs = [actor.call.remote(self.weights, "close") for actor in self.actors]
+        refs = [actor.call.options(max_task_retries=0).remote(self.weights, "close") for actor in self.actors]
         ray.wait(refs, num_returns=len(refs), timeout=30)
         self._kill()
 
