@@ -8,13 +8,13 @@ from typing import Any
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.engines.base import EngineConfig, EngineResources, Request, SamplingParams
 from spct_ray.engines.host import JudgeSpec
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.deployment import ServeConfig
+from tests.scripted_engine import ScriptedEngine
 
 TASKS = [JudgeTask(Item(f"i{i}", (Message("user", "Which?"),), ("a", "b")), (0, 1), 0, 0.0, 1) for i in range(4)]
 

@@ -8,10 +8,10 @@ import threading
 import time
 from concurrent.futures import Future
 
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.serve.app import JudgeReplica
 from spct_ray.serve.backends import LocalJudge
+from tests.scripted_engine import ScriptedEngine
 
 SECONDS = 0.2  # to think
 

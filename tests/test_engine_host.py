@@ -15,13 +15,13 @@ from spct_ray.cluster.pool import family
 from spct_ray.engines.base import EngineConfig, Weights
 from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.host import EngineHost, JudgeSpec
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.graph.runner import run_steps
 from spct_ray.graph.step import Demand, Step
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
+from tests.scripted_engine import ScriptedEngine
 
 PROMPT = JudgeConfig(template="compact", max_tokens=12)
 TASKS = [

@@ -10,9 +10,9 @@ import ray
 
 from spct_ray.cluster.pool import EnginePool
 from spct_ray.engines.base import EngineConfig, EngineResources, Request, SamplingParams
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError, RequestError
 from spct_ray.records import Message
+from tests.scripted_engine import ScriptedEngine
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

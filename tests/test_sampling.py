@@ -18,13 +18,13 @@ from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import write_items
 from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.remote import RemoteConfig
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, DataError, EngineError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct
 from spct_ray.records import Item, Message
 from spct_ray.stages import evaluate, sample, select
+from tests.scripted_engine import ScriptedEngine
 
 JUDGE = JudgeConfig(template="compact")
 

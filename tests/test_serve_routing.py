@@ -9,12 +9,12 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 from safetensors.numpy import save_file
 
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.routing import MAX_LEAD, ItemRouter
 from spct_ray.serve.weights import check_fit
+from tests.scripted_engine import ScriptedEngine
 
 JUDGE = DeploymentID(name="JudgeReplica", app_name="spct")
 
