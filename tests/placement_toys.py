@@ -7,7 +7,7 @@ from typing import Any
 
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.engines.base import EngineConfig, EngineResources, Request, SamplingParams
-from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.engines.host import JudgeSpec
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.judge import JudgeTask
@@ -15,6 +15,7 @@ from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.deployment import ServeConfig
+from tests.scripted_engine import ScriptedEngine
 
 TASKS = [JudgeTask(Item(f"i{i}", (Message("user", "Which?"),), ("a", "b")), (0, 1), 0, 0.0, 1) for i in range(4)]
 
@@ -37,19 +38,17 @@ class SeeingJudge(LocalJudge):
 
 @stage(version=1)
 def see(context: StepContext, config: Any, resources: SamplingResources) -> dict[str, Any]:
-    """A step: what its own process, a sender of blocks, engines that are kept and engines of a pool see."""
+    """A step: what its own process, a task, engines of judges and engines of rollouts see."""
     import ray
 
-    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
-    from spct_ray.cluster.pool import EnginePool
-    from spct_ray.graph.keeper import keeper
+    from spct_ray.cluster.pool import EnginePool, close_judge_pool, judge_pool
 
-    spec = JudgeSpec(config, JudgeConfig(template="compact"), "judge")
-    make_judge = keep_judges(keeper(), context.name, spec, resources, context.log, SeeingEngine)
+    pool = judge_pool(config, resources, context.log, SeeingEngine)
+    make_judge = pool.judge_maker(JudgeSpec(JudgeConfig(template="compact"), "judge"))
     judges = [make_judge() for _ in range(resources.num_replicas)]
     kept = {t.text.split()[0] for judge in judges for t in judge.judge(TASKS)}
     in_use = ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0)
-    ray.get(keeper().end.remote(context.name))
+    close_judge_pool()
     pool = EnginePool("none", EngineConfig(), EngineResources(2, 0, 1), SeeingEngine)
     pooled = {c.text.split()[0] for (c,) in pool.generate([_request(i) for i in range(8)])}
     pool.close()

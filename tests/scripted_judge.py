@@ -8,10 +8,10 @@ import threading
 import time
 from concurrent.futures import Future
 
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.serve.app import JudgeReplica
 from spct_ray.serve.backends import LocalJudge
+from tests.scripted_engine import ScriptedEngine
 
 SECONDS = 0.2  # to think
 
@@ -52,13 +52,13 @@ class WatchedReplica(JudgeReplica):
     def __init__(self, config):
         super().__init__(config)
         self._futures = []
-        submit = self._judge.engine.submit
+        submit = self._engine.submit
 
         def watched(request):
             self._futures.append(submit(request))
             return self._futures[-1]
 
-        self._judge.engine.submit = watched
+        self._engine.submit = watched
 
     async def num_under_way(self):
         return sum(not future.done() for future in self._futures)

@@ -9,7 +9,6 @@ import pytest
 from jobs.bench.load import Memory, fault, growth
 from jobs.bench.principles import credit, measure, report, rubric
 from spct_ray.data.builtin import BuiltinConfig, generate
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
 from spct_ray.serve.backends import LocalJudge
@@ -17,6 +16,7 @@ from spct_ray.serve.client import request
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.schema import JudgeRequest, parse
+from tests.scripted_engine import ScriptedEngine
 
 ASKED = (Message("user", "Name a prime."),)
 BODY = request([Message("user", "Name a prime.")], ["4", "7"], k=4, seed=3)

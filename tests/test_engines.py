@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from spct_ray.chat import encode_example, encode_prompt, end_of_turn
 from spct_ray.engines.base import EngineConfig, Request, SamplingParams
 from spct_ray.engines.engine_judge import EngineJudge
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError
 from spct_ray.judge.judge import JudgeTask, part_of
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig, judge_messages
 from spct_ray.records import Item, Message
+from tests.scripted_engine import ScriptedEngine
 from tests.tiny import CONTROL, make_tiny_model, make_tiny_tokenizer
 
 PIECES = [*CONTROL, *CONTROL, "<|", "im_end", "|>", " ", "\n", "Scores: ", "é"]

@@ -8,11 +8,9 @@ from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from spct_ray.engines.base import Request, SamplingParams
-from spct_ray.engines.remote import RemoteConfig, RemoteEngine, _share
+from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError, EngineError, RequestError, TooLongError
 from spct_ray.judge.parse import Failure, Scale, parse_scores
 from spct_ray.records import Message
@@ -60,9 +58,9 @@ class Endpoint:
             self._now -= 1
         if scripted:
             return scripted
-        texts = [f"{body['messages'][-1]['content']} #{i}" for i in range(body["n"])]
-        choices = [{"index": i, "message": {"content": t}, "finish_reason": "stop"} for i, t in enumerate(texts)]
-        return 200, {}, {"choices": choices, "usage": {"prompt_tokens": 11, "completion_tokens": 7 * body["n"]}}
+        text = f"{body['messages'][-1]['content']} #0"
+        choices = [{"index": 0, "message": {"content": text}, "finish_reason": "stop"}]
+        return 200, {}, {"choices": choices, "usage": {"prompt_tokens": 11, "completion_tokens": 7}}
 
 
 @pytest.fixture
@@ -84,12 +82,11 @@ def ask(text, **params):
 def test_request_and_answer(endpoint, monkeypatch):
     monkeypatch.setenv("GRM_KEY", KEY)
     engine = engine_on(endpoint, api_key_env="GRM_KEY")
-    (completions,) = engine.generate([ask("judge", n=2, temperature=0.5, seed=3)])
+    (completions,) = engine.generate([ask("judge", temperature=0.5, seed=3)])
     engine.close()
-    assert [c.text for c in completions] == ["judge #0", "judge #1"]
-    assert [(c.stop_reason, c.prompt_tokens, c.completion_tokens, c.token_ids) for c in completions] == [
-        ("stop", 11, 7, ())
-    ] * 2
+    assert [(c.text, c.stop_reason, c.prompt_tokens, c.completion_tokens, c.token_ids) for c in completions] == [
+        ("judge #0", "stop", 11, 7, ())
+    ]
     assert endpoint.keys == [f"Bearer {KEY}"]
     assert endpoint.bodies == [
         {
@@ -97,7 +94,6 @@ def test_request_and_answer(endpoint, monkeypatch):
             "messages": [{"role": "system", "content": "Be strict."}, {"role": "user", "content": "judge"}],
             "max_tokens": 50,
             "temperature": 0.5,
-            "n": 2,
             "seed": 3,
         }
     ]
@@ -153,7 +149,12 @@ def test_busy_answers_are_tried_again(endpoint, first_answers):
         ((404, {}, {"error": "no such model"}), EngineError, "404.*check base_url, model", 1),
         ((200, {}, b"<html>"), EngineError, "not JSON: <html>", 1),
         ((200, {}, {"choices": []}), EngineError, "usage", 1),
-        ((200, {}, {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}), EngineError, "n = 1", 1),
+        (
+            (200, {}, {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}),
+            EngineError,
+            "not an answer.*not enough values",
+            1,
+        ),
     ],
 )
 def test_failures_say_what_happened_and_never_the_key(endpoint, monkeypatch, caplog, answer, error, message, num_asked):
@@ -197,16 +198,9 @@ def test_what_an_endpoint_cannot_do(endpoint):
         engine.reload("weights", 1)
     with pytest.raises(RequestError, match="not supported by a remote endpoint"):
         engine.prompt_logprobs([[1]])
-    for params in ({"guide": "a+"}, {"logprobs": True}):
+    for params in ({"guide": "a+"}, {"logprobs": True}, {"n": 2}):
         with pytest.raises(RequestError, match="not supported by a remote endpoint"):
             engine.generate([ask("x", **params)])
     engine.close()
     with pytest.raises(ConfigError, match="NO_SUCH_KEY"):
         engine_on(endpoint, api_key_env="NO_SUCH_KEY")
-
-
-@given(st.integers(0, 10_000), st.lists(st.integers(0, 500), min_size=1, max_size=9))
-def test_shared_counts_add_up(total, lengths):
-    counts = _share(total, lengths)
-    assert sum(counts) == total
-    assert all(abs(c - total * n / sum(lengths)) <= 1 for c, n in zip(counts, lengths, strict=True) if any(lengths))

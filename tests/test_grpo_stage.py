@@ -146,11 +146,11 @@ def wait_for_steps(root: Path, driver: subprocess.Popen[str], num_steps: int) ->
 def test_killed_rank_and_killed_driver_cost_no_step_and_repeat_none(root: Path) -> None:
     driver = start_driver(root)
     wait_for_steps(root, driver, 5)
-    (rank,), (engine,) = descendants(driver, "RayTrainWorker"), descendants(driver, "EngineHost")
+    (rank,), (engine,) = descendants(driver, "RayTrainWorker"), descendants(driver, "EngineActor")
     os.kill(rank.pid, signal.SIGKILL)  # Ray Train starts a new rank, which starts a new engine
     wait_until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, seconds=300)
     wait_for_steps(root, driver, 12)
-    orphans = descendants(driver, "RayTrainWorker") + descendants(driver, "EngineHost")
+    orphans = descendants(driver, "RayTrainWorker") + descendants(driver, "EngineActor")
     assert len(orphans) == 2
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()

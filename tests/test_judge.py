@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spct_ray.engines.engine_judge import EngineJudge
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import RequestError
 from spct_ray.judge.judge import JudgeTask, to_trajectory
 from spct_ray.judge.orders import balanced_orders
@@ -19,6 +18,7 @@ from spct_ray.judge.rule import is_correct, reward, select
 from spct_ray.judge.seeds import derive_seed
 from spct_ray.judge.vote import decide, decide_single, vote
 from spct_ray.records import Item, Message, Trajectory
+from tests.scripted_engine import ScriptedEngine
 
 TEN = Scale(1, 10)
 

@@ -15,7 +15,6 @@ import pytest
 from spct_ray.config import load
 from spct_ray.engines.base import Request, SamplingParams
 from spct_ray.engines.engine_judge import EngineJudge
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, DataError, EngineError, RequestError, TooLongError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.modes import MODES, ModeName
@@ -24,6 +23,7 @@ from spct_ray.judge.prompt import JudgeConfig, judge_messages, meta_messages, sc
 from spct_ray.records import Completion, Item, Message, Trajectory
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.stages.recipe import Recipe, build_steps
+from tests.scripted_engine import ScriptedEngine
 
 ASKED = (Message("user", "Name a prime."),)
 TEN = Scale(1, 10)

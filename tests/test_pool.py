@@ -10,9 +10,9 @@ import ray
 
 from spct_ray.cluster.pool import EnginePool
 from spct_ray.engines.base import EngineConfig, EngineResources, Request, SamplingParams
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError, RequestError
 from spct_ray.records import Message
+from tests.scripted_engine import ScriptedEngine
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -96,9 +96,9 @@ def test_killed_replica_is_replaced_with_the_newest_weights_and_its_work_redone(
 
 def test_replica_killed_while_idle_is_replaced_on_reload_and_on_generate(tmp_path):
     pool = EnginePool("no-model", SMALL_BLOCKS, ONE, scripted(tmp_path))
-    ray.kill(pool._replicas[0].actor)
+    ray.kill(pool.actors[0], no_restart=False)
     pool.reload("weights-1", 1)
-    ray.kill(pool._replicas[0].actor)
+    ray.kill(pool.actors[0], no_restart=False)
     results = pool.generate(requests_for(map(str, range(16))))
     pool.close()
     assert texts_of(results) == [[f"{i}!0"] for i in range(16)]
@@ -107,7 +107,7 @@ def test_replica_killed_while_idle_is_replaced_on_reload_and_on_generate(tmp_pat
 
 def test_a_request_that_kills_every_engine_ends_in_an_error_with_the_cause(tmp_path):
     pool = EnginePool("no-model", SMALL_BLOCKS, ONE, scripted(tmp_path, dies_with="p3", deaths=99), max_restarts=1)
-    with pytest.raises(EngineError, match=r"replica 0 on no-model died again after 1 restarts: .*died"):
+    with pytest.raises(EngineError, match=r"engine on no-model died again after 1 restarts: .*died"):
         pool.generate(requests_for([f"p{i}" for i in range(8)]))
     pool.close()
 
@@ -165,7 +165,7 @@ def test_real_engine_dies_and_comes_back(tmp_path):
     greedy = SamplingParams(max_tokens=12, temperature=0.0, logprobs=True)
     requests = [Request((Message("user", f"Name {i} primes"),), greedy) for i in range(24)]
     before = pool.generate(requests)
-    pid = ray.get(pool._replicas[0].actor.__ray_call__.remote(lambda host: os.getpid()))
+    pid = ray.get(pool.actors[0].__ray_call__.remote(lambda host: os.getpid()))
     os.kill(pid, signal.SIGKILL)
     after = pool.generate(requests)
     pool.close()

@@ -23,8 +23,7 @@ SOURCES = sorted([*ROOT.glob("spct_ray/**/*.py"), *ROOT.glob("jobs/*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 UNSAFE = re.compile(r"torch\.load\(|\bpickle\.loads?\(|trust_remote_code\s*=\s*True|(?<![\w.])(eval|exec)\(")
 HOMES = {
-    "ray": ("spct_ray/graph/runner.py", "spct_ray/graph/keeper.py", "spct_ray/cluster/", "spct_ray/stages/",
-            "spct_ray/serve/"),
+    "ray": ("spct_ray/graph/runner.py", "spct_ray/cluster/", "spct_ray/stages/", "spct_ray/serve/"),
     "vllm": ("spct_ray/engines/vllm", "jobs/gpu_check_vllm.py"),
 }  # fmt: skip
 RECIPES = sorted(str(p.relative_to(ROOT / "conf")) for p in ROOT.glob("conf/**/*.yaml") if p.name != "serve.yaml")

@@ -18,13 +18,13 @@ from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import write_items
 from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.remote import RemoteConfig
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, DataError, EngineError
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.rule import is_correct
 from spct_ray.records import Item, Message
 from spct_ray.stages import evaluate, sample, select
+from tests.scripted_engine import ScriptedEngine
 
 JUDGE = JudgeConfig(template="compact")
 
@@ -79,11 +79,11 @@ def test_program_judge_errs_in_format_and_in_what_it_reads(tmp_path):
     assert 0.1 < len(wrong) / len(unhinted) < 0.4  # thorough, it errs by misreading alone
 
 
-def test_sampler_needs_its_field():
-    with pytest.raises(ConfigError, match=r"sampler\.endpoint"):
-        sample.judge_factory(sample.SamplerConfig("endpoint"), JUDGE, "", None)
-    with pytest.raises(ConfigError, match=r"sampler\.model"):
-        sample.judge_factory(sample.SamplerConfig("model"), JUDGE, "", None)
+@pytest.mark.parametrize("kind", ["endpoint", "model"])
+def test_sampler_needs_its_field(tmp_path, kind):
+    judges = sample.judges(sample.SamplerConfig(kind), JUDGE, SamplingResources(), context(tmp_path))
+    with pytest.raises(ConfigError, match=rf"sampler\.{kind}"), judges:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -188,37 +188,36 @@ def test_an_engine_that_always_dies_ends_in_a_clear_error(tmp_path, ray_session)
 
 
 def dying_engine(marker, deaths, model, config):
-    """The engine of a host, that dies on its first call until `deaths` processes have died."""
+    """An engine of a pool, that dies on its first call until `deaths` processes have died."""
     return dying_judge(marker, deaths).engine
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_kept_engine_that_dies_is_replaced_and_its_block_done_again(tmp_path, ray_session):
-    import ray
-
-    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
+def test_an_engine_of_a_pool_that_dies_is_replaced_and_its_block_done_again(tmp_path, ray_session):
+    from spct_ray.cluster.pool import close_judge_pool, judge_pool
     from spct_ray.cluster.sampling import read_trajectories
     from spct_ray.cluster.sampling import sample as sample_tasks
-    from spct_ray.graph.keeper import keeper
+    from spct_ray.engines.host import JudgeSpec
 
     _, train = items_dir(tmp_path)
     tasks = [t for i in train for t in sample.tasks_of(i, sample.SampleConfig(), 5)]
-    (tmp_path / "config.json").write_text("{}")
-    kept, spec = keeper(), JudgeSpec(str(tmp_path), JUDGE, "scripted")
-    resources = SamplingResources(num_replicas=3, block_size=40)  # all CPUs: what is kept must leave room to begin
-    out = tmp_path / "out"
-    out.mkdir()
-    make_judge = keep_judges(kept, "k", spec, resources, print, partial(dying_engine, str(tmp_path), 2))
-    made = sample_tasks(tasks, make_judge, str(out), resources, lambda *a: None)
-    ray.get(kept.end.remote("k"))
-    assert len(list(tmp_path.glob("death-*"))) == 2
-    assert made["judgements"] == 160
-    assert {t.model for t in read_trajectories(str(out))} == {"scripted"}
-    mortal = keep_judges(kept, "k", spec, resources, print, partial(dying_engine, str(tmp_path), 99))
+    said = []
+    resources = SamplingResources(num_replicas=3, block_size=40)  # all CPUs: engines must leave room to begin
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        pool = judge_pool(str(tmp_path / name), resources, said.append, partial(dying_engine, str(tmp_path), 2))
+        make_judge = pool.judge_maker(JudgeSpec(JUDGE, name))
+        made = sample_tasks(tasks, make_judge, str(tmp_path / name), resources, lambda *a: None)
+        assert len(list(tmp_path.glob("death-*"))) == 2
+        assert made["judgements"] == 160
+        assert {t.model for t in read_trajectories(str(tmp_path / name))} == {name}
+    close_judge_pool()
+    assert said == ["starts engines", "loads its weights into the engines of the judge before"]
+    mortal = judge_pool(str(tmp_path), resources, said.append, partial(dying_engine, str(tmp_path), 99))
     with pytest.raises(EngineError, match="died"):
-        sample_tasks(tasks, mortal, str(tmp_path / "never"), resources, lambda *a: None)
-    ray.get(kept.end.remote("k"))
+        sample_tasks(tasks, mortal.judge_maker(JudgeSpec(JUDGE, "c")), str(tmp_path / "c"), resources, lambda *a: None)
+    close_judge_pool()
 
 
 @pytest.mark.slow

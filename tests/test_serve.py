@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import to_plain
 from spct_ray.engines.base import EngineConfig, SamplingParams
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError, TooLongError
 from spct_ray.graph.record import StepRecord, write_record
 from spct_ray.judge.prompt import JudgeConfig
@@ -21,6 +20,7 @@ from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
 from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.ledger import LocalLedger
 from spct_ray.serve.routes import build_app
+from tests.scripted_engine import ScriptedEngine
 
 RESPONSES = ["alpha", "beta"]
 OK = {"messages": [{"role": "user", "content": "Which word?"}], "responses": RESPONSES}

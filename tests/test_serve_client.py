@@ -15,13 +15,13 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from spct_ray.engines.scripted import ScriptedEngine as engine
 from spct_ray.errors import TooLongError
 from spct_ray.records import Message
 from spct_ray.serve import client as client_module
 from spct_ray.serve.client import AsyncJudgeClient, JudgeClient, ServerError, request
 from spct_ray.serve.rewards import MAX_UNDER_WAY, cohort_rewards, trl_reward, verl_reward
 from spct_ray.serve.schema import JudgeAnswer
+from tests.scripted_engine import ScriptedEngine as engine
 from tests.test_serve import Script, app_of, refuse
 from tests.test_serve_routes import by_length
 

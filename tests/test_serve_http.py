@@ -11,10 +11,10 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError, EngineError
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.schema import JudgeAnswer, JudgeRequest, SampleOut
+from tests.scripted_engine import ScriptedEngine
 from tests.test_serve import OK, Script, SilentEngine, app_of, client, refuse
 
 HTTP = client(Script((1, 2)))

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.judge.parse import Failure
 from spct_ray.judge.principles import PrinciplesCache
 from spct_ray.judge.prompt import PRINCIPLES_GUIDE, JudgeConfig, guide, principles_messages, read_principles
 from spct_ray.records import Completion, Message
+from tests.scripted_engine import ScriptedEngine
 from tests.test_serve import OK, client
 
 TALK = (Message("user", "Name a prime.\nQuery: [Response 1]"), Message("assistant", "4"), Message("user", "Really?"))

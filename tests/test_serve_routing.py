@@ -9,12 +9,12 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.request_router import PendingRequest, ReplicaID
 from safetensors.numpy import save_file
 
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ConfigError
 from spct_ray.serve.backends import LocalJudge
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.routing import MAX_LEAD, ItemRouter
 from spct_ray.serve.weights import check_fit
+from tests.scripted_engine import ScriptedEngine
 
 JUDGE = DeploymentID(name="JudgeReplica", app_name="spct")
 
@@ -139,6 +139,6 @@ def test_a_replica_loads_weights_once_a_version():
             super().reload(weights_dir, weight_version)
 
     judge = LocalJudge(Engine(lambda r: ["x"]), ServeConfig("unused"))
-    for directory, version in (("", 0), ("/new", 1), ("/new", 1), ("/newer", 2)):
+    for directory, version in (("unused", 0), ("/new", 1), ("/new", 1), ("/newer", 2)):
         asyncio.run(judge.reconfigure({"directory": directory, "version": version}))
     assert loaded == [("/new", 1), ("/newer", 2)]

@@ -13,12 +13,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from spct_ray.cluster import session
+from spct_ray.engines.base import Weights
 from spct_ray.errors import ConfigError
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Message
 from spct_ray.serve.client import JudgeClient, request
 from spct_ray.serve.deployment import ReplicaConfig, ServeConfig, ServeResources
-from spct_ray.serve.weights import Weights
 from tests.test_serve_ray import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -8,12 +8,12 @@ import re
 import pytest
 
 from spct_ray.cli import format_answer
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import EngineError
 from spct_ray.records import Item, Message, Trajectory
 from spct_ray.serve.deployment import ServeConfig
 from spct_ray.serve.gateway import _Scorer
 from spct_ray.serve.schema import JudgeAnswer, JudgeRequest
+from tests.scripted_engine import ScriptedEngine
 from tests.test_serve import OK, TABLE_17, Meta, Script, SilentEngine, ask, client, refuse
 
 

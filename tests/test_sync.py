@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spct_ray.cluster.sync import Parity, SentWeights, check_parity, push_weights
 from spct_ray.engines.base import LORA_RANKS, EngineConfig, Request, SamplingParams
 from spct_ray.engines.checksums import HeldTensor, checksum, compare
-from spct_ray.engines.scripted import ScriptedEngine
 from spct_ray.errors import ParityError
 from spct_ray.learn.batch import make_batch
 from spct_ray.learn.lora import add_adapters, whole_weights
@@ -22,6 +21,7 @@ from spct_ray.learn.model import TokenLogprobs, load_model
 from spct_ray.learn.train_config import LoraConfig
 from spct_ray.records import Message
 from spct_ray.stages.rollouts import adapter_rank
+from tests.scripted_engine import ScriptedEngine
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 SEQUENCES = [[5, 60, 99, 7, 200, 3, 42, 17], [1, 87, 85, 259, 201, 42]]

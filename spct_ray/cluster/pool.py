@@ -1,121 +1,113 @@
-"""Engines as Ray actors: work is shared out over the replicas, and a dead one is replaced and its work done again.
+"""Engines as Ray actors, used like one: for rollouts, and for the judges of sampling and evaluation.
 
-Leaves out what an engine is (`spct_ray.engines`) and how its weights come about (`spct_ray.cluster.sync`).
+Ray replaces an engine that dies and sends its calls again. A call names the weights that it is for, so that a new
+engine loads the newest before it answers.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import json
+import os
+import sys
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 
-from spct_ray.engines.base import Engine, EngineConfig, EngineResources, Request
+from spct_ray.cluster.sampling_resources import SamplingResources
+from spct_ray.engines.base import Engine, EngineConfig, EngineResources, Request, Weights
+from spct_ray.engines.host import EngineHost, JudgeSpec
 from spct_ray.errors import EngineError, RequestError
-from spct_ray.records import Completion
+from spct_ray.judge.judge import Judge, JudgeTask
+from spct_ray.records import Completion, Trajectory
 
 if TYPE_CHECKING:
     from spct_ray.engines.checksums import HeldTensor
 
-_logger = logging.getLogger(__name__)
-_BLOCKS_IN_FLIGHT = 2  # a replica: the next block joins the batch while the last sequences of the one before run out
-_START_TIMEOUT_S = 1800.0
+MAX_RESTARTS = 3  # of one engine; work that kills every engine must not be tried for ever
+_BLOCKS_IN_FLIGHT = 2  # per engine: the next block joins the batch while the last sequences of the one before run out
+_START_TIMEOUT_S, _EXIT_TIMEOUT_S = 1800.0, 20.0
+_SAVING = {  # what a model directory says of how it was saved, not of what it computes
+    "config.json": ("dtype", "torch_dtype", "transformers_version", "_name_or_path"),
+    "tokenizer_config.json": ("is_local", "local_files_only", "name_or_path", "tokenizer_file"),
+}
 
 MakeEngine = Callable[[str, EngineConfig], Engine]
 
 
-def vllm_engine(model_dir: str, config: EngineConfig) -> Engine:
+def vllm_engine(model: str, config: EngineConfig) -> Engine:
     """The default engine of a pool; vLLM is imported where the engine runs, not in the driver."""
     from spct_ray.engines.vllm import VllmEngine
 
-    return VllmEngine(model_dir, config)
+    return VllmEngine(model, config)
 
 
-class EngineHost:
-    """One engine in its own process, with the newest weights from its first moment on."""
+class EngineActor(EngineHost):
+    """A host in a process of its own, which ends with its engine."""
 
-    def __init__(
-        self, make_engine: MakeEngine, model_dir: str, config: EngineConfig, weights: tuple[str, int] | None
-    ) -> None:
-        self._engine: Any = make_engine(model_dir, config)
-        if weights is not None:
-            self._engine.reload(*weights)
+    def __init__(self, make_engine: MakeEngine, model: str, config: EngineConfig) -> None:
+        self._num_lent = 0
+        try:
+            engine = make_engine(model, config)
+        except EngineError as error:
+            # One that does not start in place of a dead one is tried again: its workers may still hold the GPUs.
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                self.engine_died(error)
+            raise
+        super().__init__(engine, model)
 
-    def ready(self) -> None:
-        """Returns when the engine has started."""
+    def next_number(self) -> int:
+        """0, 1, 2, ... by which callers share out the pool's engines among them."""
+        self._num_lent += 1
+        return self._num_lent - 1
 
-    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
-        return self._engine.generate(requests)  # type: ignore[no-any-return]
-
-    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._engine.prompt_logprobs(sequences)  # type: ignore[no-any-return]
-
-    def reload(self, weights_dir: str, weight_version: int) -> None:
-        self._engine.reload(weights_dir, weight_version)
-
-    def transfer(self, method: str, info: dict[str, Any] | None, weight_version: int) -> None:
-        self._engine.transfer(method, info, weight_version)
-
-    def held_tensors(self, names: Sequence[str]) -> list[list[HeldTensor]]:
-        return self._engine.held_tensors(names)  # type: ignore[no-any-return]
-
-    def sleep(self) -> None:
-        self._engine.sleep()
-
-    def wake(self) -> None:
-        self._engine.wake()
-
-    def close(self) -> None:
-        self._engine.close()
-
-
-EngineActor = ray.remote(EngineHost)
-
-
-@dataclass(slots=True)
-class _Replica:
-    actor: Any
-    num_restarts: int = 0
+    def engine_died(self, error: EngineError) -> None:
+        """End the process with the cause as its last words, which Ray repeats when it has no restarts left."""
+        last_resort = threading.Timer(_EXIT_TIMEOUT_S, os._exit, (1,))  # what a dead engine left may not end in order
+        last_resort.daemon = True
+        last_resort.start()
+        sys.exit(" ".join(str(error).split()))
 
 
 class EnginePool:
     """`num_replicas` engines on one model, used like one. For one caller at a time; it pickles.
 
-    A replica that dies (its process, its node, or vLLM in it) is replaced up to `max_restarts` times, the new one
-    gets the newest weights, and only the blocks that the dead one had not finished are done again. After that
-    EngineError names the cause. Sampling with a seed makes a redone block equal to the lost one, up to the rounding
-    differences of another batch.
+    An engine that dies (its process, its node, or vLLM in it) is replaced up to `max_restarts` times, and what it had
+    not finished is done again; after that every call raises EngineError with the cause. Sampling with a seed makes a
+    redone block equal to the lost one, up to the rounding differences of another batch.
     """
 
     def __init__(
         self,
-        model_dir: str,
+        model: str,
         config: EngineConfig,
         resources: EngineResources,
         make_engine: MakeEngine = vllm_engine,
-        max_restarts: int = 3,
+        max_restarts: int = MAX_RESTARTS,
     ) -> None:
-        self._model_dir = model_dir
-        self._config = config
-        self._resources = resources
-        self._make_engine = make_engine
-        self._max_restarts = max_restarts
-        self._weights: tuple[str, int] | None = None
-        self._replicas = [_Replica(self._start()) for _ in range(resources.num_replicas)]
+        self._model, self._config, self._resources, self._max_restarts = model, config, resources, max_restarts
+        self.weights = Weights(model)
+        actor = ray.remote(EngineActor).options(
+            num_cpus=resources.cpus_per_replica,
+            num_gpus=resources.gpus_per_replica,
+            scheduling_strategy="SPREAD",  # engines that ask for no CPU would all find room on one node
+            max_concurrency=_BLOCKS_IN_FLIGHT,
+            max_restarts=max_restarts,
+            max_task_retries=max_restarts,
+        )
+        self.actors = [actor.remote(make_engine, model, config) for _ in range(resources.num_replicas)]
         try:
-            self._on_each("ready")
+            self.reload(model, 0)
         except EngineError:
             self._kill()
             raise
-
-    @property
-    def weight_version(self) -> int:
-        """Version of the weights that `reload` gave last; 0 for those of the model directory."""
-        return self._weights[1] if self._weights else 0
 
     def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         """Completions of all requests, in order. RequestError when an engine refuses one of them."""
@@ -131,21 +123,17 @@ class EnginePool:
         return self._work("prompt_logprobs", sequences, self._blocks(([i] for i in indices), [1 for _ in indices]))
 
     def reload(self, weights_dir: str, weight_version: int) -> None:
-        """Give all replicas these weights. `weights_dir` must stay readable on every node until the next reload."""
-        self._weights = (weights_dir, weight_version)
-        self._on_each("reload", weights_dir, weight_version)
+        """Give all engines these weights. `weights_dir` must stay readable on every node until the next reload."""
+        self.weights = Weights(weights_dir, weight_version)
+        self.get([actor.load.remote(self.weights) for actor in self.actors])
 
     def transfer(self, method: str, info_of: Callable[[int], dict[str, Any] | None], weight_version: int) -> None:
-        """A step of vLLM's weight transfer on all replicas, with `info_of` each one's number."""
-        calls = [
-            replica.actor.transfer.remote(method, info_of(number), weight_version)
-            for number, replica in enumerate(self._replicas)
-        ]
-        self._finish("transfer", list(zip(self._replicas, calls, strict=True)))
+        """A step of vLLM's weight transfer on all engines, with `info_of` each one's number."""
+        self._on_each("transfer", lambda number: (method, info_of(number), weight_version))
 
     def held_tensors(self, names: Sequence[str]) -> list[list[list[HeldTensor]]]:
-        """What each worker of each replica holds, see `VllmEngine.held_tensors`."""
-        return self._on_each("held_tensors", names, again=True)
+        """What each worker of each engine holds, see `VllmEngine.held_tensors`."""
+        return self._on_each("held_tensors", lambda _: (names,))
 
     def sleep(self) -> None:
         """See `VllmEngine.sleep`."""
@@ -155,45 +143,44 @@ class EnginePool:
         """See `VllmEngine.wake`."""
         self._on_each("wake")
 
+    def judge_maker(self, spec: JudgeSpec) -> Callable[[], Judge]:
+        """A picklable function that makes a judge on the weights of now; each call takes the next engine."""
+        return partial(_PoolJudge, self, spec)
+
     def close(self) -> None:
-        """Stop all replicas."""
-        refs = [replica.actor.close.remote() for replica in self._replicas]
+        """Stop all engines."""
+        refs = [actor.call.options(max_task_retries=0).remote(self.weights, "close") for actor in self.actors]
         ray.wait(refs, num_returns=len(refs), timeout=30)
         self._kill()
 
     def _kill(self) -> None:
-        for replica in self._replicas:
-            ray.kill(replica.actor)
+        for actor in self.actors:
+            ray.kill(actor)
 
-    def _start(self) -> Any:
-        return EngineActor.options(
-            num_cpus=self._resources.cpus_per_replica,
-            num_gpus=self._resources.gpus_per_replica,
-            max_concurrency=_BLOCKS_IN_FLIGHT,
-        ).remote(self._make_engine, self._model_dir, self._config, self._weights)
-
-    def _replace(self, replica: _Replica, cause: Exception) -> None:
-        number, what = self._replicas.index(replica), _what_happened(cause)
-        ray.kill(replica.actor)  # where only the engine died, its process still holds CPUs and memory
-        # A replacement that does not start is tried again: a dead engine's workers may hold the GPUs a moment more.
-        if isinstance(cause, RayActorError) and cause.actor_init_failed and not replica.num_restarts:
-            raise EngineError(f"an engine on {self._model_dir} does not start: {what}") from cause
-        if replica.num_restarts == self._max_restarts:
+    def get(self, refs: Any) -> Any:
+        """What calls of actors give, or raise. EngineError for one that died for good or does not answer."""
+        try:
+            return ray.get(refs, timeout=_START_TIMEOUT_S)
+        except RayActorError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            what = " ".join(dict.fromkeys((lines[0], lines[-1])))  # between them, a remote traceback
+            if error.actor_init_failed:
+                raise EngineError(f"an engine on {self._model} does not start: {what}") from error
             raise EngineError(
-                f"engine replica {number} on {self._model_dir} died again after {self._max_restarts} restarts: {what}"
-            ) from cause
-        replica.num_restarts += 1
-        _logger.warning(
-            "engine replica %d died and is replaced (restart %d of %d): %s",
-            number,
-            replica.num_restarts,
-            self._max_restarts,
-            what,
-        )
-        replica.actor = self._start()
+                f"an engine on {self._model} died again after {self._max_restarts} restarts: {what}"
+            ) from error
+        except GetTimeoutError as error:
+            raise EngineError(
+                f"an engine on {self._model} did not answer in {_START_TIMEOUT_S:.0f} s; each wants {self._resources}, "
+                f"free in the cluster are {ray.available_resources()}"
+            ) from error
+
+    def _on_each(self, method: str, arguments_of: Callable[[int], tuple[Any, ...]] = lambda _: ()) -> list[Any]:
+        calls = [a.call.remote(self.weights, method, *arguments_of(i)) for i, a in enumerate(self.actors)]
+        return self.get(calls)  # type: ignore[no-any-return]
 
     def _blocks(self, groups: Iterable[list[int]], sizes: Sequence[int]) -> list[list[int]]:
-        """Indices in blocks that give each replica some, members of a group (equal prompts) side by side."""
+        """Indices in blocks that give each engine some, members of a group (equal prompts) side by side."""
         shares = self._resources.num_replicas * _BLOCKS_IN_FLIGHT
         limit = min(self._config.num_seqs(self._resources.gpus_per_replica > 0), -(-sum(sizes) // shares))
         blocks: list[list[int]] = [[]]
@@ -211,66 +198,85 @@ class EnginePool:
         return [block for block in blocks if block]
 
     def _work(self, method: str, inputs: Sequence[Any], blocks: list[list[int]]) -> list[Any]:
-        """Results of all inputs, in order: blocks go to replicas as these become free."""
-        waiting = deque(blocks)
-        running: dict[Any, tuple[_Replica, list[int]]] = {}
+        """Results of all inputs, in order: blocks go to engines as these become free."""
+        waiting, free = deque(blocks), deque(self.actors * _BLOCKS_IN_FLIGHT)
+        running: dict[Any, tuple[Any, list[int]]] = {}
         results: list[Any] = [None] * len(inputs)
         refused: RequestError | None = None
-        while running or (waiting and refused is None):
-            for replica in self._replicas * _BLOCKS_IN_FLIGHT:
-                in_flight = sum(busy is replica for busy, _ in running.values())
-                if waiting and refused is None and in_flight < _BLOCKS_IN_FLIGHT:
-                    block = waiting.popleft()
-                    ref = getattr(replica.actor, method).remote([inputs[i] for i in block])
-                    running[ref] = replica, block
+        while waiting or running:
+            while waiting and free:
+                actor, block = free.popleft(), waiting.popleft()
+                running[actor.call.remote(self.weights, method, [inputs[i] for i in block])] = actor, block
             (ref,), _ = ray.wait(list(running))
-            replica, block = running[ref]
+            actor, block = running.pop(ref)
+            free.append(actor)
             try:
-                outputs = ray.get(ref)
-            except RequestError as error:
-                refused = RequestError(_what_happened(error))
-            except (EngineError, RayActorError) as error:
-                lost = [r for r, (busy, _) in running.items() if busy is replica]
-                waiting.extendleft(running.pop(r)[1] for r in lost)
-                self._replace(replica, error)
-                continue
-            else:
-                for index, output in zip(block, outputs, strict=True):
+                for index, output in zip(block, self.get(ref), strict=True):
                     results[index] = output
-            del running[ref]
+            except RequestError as error:
+                refused = error
+                waiting.clear()
         if refused is not None:
-            raise refused
+            raise RequestError(str(getattr(refused, "cause", refused)))  # without the remote traceback
         return results
 
-    def _on_each(self, method: str, *arguments: Any, again: bool = False) -> list[Any]:
-        """Call `method` on all replicas at once. One that is new is asked `again`, or starts with all it needs."""
-        running = [(r, getattr(r.actor, method).remote(*arguments)) for r in self._replicas]
-        return self._finish(method, running, (method, *arguments) if again else ("ready",))
 
-    def _finish(
-        self, method: str, running: list[tuple[_Replica, Any]], to_new: tuple[Any, ...] = ("ready",)
-    ) -> list[Any]:
-        """Each replica's result; one that dies is replaced, and its successor asked for what `to_new` says."""
-        results: dict[int, Any] = {}
-        while running:
-            replica, ref = running.pop(0)
-            try:
-                results[self._replicas.index(replica)] = ray.get(ref, timeout=_START_TIMEOUT_S)
-            except (EngineError, RayActorError) as error:
-                self._replace(replica, error)
-                running.append((replica, getattr(replica.actor, to_new[0]).remote(*to_new[1:])))
-            except GetTimeoutError as error:
-                raise EngineError(
-                    f"engine replica {self._replicas.index(replica)} on {self._model_dir} did not answer `{method}` in "
-                    f"{_START_TIMEOUT_S:.0f} s; each replica wants {self._resources}, free in the cluster are "
-                    f"{ray.available_resources()}"
-                ) from error
-        return [results[number] for number in sorted(results)]
+@dataclass
+class _PoolJudge:
+    """A judge on one of the pool's engines. Raises EngineError where that died for good."""
+
+    pool: EnginePool
+    spec: JudgeSpec
+
+    def __post_init__(self) -> None:
+        actors = self.pool.actors
+        self._actor = actors[ray.get(actors[0].next_number.remote()) % len(actors)]
+
+    def judge(self, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
+        reply = self._actor.judge_block.remote(self.pool.weights, self.spec, tasks)
+        return self.pool.get(reply)  # type: ignore[no-any-return]
 
 
-def _what_happened(error: Exception) -> str:
-    """What an EngineError says, or Ray about the death of an actor, without the remote traceback."""
-    if isinstance(error, RayTaskError):
-        return str(error.cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:1] + lines[-1:]) if len(lines) > 1 else str(error)
+_kept: list[tuple[Any, EnginePool]] = []  # at most one, of this process
+
+
+def judge_pool(
+    model: str, resources: SamplingResources, say: Callable[[str], None], make_engine: MakeEngine = vllm_engine
+) -> EnginePool:
+    """Engines for judges on `model`, which this process keeps: where they can take the weights of the next one's
+    model, they need not start again (half a minute, in place of a second). `say` is told which it was.
+
+    They hold the GPUs but no CPUs: those are for the Ray Data actors that send them blocks.
+    """
+    kind = family(model), resources
+    if _kept and _kept[0][0] == kind:
+        say("loads its weights into the engines of the judge before")
+        _kept[0][1].reload(model, 0)
+        return _kept[0][1]
+    say("starts engines anew, as another model or other resources were asked for" if _kept else "starts engines")
+    close_judge_pool()
+    threads = resources.engine.threads or max(1, int(resources.cpus_per_replica))  # Ray gives an actor without CPUs one
+    where = EngineResources(resources.num_replicas, 0, resources.gpus_per_replica or 0.0)
+    pool = EnginePool(model, replace(resources.engine, threads=threads), where, make_engine)
+    _kept.append((kind, pool))
+    return pool
+
+
+def close_judge_pool() -> None:
+    """Stop the engines that this process keeps, if there are any."""
+    while _kept:
+        _kept.pop()[1].close()
+
+
+def family(model: str) -> str:
+    """Digest of a model directory's architecture and tokenizer: an engine takes the weights of models that share it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, ignored in _SAVING.items():
+        file = Path(model, name)
+        values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        computed = {key: value for key, value in values.items() if key not in ignored}
+        digest.update(json.dumps(computed, sort_keys=True).encode())
+    for pattern in ("tokenizer.json", "*.jinja", "*.model"):
+        for file in sorted(Path(model).glob(pattern)):
+            digest.update(file.name.encode() + hashlib.blake2b(file.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,16 +1,19 @@
 """Judging at scale on Ray Data: tasks in, trajectories out as Parquet, resumable block by block.
 
-Every task is a row with a unique key. Ray Data's row-level checkpoint notes which keys are on disk (two
-phases, so that a row is written once or not at all), and a second call does only the rest. The judge lives in an actor
-that Ray replaces when it dies; its block is then done again. Leaves out what is judged and why; see `stages`.
+Every task is a row with a unique key. Ray Data's row-level checkpoint notes which keys are on disk (two phases, so that
+a row is written once or not at all), and a second call does only the rest. A Ray Data actor sends its blocks to an
+engine of a pool, or judges them itself, by a program or an endpoint; Ray replaces it when it dies and sends its block
+again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from spct_ray.cluster.pool import MAX_RESTARTS
 from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.errors import EngineError
 from spct_ray.files import replacing
 from spct_ray.judge.judge import Judge, JudgeTask
 from spct_ray.records import Item, Trajectory
-
-MAX_RESTARTS = 3  # of one judge actor; a block that kills every judge must not be tried for ever
-
 
 TRAJECTORY_SCHEMA = pa.schema(
     [
@@ -65,7 +66,7 @@ class _Counter:
 
 
 class _JudgeBlocks:
-    """The map function: one judge an actor, a block of task rows a call."""
+    """The map function: one judge per actor, one block of task rows per call."""
 
     def __init__(self, make_judge: Callable[[], Judge], counter: Any) -> None:
         self._judge, self._counter = make_judge(), counter
@@ -116,7 +117,7 @@ def sample(
     no_cpu = {"num_cpus": 0}  # of small files: they must find a place where the judges take every CPU
     done_before = num_rows(root / "trajectories")
     started = time.monotonic()
-    with _watch(counter, done_before, len(tasks), progress):
+    with _reporting(counter, done_before, len(tasks), progress):
         try:
             (
                 ray.data.read_parquet(
@@ -144,32 +145,27 @@ def sample(
     return timing
 
 
-class _watch:
+@contextlib.contextmanager
+def _reporting(counter: Any, before: int, total: int, progress: Callable[[int, int, str, str], None]) -> Iterator[None]:
     """Report progress from the counter every two seconds while the body runs."""
+    stop, started = threading.Event(), time.monotonic()
 
-    def __init__(self, counter: Any, before: int, total: int, progress: Callable[[int, int, str, str], None]) -> None:
-        import threading
-
-        self._counter, self._before, self._total, self._progress = counter, before, total, progress
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        started = time.monotonic()
-        self._progress(self._before, self._total, "judgements", "starting judges")
-        while not self._stop.wait(2.0):
-            totals = ray.get(self._counter.totals.remote())
+    def report() -> None:
+        while not stop.wait(2.0):
+            totals = ray.get(counter.totals.remote())
             if totals["judgements"]:
                 rate = totals["tokens"] / (time.monotonic() - started)
                 note = f"{rate:.0f} tok/s, unparsable {totals['failures'] / totals['judgements']:.1%}"
-                self._progress(self._before + int(totals["judgements"]), self._total, "judgements", note)
+                progress(before + int(totals["judgements"]), total, "judgements", note)
+
+    progress(before, total, "judgements", "starting judges")
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _write_tasks(tasks: Sequence[JudgeTask], directory: Path, block_size: int) -> int:

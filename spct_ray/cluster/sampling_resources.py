@@ -24,3 +24,8 @@ class SamplingResources:
 
     def __post_init__(self) -> None:
         check_engine(self.gpus_per_replica, self.engine.tensor_parallel, self.engine.gpu_memory_utilization)
+
+    @property
+    def senders(self) -> SamplingResources:
+        """Of the Ray Data actors that send blocks to engines, which have the GPUs."""
+        return SamplingResources(self.num_replicas, self.cpus_per_replica, 0, self.block_size)

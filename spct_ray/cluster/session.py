@@ -1,4 +1,4 @@
-"""Connects to Ray, or starts it on this machine, and ends only what it started. Leaves out what runs on it."""
+"""Connects to Ray, or starts it on this machine, and ends only what it started."""
 
 from __future__ import annotations
 

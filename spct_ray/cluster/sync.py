@@ -1,6 +1,6 @@
 """Trainer to engines: new weights over a shared directory, and the checks that they arrived and compute the same.
 
-Leaves out transfer from GPU to GPU; a directory serves CPU and GPU engines alike, on every node that sees it.
+A directory serves CPU and GPU engines alike, on every node that sees it; `engines.vllm_transfer` goes from GPU to GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spct_ray.errors import ParityError
 
@@ -26,17 +26,8 @@ if TYPE_CHECKING:
 _SHARD_BYTES = 4 * 2**30  # rank 0 holds no more than this on the host
 
 
-class WeightSource(Protocol):
-    """A rank of the trainer, as far as it concerns weights."""
-
-    rank: int
-
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Whole tensors under their Hugging Face names; every rank must iterate to the end."""
-
-
 def push_weights(
-    trainer: WeightSource, pool: EnginePool | None, directory: str, version: int, adapter_rank: int = 0
+    trainer: Source, pool: EnginePool | None, directory: str, version: int, adapter_rank: int = 0
 ) -> dict[str, float]:
     """Give the trainer's weights to all engines of `pool` (None on all ranks but 0), as `version`.
 

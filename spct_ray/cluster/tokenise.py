@@ -1,7 +1,4 @@
-"""Tokenising what is trained on, before any rank starts: ranks hold GPUs, which would wait for one Python process.
-
-Leaves out what is encoded (see `stages`) and where it is kept.
-"""
+"""Tokenising what is trained on, before any rank starts: ranks hold GPUs, which would wait for one Python process."""
 
 from __future__ import annotations
 

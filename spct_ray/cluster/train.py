@@ -1,7 +1,7 @@
 """Training ranks on Ray Train: start a group, run one function on every rank, start it again when a rank dies.
 
-The function resumes from its own checkpoints, so a restart costs the steps since the last one. Leaves out what is
-trained (see `stages`) and Ray Train's own checkpoints, which would copy whole models.
+The function resumes from its own checkpoints (Ray Train's would copy whole models), so a restart costs the steps since
+the last one.
 """
 
 from __future__ import annotations

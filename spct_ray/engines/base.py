@@ -1,17 +1,15 @@
-"""What every engine promises: completions for prompts, and the settings of one (importable without vLLM and Ray).
-
-Leaves out judging; see `spct_ray.judge`.
-
-One engine class serves three homes: Ray Data actors (sampling, evaluation), rollout actors (GRPO), Serve replicas.
-"""
+"""What every engine promises: completions for prompts, and the settings of one (importable without vLLM and Ray)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
+from spct_ray.errors import ConfigError
 from spct_ray.precision import Precision
 from spct_ray.records import Completion, Message, Record
 
@@ -59,6 +57,26 @@ class EngineConfig:
     def num_seqs(self, on_gpu: bool) -> int:
         """`max_num_seqs`, or what it will be on CPU or on a card of 70 GiB and more (an A100 and smaller take 256)."""
         return self.max_num_seqs or (1024 if on_gpu else 256)
+
+    @classmethod
+    def of_model(cls, directory: str) -> EngineConfig:
+        """The default, cut to the model's own context length. Raises ConfigError where there is no model."""
+        try:
+            config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory}: no readable config.json of a model: {error}") from error
+        longest = cls().max_model_len
+        return cls(
+            max_model_len=min(longest, config.get("text_config", config).get("max_position_embeddings", longest))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Weights(Record):
+    """What an engine holds: safetensors in a directory, and their version (0: not from a trainer or a roll-out)."""
+
+    directory: str
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 vLLM fuses tensors (qkv_proj, gate_up_proj), pads the vocabulary and cuts tensors into shards, so its own digests
 (`compute_weight_checksums`) tell whether an engine changed, not whether it holds what the trainer does. The checksum
 here is a sum over the tensor, so it adds up over fused parts and over shards. It changes with any bit of any element,
-but not when words trade places within a tensor. Leaves out what the weights compute; see `cluster.sync`.
+but not when words trade places within a tensor. Whether both compute the same is checked by `cluster.sync`.
 """
 
 from __future__ import annotations

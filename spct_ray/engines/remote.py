@@ -1,7 +1,5 @@
-"""An engine behind an OpenAI-compatible HTTP endpoint, for a sampler that does not run here.
-
-Leaves out what such an endpoint does not tell or do: token ids, log-probabilities, guides, new weights.
-"""
+"""An engine behind an OpenAI-compatible HTTP endpoint, without what such an endpoint does not tell or do: token ids,
+log-probabilities, guides, new weights."""
 
 from __future__ import annotations
 
@@ -44,8 +42,7 @@ class RemoteEngine:
     """`POST {base_url}/chat/completions`. Busy, failing and slow answers are tried again, then raise EngineError.
 
     A thought that the endpoint tells apart from the answer is put before it as `<think>...</think>`. Ids are empty on
-    its completions. For n > 1 the endpoint counts the tokens of all samples together; the sum is shared out by length
-    of text.
+    its completions. RequestError for n > 1, as an endpoint counts the tokens of all samples together.
     """
 
     weight_version = 0
@@ -85,34 +82,24 @@ class RemoteEngine:
 
     def _complete(self, request: Request) -> tuple[Completion, ...]:
         params = request.params
-        if params.guide or params.logprobs:
-            raise RequestError("a guide or log-probabilities are not supported by a remote endpoint")
+        if params.guide or params.logprobs or params.n > 1:
+            raise RequestError("a guide, log-probabilities and n > 1 are not supported by a remote endpoint")
         body: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": m.role, "content": m.content} for m in request.messages],
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
-            "n": params.n,
         }
         if params.seed is not None:
             body["seed"] = params.seed
         answer = self._post(body)
         try:
-            texts = [_text(choice["message"]) for choice in answer["choices"]]
-            stops = [_STOP_REASONS.get(choice["finish_reason"], "abort") for choice in answer["choices"]]
-            prompt_tokens = int(answer["usage"]["prompt_tokens"])
-            completion_tokens = int(answer["usage"]["completion_tokens"])
-        except (KeyError, TypeError) as error:
-            raise EngineError(
-                f"{self._url}: not an answer of the chat completions API, {error!r} is missing"
-            ) from error
-        if len(texts) != params.n:
-            raise EngineError(f"{self._url}: {len(texts)} samples instead of n = {params.n}")
-        counts = _share(completion_tokens, [len(text) for text in texts])
-        return tuple(
-            Completion(text, (), (), stop, (), self.weight_version, prompt_tokens, count)
-            for text, stop, count in zip(texts, stops, counts, strict=True)
-        )
+            (choice,), usage = answer["choices"], answer["usage"]
+            text, stop = _text(choice["message"]), _STOP_REASONS.get(choice["finish_reason"], "abort")
+            num_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{self._url}: not an answer of the chat completions API: {error!r}") from error
+        return (Completion(text, (), (), stop, (), self.weight_version, *num_tokens),)
 
     def _post(self, body: dict[str, Any]) -> Any:
         """The endpoint's JSON answer; RequestError when it refuses the request, EngineError when it cannot work."""
@@ -170,11 +157,3 @@ def _retry_after(response: httpx.Response, default_s: float) -> float:
         except (ValueError, TypeError):
             return default_s
     return min(max(seconds, 0.0), _LONGEST_WAIT_S)
-
-
-def _share(total: int, lengths: Sequence[int]) -> list[int]:
-    """`total` shared out in proportion to `lengths`, in whole numbers with the right sum."""
-    if not any(lengths):
-        lengths = [1] * len(lengths)
-    ends = [round(total * sum(lengths[: i + 1]) / sum(lengths)) for i in range(len(lengths))]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

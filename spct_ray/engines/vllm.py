@@ -2,7 +2,7 @@
 
 One background thread owns vLLM (its OpenMP state is per thread): it takes jobs from a queue, steps, and resolves
 futures; another turns messages into tokens before, so that neither callers nor vLLM wait for it. Here and in
-`vllm_transfer.py` vLLM is imported. Leaves out placement and restarts; see `cluster.pool`.
+`vllm_transfer.py` vLLM is imported.
 """
 
 from __future__ import annotations

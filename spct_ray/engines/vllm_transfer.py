@@ -1,7 +1,7 @@
 """Weights from the trainer's GPUs straight to the engines', by vLLM's own weight transfer: IPC on one GPU, else NCCL.
 
 vLLM drives both sides: it iterates the trainer's weights and calls the engines through a client, which here is a pool.
-Leaves out the way over a directory, which needs no GPU and outlives a dead engine (see `spct_ray.cluster.sync`).
+The way over a directory needs no GPU and outlives a dead engine (see `spct_ray.cluster.sync`).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ the step itself is not: it ends the run with a StepError, after the other runnin
 
 Steps only coordinate (num_cpus=0); the workers that they start take the CPUs and GPUs. A step is admitted beside
 others when its declared demand fits beside theirs in the whole cluster; alone it always starts, so that an autoscaler
-can bring what is missing. Actors that a step leaves for the next one like it (`keeper.py`) end when it does not follow
-at once.
+can bring what is missing. Steps that share a process (`Step.keeps`) run in it one after the other; it ends, with all
+that it owns, when no such step follows at once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import ray
 import ray.exceptions
 
 from spct_ray.errors import SpctError, StepError
-from spct_ray.graph.keeper import keeper
 from spct_ray.graph.record import StepRecord, describe, local_root, read_record
 from spct_ray.graph.step import Event, Step, StepContext
-from spct_ray.graph.worker import execute
+from spct_ray.graph.worker import StepProcess, execute
 
 SYSTEM_RETRIES = 2
 POLL_SECONDS = 0.5
@@ -36,12 +35,13 @@ SYSTEM_FAILURES = {  # a dead worker or node, not the step's code
     ray.exceptions.NodeDiedError: "the Ray node that the step ran on died",
     ray.exceptions.LocalRayletDiedError: "the Ray node that the step ran on died",
     ray.exceptions.WorkerCrashedError: "the step's worker process died (killed, out of memory, or crashed)",
-    ray.exceptions.ActorDiedError: "a worker process that the step had started died",
+    ray.exceptions.ActorDiedError: "the step's process, or one that it had started, died",
     ray.exceptions.ObjectLostError: "data of the step was lost with a worker or node",
 }
 
 # max_calls=1: a step's process ends with the step, and with it all memory that torch and others hold.
 _execute = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(execute)
+_Process = ray.remote(num_cpus=0)(StepProcess)
 
 
 def run_steps(
@@ -74,14 +74,13 @@ class _Run:
         self.records: dict[str, StepRecord] = {}
         self.failures: list[StepError] = []
         self.next_node_check = 0.0
-        self.kept: set[str] = set()  # what running steps, or those that just ended, keep
-        self.keeper = keeper() if any(step.keeps for step in steps) else None
+        self.processes: dict[str, Any] = {}  # of running steps, or those that just ended, by what they keep
 
     def finish(self) -> dict[str, StepRecord]:
         while True:
             if not self.failures:
                 self._start_ready()
-            self._end_kept()
+            self._end_processes({attempt.step.keeps for attempt in self.running.values()})
             if not self.running:
                 break
             finished, _ = ray.wait(list(self.running), timeout=POLL_SECONDS)
@@ -109,12 +108,10 @@ class _Run:
                 self.waiting.remove(step)
                 self._start(step, number=1)
 
-    def _end_kept(self) -> None:
-        """End what is kept for steps none of which runs, so that its place is free."""
-        used = {attempt.step.keeps for attempt in self.running.values()}
-        if self.keeper is not None and self.kept - used:
-            ray.get([self.keeper.end.remote(name) for name in self.kept - used])
-        self.kept &= used
+    def _end_processes(self, used: set[str]) -> None:
+        """End the shared processes that no running step is in, so that the place of what they own is free."""
+        for keeps in self.processes.keys() - used:
+            ray.kill(self.processes.pop(keeps))
 
     def _fits(self, step: Step) -> bool:
         """Whether the step may start beside what runs; alone, it always may."""
@@ -141,8 +138,12 @@ class _Run:
         offset = os.path.getsize(context.events_file) if os.path.exists(context.events_file) else 0
         text = "resumes" if os.path.isdir(context.out) else "starts"
         context.report(Event(step.name, text=text, state="running"))
-        self.kept |= {step.keeps} - {""}
-        reference = _execute.options(name=step.name).remote(step, context, self.known[step.name])
+        task = _execute
+        if step.keeps:
+            if step.keeps not in self.processes:
+                self.processes[step.keeps] = _Process.remote()
+            task = self.processes[step.keeps].execute
+        reference = task.options(name=step.name).remote(step, context, self.known[step.name])
         self.running[reference] = _Attempt(step, context, number, offset)
 
     def _collect(self, reference: ray.ObjectRef) -> None:
@@ -154,6 +155,7 @@ class _Run:
             ray.get(reference)
         except ray.exceptions.RayError as error:
             cause, is_system = _cause(error)
+            self._end_processes(self.processes.keys() - {step.keeps})
         self._show_events(attempt)
         if (record := read_record(directory)) is not None:  # also where the process died after the commit
             self.records[step.name] = record

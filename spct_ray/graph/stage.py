@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., dict[str, Any]])
 
 def stage(version: int, keeps: bool = False) -> Callable[[F], F]:
     """Mark a function as a stage. Raise `version` when the same configuration gives other results: finished steps of
-    the old version are then run again. With `keeps`, steps of equal resources share actors, see `Step`."""
+    the old version are then run again. With `keeps`, steps of equal resources share a process, see `Step`."""
 
     def mark(function: F) -> F:
         function.version, function.keeps = version, keeps  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ class Step:
     level of a module, so that a worker can import it. `inputs` maps each role to the step whose directory is read.
 
     What it is (function, version, config, inputs) makes its id, see `graph.record`; its resources do not. Steps of
-    equal resources whose function `keeps` run one after the other, on actors that outlive a step (`graph.keeper`).
+    equal resources whose function `keeps` run one after the other in one process, which keeps what they load.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Step:
 
     @property
     def keeps(self) -> str:
-        """The name under which its actors are kept; "" where they end with the step."""
+        """The name of the process that it shares; "" where it has one of its own."""
         return str(self.resources) if self.function.keeps else ""  # type: ignore[attr-defined]
 
     def placed(self, nodes: Nodes) -> Step:

@@ -1,4 +1,4 @@
-"""Runs one step inside a worker process: its lock, its log, its commit. Knows no Ray, so it is tested without."""
+"""Runs steps inside a worker process: their lock, their log, their commit. Knows no Ray, so it is tested without."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def execute(step: Step, context: StepContext, known: StepRecord) -> None:
         context.report(Event(step.name, text=f"done in {format_seconds(seconds)}", state="done"))
 
 
+class StepProcess:
+    """Runs steps one after the other, so that one finds what the one before it left in the process (engines)."""
+
+    def execute(self, step: Step, context: StepContext, known: StepRecord) -> None:
+        execute(step, context, known)
+
+
 @contextlib.contextmanager
 def _output_to(path: str) -> Iterator[None]:
     """Send this process's stdout and stderr, and those of its children, to a file's end."""
@@ -58,8 +65,10 @@ def _output_to(path: str) -> Iterator[None]:
     with open(path, "a", buffering=1, encoding="utf-8", errors="replace") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        # Log handlers hold on to a stream, so it must outlive the step: one on the descriptor, wherever that leads.
+        output = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
         try:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 yield
         finally:
             for number, descriptor in enumerate(saved, start=1):

@@ -24,6 +24,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from spct_ray.cluster import session
+from spct_ray.engines.base import Weights
 from spct_ray.errors import ConfigError, EngineError, RequestError, SpctError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.seeds import derive_seed
@@ -34,7 +35,7 @@ from spct_ray.serve.gateway import Gateway
 from spct_ray.serve.ledger import Event, LocalLedger
 from spct_ray.serve.routes import build_app
 from spct_ray.serve.routing import ItemRouter
-from spct_ray.serve.weights import OWN, Weights, check_fit
+from spct_ray.serve.weights import check_fit
 
 APP_NAME = "spct"
 JUDGE, META, GATEWAY, LEDGER = "JudgeReplica", "MetaReplica", "GatewayReplica", "LedgerReplica"  # the deployments
@@ -51,7 +52,7 @@ class JudgeReplica(LocalJudge):
 
         super().__init__(VllmEngine(config.judge_model, config.resources.engine), config)
 
-    def engine_died(self) -> None:
+    def engine_died(self, error: EngineError) -> None:
         """End the process, so that its calls go to another replica and Serve starts a new one. If it lived on, calls
         would keep coming here and fail at once until a health check noticed."""
         os._exit(1)
@@ -167,7 +168,9 @@ def _translated(name: str, attempts_left: int = 0) -> Iterator[None]:
         raise
 
 
-def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica, weights: Weights = OWN) -> Any:
+def application(
+    config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica, weights: Weights | None = None
+) -> Any:
     """The Serve application, ready for `serve.run`.
 
     The deployments' version covers everything that determines their code. Running the same with other `weights` lets
@@ -179,7 +182,8 @@ def application(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplic
     resources = config.resources
     version = str(derive_seed(repr(config), repr(judge_class)))
     judge = _deployment(JUDGE, judge_class, resources.judge, version).options(
-        request_router_config=RequestRouterConfig(request_router_class=ItemRouter), user_config=asdict(weights)
+        request_router_config=RequestRouterConfig(request_router_class=ItemRouter),
+        user_config=asdict(weights or Weights(config.judge_model)),
     )
     meta = None
     if config.meta_model:
@@ -215,7 +219,7 @@ def update_weights(directory: str) -> Weights:
     if APP_NAME not in serve.status().applications:
         raise ConfigError("nothing is served on this Ray cluster; start `spct serve` first, or set RAY_ADDRESS to it")
     judge_class, config, old = serve.get_deployment_handle(JUDGE, APP_NAME).deployed.remote().result()
-    check_fit(directory, old.directory or config.judge_model)
+    check_fit(directory, old.directory)
     new = Weights(directory, old.version + 1)
     _run(config, judge_class, new)
     return new
@@ -241,7 +245,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
             resources.check_room([ray.available_resources()], meta=config.meta_model is not None)
     try:
         _start(resources.host, resources.port)
-        _run(config, judge_class, OWN)
+        _run(config, judge_class, Weights(config.judge_model))
         yield f"http://{resources.host}:{resources.port}"
     finally:
         if before.proxies:
@@ -281,8 +285,7 @@ def _run(config: ServeConfig, judge_class: type[LocalJudge], weights: Weights) -
     except RuntimeError as error:
         failed = serve.status().applications[APP_NAME].deployments.items()
         causes = [f"{name}: {status.message}" for name, status in failed if status.status != "HEALTHY"]
-        model = weights.directory or config.judge_model
-        raise EngineError("\n".join([f"Ray Serve could not start {model}.", *causes])) from error
+        raise EngineError("\n".join([f"Ray Serve could not start {weights.directory}.", *causes])) from error
 
 
 def _deployment(name: str, cls: type, replicas: ReplicaConfig, version: str) -> Any:

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
-from spct_ray.engines.base import Engine
+from spct_ray.engines.base import Engine, Weights
 from spct_ray.engines.engine_judge import EngineJudge
+from spct_ray.engines.host import EngineHost
 from spct_ray.errors import EngineError
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.records import Completion, Message, Trajectory
 from spct_ray.serve.deployment import ServeConfig
-from spct_ray.serve.weights import OWN, Weights
 
 
 class JudgeBackend(Protocol):
@@ -38,24 +38,24 @@ class MetaBackend(Protocol):
     async def score(self, conversations: Sequence[Sequence[Message]]) -> list[float]: ...
 
 
-class LocalJudge:
+class LocalJudge(EngineHost):
     """A judge with its engine in this process."""
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        super().__init__(engine, config.judge_model)
         self._config = config
-        self._weights = OWN
-        self._judge = EngineJudge(engine, config.judge, config.name, guided=config.guided)
+        self._served = EngineJudge(engine, config.judge, config.name, guided=config.guided)
 
     async def judge(self, tasks: Sequence[JudgeTask]) -> AsyncGenerator[list[Trajectory], None]:
         """All tasks are in flight at once; closing the generator cancels those that are not done."""
-        running = [asyncio.create_task(self._judge.judge_one(task)) for task in tasks]
+        running = [asyncio.create_task(self._served.judge_one(task)) for task in tasks]
         pending = set(running)
         try:
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 yield sorted((task.result() for task in done), key=lambda t: t.sample)
-        except EngineError:
-            self.engine_died()
+        except EngineError as error:
+            self.engine_died(error)
             raise
         finally:
             for task in running:
@@ -64,22 +64,17 @@ class LocalJudge:
     async def principles(self, messages: Sequence[Message]) -> Completion:
         """As in `JudgeBackend`."""
         try:
-            return await self._judge.principles(messages)
-        except EngineError:
-            self.engine_died()
+            return await self._served.principles(messages)
+        except EngineError as error:
+            self.engine_died(error)
             raise
-
-    def engine_died(self) -> None:
-        """Called where a call finds the engine dead; it then raises EngineError, as all later ones do."""
 
     async def reconfigure(self, weights: dict[str, Any]) -> None:
         """Serve calls it (with the fields of `Weights`) when a replica starts and when new weights are rolled out.
 
         Judgements under way are finished with the old weights, later ones wait for the new. Raises EngineError.
         """
-        self._weights = Weights(**weights)
-        if self._weights.version != self._judge.engine.weight_version:
-            await asyncio.to_thread(self._judge.engine.reload, self._weights.directory, self._weights.version)
+        await asyncio.to_thread(self.load, Weights(**weights))
 
     async def deployed(self) -> tuple[type[LocalJudge], ServeConfig, Weights]:
         """What runs here, so that the same can be deployed with other weights."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from spct_ray.cluster.session import ClusterResources
 from spct_ray.config import load, override, rebuild
@@ -150,21 +148,10 @@ def from_run(target: Target) -> ServeConfig:
 def from_model(directory: str) -> ServeConfig:
     """A judge from a model directory alone: the full prompt, no meta RM, half of a short context for the judgement."""
     model = os.path.abspath(directory)
-    engine = _engine(model)
+    engine = EngineConfig.of_model(model)
     return ServeConfig(
         judge_model=model,
         name=os.path.basename(model),
         judge=JudgeConfig(single="scale", max_tokens=min(JudgeConfig.max_tokens, engine.max_model_len // 2)),
         resources=ServeResources(engine=engine),
     )
-
-
-def _engine(model: str) -> EngineConfig:
-    """The default engine, cut to the model's own context length."""
-    try:
-        config = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model}: no readable config.json of a model: {error}") from error
-    default = EngineConfig()
-    context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
-    return EngineConfig(max_model_len=min(default.max_model_len, context))

@@ -1,8 +1,7 @@
-"""New weights for a running judge, and the check that they fit; app.py rolls them out to the replicas."""
+"""The check that new weights fit a running judge; app.py rolls them out to the replicas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -10,17 +9,6 @@ from safetensors import SafetensorError, safe_open
 from spct_ray.errors import ConfigError
 
 _MAYBE_TIED = "lm_head.weight"  # may be absent where it is tied to the embedding
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Safetensors in place of the served judge's own, which are version 0 and have no directory."""
-
-    directory: str = ""
-    version: int = 0
-
-
-OWN = Weights()
 
 
 def check_fit(directory: str, served: str) -> None:

@@ -15,6 +15,7 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import rebuild
 from spct_ray.data.store import judged_files, read_items
 from spct_ray.engines.base import Request, SamplingParams
+from spct_ray.engines.host import JudgeSpec
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError, DataError, RequestError
 from spct_ray.graph.record import read_record
@@ -62,15 +63,12 @@ class EndpointResources:
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """Judge all held-out and benchmark items with input "judge", in two orders greedily where n >= 2 (of a pair, both);
     writes trajectories/*.parquet and timing.json."""
-    from spct_ray.cluster.kept_judges import JudgeSpec, keep_judges
-    from spct_ray.graph.keeper import keeper
+    from spct_ray.cluster.pool import judge_pool
 
-    model, name = str((Path(context.inputs["judge"]) / "model").resolve()), context.name.removeprefix("evaluate_")
-    kept, spec = keeper(), JudgeSpec(model, config.prompt, name, config.in_chunks)
-    make_judge = keep_judges(kept, str(resources), spec, resources, context.log)
-    # They only send blocks; the engines have the GPUs.
-    senders = SamplingResources(resources.num_replicas, resources.cpus_per_replica, 0, resources.block_size)
-    return _judge(context, config, senders, make_judge)
+    name, model = context.name.removeprefix("evaluate_"), str((Path(context.inputs["judge"]) / "model").resolve())
+    pool = judge_pool(model, resources, context.log)
+    spec = JudgeSpec(config.prompt, name, in_chunks=config.in_chunks)
+    return _judge(context, config, resources.senders, pool.judge_maker(spec))
 
 
 @stage(version=3)

@@ -191,20 +191,19 @@ def _scalar_of_run(target: Target) -> Judge:
 def _of_model(target: str, asked: EvaluationConfig) -> Judge:
     """A sequence classifier is a scalar reward model. Else the full prompt unless told otherwise, half of a short
     context for the judgement, no meta RM."""
-    config, default = json.loads(Path(target, "config.json").read_text(encoding="utf-8")), EngineConfig()
+    engine = EngineConfig.of_model(target)
+    config = json.loads(Path(target, "config.json").read_text(encoding="utf-8"))
     path = Path(target).resolve()
     name = clean(path.parent.name if path.name == "model" else path.name)
     if any(kind.endswith("ForSequenceClassification") for kind in config.get("architectures") or ()):
         return Judge(name, str(path), meta=None, config=None)
-    context = config.get("text_config", config).get("max_position_embeddings", default.max_model_len)
-    length = min(default.max_model_len, context)
-    prompt = JudgeConfig(max_tokens=min(JudgeConfig().max_tokens, length // 2))
+    prompt = JudgeConfig(max_tokens=min(JudgeConfig.max_tokens, engine.max_model_len // 2))
     return Judge(
         name=name,
         model=str(path),
         meta=None,
         config=evaluate.EvaluateConfig(asked.judge or prompt, asked.single),
-        resources=SamplingResources(gpus_per_replica=None, engine=EngineConfig(max_model_len=length)),
+        resources=SamplingResources(gpus_per_replica=None, engine=engine),
     )
 
 

@@ -6,7 +6,8 @@ for the built-in set, the checker program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,8 @@ from spct_ray.cluster.sampling_resources import SamplingResources
 from spct_ray.config import convert, imported
 from spct_ray.data.program import ProgramConfig, ProgramJudge
 from spct_ray.data.store import read_items
-from spct_ray.engines.base import EngineConfig
 from spct_ray.engines.engine_judge import EngineJudge
+from spct_ray.engines.host import JudgeSpec
 from spct_ray.engines.remote import RemoteConfig, RemoteEngine
 from spct_ray.errors import ConfigError
 from spct_ray.graph.stage import stage
@@ -83,8 +84,8 @@ def run(context: StepContext, config: SampleConfig, resources: SamplingResources
     items = items[: config.num_items] if config.num_items else items
     check_items(items, config.judge)
     tasks = [task for item in items for task in tasks_of(item, config, derive_seed(context.seed, context.name))]
-    make_judge = judge_factory(config.sampler, config.judge, context.inputs.get("judge", ""), resources.engine)
-    return {**sample(tasks, make_judge, context.out, resources, context.progress), "items": len(items)}
+    with judges(config.sampler, config.judge, resources, context) as (make_judge, where):
+        return {**sample(tasks, make_judge, context.out, where, context.progress), "items": len(items)}
 
 
 def tasks_of(item: Item, config: SampleConfig, seed: int) -> list[JudgeTask]:
@@ -99,32 +100,34 @@ def tasks_of(item: Item, config: SampleConfig, seed: int) -> list[JudgeTask]:
     return tasks
 
 
-def judge_factory(
-    sampler: SamplerConfig, judge: JudgeConfig, student_step: str, engine: EngineConfig
-) -> Callable[[], Judge]:
-    """A picklable function that makes the judge inside a worker. Raises ConfigError when the choice lacks its field."""
+@contextmanager
+def judges(
+    sampler: SamplerConfig, judge: JudgeConfig, resources: SamplingResources, context: StepContext
+) -> Iterator[tuple[Callable[[], Judge], SamplingResources]]:
+    """A picklable function that makes the judge inside a Ray Data actor, and what such an actor takes. Raises
+    ConfigError when the choice lacks its field."""
     if ":" in sampler.kind:
-        return partial(sampler.make_own().make, judge)
-    if sampler.kind == "program":
-        return partial(ProgramJudge, sampler.program, judge)
-    if sampler.kind == "endpoint":
+        yield partial(sampler.make_own().make, judge), resources
+    elif sampler.kind == "program":
+        yield partial(ProgramJudge, sampler.program, judge), resources
+    elif sampler.kind == "endpoint":
         if sampler.endpoint is None:
             raise ConfigError("sampler.kind is endpoint, but sampler.endpoint (base_url, model) is not set")
-        return partial(remote_judge, sampler.endpoint, judge, sampler.guided)
-    if sampler.kind == "model" and not sampler.model:
-        raise ConfigError("sampler.kind is model, but sampler.model (a directory or hub id) is empty")
-    model = sampler.model if sampler.kind == "model" else str(Path(student_step) / "model")
-    name = sampler.model if sampler.kind == "model" else Path(student_step).name.rsplit("-", 1)[0]
-    return partial(engine_judge, model, engine, judge, name, sampler.guided)
+        yield partial(remote_judge, sampler.endpoint, judge, sampler.guided), resources
+    else:
+        from spct_ray.cluster.pool import close_judge_pool, judge_pool
 
-
-def engine_judge(
-    model: str, engine: EngineConfig, judge: JudgeConfig, name: str, guided: bool, in_chunks: bool = False
-) -> Judge:
-    """A judge on a vLLM engine of its own, in this process."""
-    from spct_ray.engines.vllm import VllmEngine
-
-    return EngineJudge(VllmEngine(model, engine), judge, name, guided, in_chunks)
+        if sampler.kind == "model" and not sampler.model:
+            raise ConfigError("sampler.kind is model, but sampler.model (a directory or hub id) is empty")
+        student = Path(context.inputs.get("judge", ""))
+        model, name = str(student / "model"), student.name.rsplit("-", 1)[0]
+        if sampler.kind == "model":
+            model = name = sampler.model
+        pool = judge_pool(model, resources, context.log)
+        try:
+            yield pool.judge_maker(JudgeSpec(judge, name, sampler.guided)), resources.senders
+        finally:
+            close_judge_pool()
 
 
 def remote_judge(endpoint: RemoteConfig, judge: JudgeConfig, guided: bool = False, in_chunks: bool = False) -> Judge:

@@ -1,26 +1,27 @@
-"""Engines that outlive a step: a judge on reloaded weights is the judge on an engine of its own, and who keeps them."""
+"""One host for all who ask an engine, and engines that outlive a step, as steps share a process."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from graph_toys import ask_kept, take_the_cpu
+from graph_toys import keep_actor, own_actor
 from tiny import make_tiny_model
 
-from spct_ray.cluster.kept_judges import JudgeHost, JudgeSpec, family
-from spct_ray.engines.base import EngineConfig
+from spct_ray.cluster.pool import family
+from spct_ray.engines.base import EngineConfig, Weights
 from spct_ray.engines.engine_judge import EngineJudge
-from spct_ray.engines.scripted import ScriptedEngine
+from spct_ray.engines.host import EngineHost, JudgeSpec
 from spct_ray.errors import EngineError
 from spct_ray.graph.runner import run_steps
 from spct_ray.graph.step import Step
 from spct_ray.judge.judge import JudgeTask
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.records import Item, Message
+from tests.scripted_engine import ScriptedEngine
 
 PROMPT = JudgeConfig(template="compact", max_tokens=12)
 TASKS = [
@@ -33,38 +34,39 @@ TASKS = [
 class Reloading(ScriptedEngine):
     """Answers by its model's name; a model named "bad" cannot be loaded."""
 
-    started: ClassVar[list[str]] = []
-
-    def __init__(self, model: str, config: EngineConfig) -> None:
-        super().__init__(lambda request: [f"{self.model}: \\boxed{{8, 3}}"])
-        self.started.append(model)
-        self.model, self.loaded = model, [model]
+    def __init__(self, model: str) -> None:
+        super().__init__(lambda request: [f"{self.loaded[-1]}: \\boxed{{8, 3}}"])
+        self.loaded = [model]
 
     def reload(self, weights_dir: str, weight_version: int) -> None:
         if weights_dir == "bad":
             raise EngineError("no such weights")
-        assert weight_version == 0
-        self.model = weights_dir
+        super().reload(weights_dir, weight_version)
         self.loaded.append(weights_dir)
 
 
-def test_a_host_starts_one_engine_and_reloads_for_another_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reloading, "started", [])
-    host = JudgeHost(EngineConfig(), Reloading)
-    first, second, best = JudgeSpec("a", PROMPT, "A"), JudgeSpec("b", PROMPT, "B"), JudgeSpec("b", PROMPT, "B-best")
-    for spec in (first, first, second, best, first):
-        host.load(spec)
-        made = host.judge(spec, TASKS)
-        assert {(t.model, t.text[0], t.weight_version) for t in made} == {(spec.name, spec.model, 0)}
-    assert Reloading.started == ["a"]
-    assert host._engine.loaded == ["a", "b", "a"]  # type: ignore[union-attr]
+class Mourned(EngineHost):
+    causes: tuple[str, ...] = ()
 
-    def leave(status: int) -> None:
-        raise SystemExit(status)
+    def engine_died(self, error: EngineError) -> None:
+        self.causes = (*self.causes, str(error))
 
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit):  # the weights may be half new: nobody may ask this engine again
-        host.judge(JudgeSpec("bad", PROMPT, "bad"), TASKS)
+
+def test_a_host_loads_the_weights_that_a_call_is_for_once() -> None:
+    engine = Reloading("a")
+    host = Mourned(engine, "a")
+
+    for weights, name in (("a", 0), "A"), (("a", 0), "A"), (("b", 0), "B"), (("b", 0), "B-best"), (("a", 1), "A"):
+        held = Weights(*weights)
+        judged = host.judge_block(held, JudgeSpec(PROMPT, name), TASKS)
+        assert {(t.model, t.text[0], t.weight_version) for t in judged} == {(name, held.directory, held.version)}
+    assert engine.loaded == ["a", "b", "a"]
+    assert host.call(Weights("c", 2), "prompt_logprobs", [[1, 2]]) == [[-1.0]]
+    assert engine.weight_version == 2
+    for _ in range(2):  # the weights may be half new: they are not taken for loaded
+        with pytest.raises(EngineError, match="no such weights"):
+            host.judge_block(Weights("bad"), JudgeSpec(PROMPT, "bad"), TASKS)
+    assert host.causes == ("no such weights",) * 2
 
 
 def test_a_family_is_architecture_and_tokenizer_and_not_how_they_were_saved(tmp_path: Path) -> None:
@@ -91,12 +93,11 @@ def test_after_a_reload_a_judge_says_what_it_says_on_an_engine_of_its_own(tmp_pa
     config = EngineConfig(max_model_len=256, kv_cache_gib=0.1, max_num_seqs=16)
     for name, seed in (("a", 1), ("b", 2)):
         make_tiny_model(tmp_path / name, tied=True, seed=seed)
-    specs = {name: JudgeSpec(str(tmp_path / name), PROMPT, "judge") for name in ("a", "b")}
-    host = JudgeHost(config)
-    before = host.judge(specs["a"], TASKS)
-    after = host.judge(specs["b"], TASKS)
-    back = host.judge(specs["a"], TASKS)
-    fresh = EngineJudge(VllmEngine(specs["b"].model, config), PROMPT, "judge").judge(TASKS)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    host = EngineHost(VllmEngine(a, config), a)
+
+    before, after, back = (host.judge_block(Weights(model), JudgeSpec(PROMPT, "judge"), TASKS) for model in (a, b, a))
+    fresh = EngineJudge(VllmEngine(b, config), PROMPT, "judge").judge(TASKS)
     assert after == fresh
     assert back == before
     assert all(a.text != b.text for a, b in zip(before, after, strict=True))
@@ -104,18 +105,18 @@ def test_after_a_reload_a_judge_says_what_it_says_on_an_engine_of_its_own(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_actors_are_kept_for_the_next_step_like_it_and_ended_for_others(tmp_path: Path) -> None:
-    """On one CPU: what is kept must be gone before another step's workers find a place."""
+def test_steps_share_a_process_and_what_it_owns_ends_before_others_start(tmp_path: Path) -> None:
+    """On one CPU: what the process owns must be gone before another step's workers find a place."""
     import ray
 
     def step(name: str, function: Any, config: Any, after: str) -> Step:
         return Step(name, function, config, None, {"before": after} if after else {})
 
     steps = [
-        step("first", ask_kept, "x", ""),
-        step("second", ask_kept, "x", ""),
-        step("third", ask_kept, "y", "second"),
-        step("other", take_the_cpu, None, "third"),
+        step("first", keep_actor, None, ""),
+        step("second", keep_actor, None, ""),
+        step("third", keep_actor, None, "second"),
+        step("other", own_actor, None, "third"),
     ]
     ray.init(
         address="local",
@@ -130,6 +131,11 @@ def test_actors_are_kept_for_the_next_step_like_it_and_ended_for_others(tmp_path
     finally:
         ray.shutdown()
     made = {name: record.metrics for name, record in records.items()}
-    assert [made[s.name].get("there") for s in steps] == ["nothing", "the same", "another kind", None]
-    assert made["first"]["pid"] == made["second"]["pid"]
-    assert len({m["pid"] for m in made.values()}) == 3
+    assert made["first"] == made["second"] == made["third"]
+    assert made["first"]["process"] not in (made["other"]["process"], os.getpid())
+    assert made["first"]["actor"] != made["other"]["actor"]
+    written = {s.name: (tmp_path / "logs" / f"{s.name}.log").read_text() for s in steps}
+    assert all(
+        [f"warns {name}" in log for name in written] == [name == own for name in written]
+        for own, log in written.items()
+    )

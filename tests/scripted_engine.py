@@ -1,4 +1,4 @@
-"""An engine whose answers a function writes, for tests of everything that stands on engines. Needs no model."""
+"""An engine whose answers a function writes: no model is needed."""
 
 from __future__ import annotations
 
