@@ -1,6 +1,7 @@
 """The repository's own rules, as tests: sizes, imports, safety, and that every file of conf/ stands for a graph."""
 
 import ast
+import functools
 import importlib
 import json
 import pickle
@@ -49,13 +50,18 @@ def imported_packages(tree: ast.AST) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_stands_for_a_graph(name: str) -> None:
+@functools.cache
+def graph_of(name: str) -> tuple[Any, dict[str, str]]:
+    """A recipe of conf/, and the ids of its steps."""
     from spct_ray.stages.recipe import Recipe, build_steps
 
     recipe = load(Recipe, str(ROOT / "conf" / name))
-    ids = step_ids(build_steps(recipe), recipe.seed)
-    assert {"items", "rft", "grpo", "meta", "report"} <= ids.keys()
+    return recipe, step_ids(build_steps(recipe), recipe.seed)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_stands_for_a_graph(name: str) -> None:
+    assert {"items", "rft", "grpo", "meta", "report"} <= graph_of(name)[1].keys()
 
 
 FROM_GRPO = {"grpo", "onpolicy", "evaluate_grpo", "meta", "meta_scores", "report"}
@@ -76,18 +82,12 @@ KEEPS = {
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("conf/experiments/*.yaml")))
 def test_an_experiment_runs_only_what_it_changes(name: str) -> None:
-    from spct_ray.stages.recipe import Recipe, build_steps
-
-    def of(path: str) -> tuple[Recipe, dict[str, str]]:
-        recipe = load(Recipe, str(ROOT / "conf" / path))
-        return recipe, step_ids(build_steps(recipe), recipe.seed)
-
-    recipe, ids = of(f"experiments/{name}.yaml")
+    recipe, ids = graph_of(f"experiments/{name}.yaml")
     assert recipe.root == f"runs/{name}"  # its report, and what is served from it, are its own
     if name == "graded":
         assert not recipe.reuse
         return
-    beside, others = of("experiments/graded.yaml" if name == "reward_order" else "demo.yaml")
+    beside, others = graph_of("experiments/graded.yaml" if name == "reward_order" else "demo.yaml")
     assert recipe.reuse == beside.root
     changed = {step for step in ids if ids[step] != others.get(step)}
     assert changed == (CHANGES[name] if name in CHANGES else ids.keys() - KEEPS[name])
