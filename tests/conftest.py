@@ -10,7 +10,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("spct", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("spct", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("spct")
 
 

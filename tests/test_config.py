@@ -146,14 +146,10 @@ Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:ya
 
 
 @given(plain)
-def test_a_config_written_as_yaml_loads_as_itself(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+def test_a_written_or_stored_config_loads_as_itself(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
     path = tmp_path_factory.mktemp("config") / "r.yaml"
     path.write_text(yaml.dump(to_plain(recipe), Dumper=Quoted))
     assert load(Recipe, str(path)) == recipe
-
-
-@given(plain)
-def test_a_stored_config_is_rebuilt_as_itself(recipe: Recipe) -> None:
     assert rebuild(Recipe, to_plain(recipe), "x") == recipe
 
 

@@ -183,10 +183,12 @@ def test_a_run_s_report_and_an_evaluation_print_the_same_digits(
     tmp_path: Path, inputs: dict[str, str], whole: tuple[dict[str, Any], str, str]
 ) -> None:
     """The same judgements, as `spct evaluate --stored` hands them to the report: with the models as inputs."""
-    roles = {"items": inputs["items"]}
-    for name in SKILL:
-        roles |= {f"evaluate_{name}": inputs[f"evaluate_{name}"], f"meta_scores_{name}": inputs["meta_scores"]}
-        roles |= {f"model_{name}": str(make_model(tmp_path / name / "model").parent)}
+    roles = {
+        "items": inputs["items"],
+        "evaluate_grpo": inputs["evaluate_grpo"],
+        "meta_scores_grpo": inputs["meta_scores"],
+        "model_grpo": str(make_model(tmp_path / "grpo" / "model").parent),
+    }
     summary, page, text = run_report(tmp_path / "evaluation", roles)
     for label, block in summary["benchmarks"].items():
         of_run = whole[0]["benchmarks"][label]
@@ -217,12 +219,6 @@ def test_rates_are_counted_from_the_samples(inputs: dict[str, str], whole: tuple
     )
     assert sum(block["failures"].values()) == sum(r["failure"] != "" for r in sampled)
     assert sum(block["score_histogram"].values()) == sum(len(r["scores"]) for r in sampled if len(r["order"]) > 1)
-
-
-def test_same_inputs_give_the_same_files(
-    tmp_path: Path, inputs: dict[str, str], whole: tuple[dict[str, Any], str, str]
-) -> None:
-    assert run_report(tmp_path / "again", inputs) == whole
 
 
 class _Tags(html.parser.HTMLParser):
@@ -271,9 +267,10 @@ def test_text_is_aligned_and_narrow(whole: tuple[dict[str, Any], str, str]) -> N
         assert line.endswith("beyond noise" if beyond else "within noise")
 
 
-def test_absent_judges_are_named(tmp_path: Path, inputs: dict[str, str]) -> None:
+def test_absent_judges_are_named_and_same_inputs_give_the_same_files(tmp_path: Path, inputs: dict[str, str]) -> None:
     some = {role: inputs[role] for role in ("items", "evaluate_rft", "rft")}
     summary, page, text = run_report(tmp_path / "some", some)
+    assert run_report(tmp_path / "again", some) == (summary, page, text)
     models = summary["benchmarks"]["heldout"]["models"]
     assert list(models) == ["rft"]
     assert models["rft"]["meta_vote"] == {}
