@@ -18,9 +18,9 @@ from spct_ray.graph.step import Step
 from spct_ray.judge.modes import MODES
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.learn.train_config import TrackerName, TrainResources
-from spct_ray.stages import bradley_terry as scalar  # a default of None would hide a module of the field's name
+from spct_ray.stages import bradley_terry as bradley_terry_stage  # a default of None would hide the module itself
 from spct_ray.stages import evaluate, grpo, items, meta, meta_scores, report, rft, sample, select, student
-from spct_ray.stages import unseen as other_items
+from spct_ray.stages import unseen as unseen_stage
 from spct_ray.stages.sample import SampleConfig, SamplerConfig
 
 
@@ -74,9 +74,9 @@ class Recipe:
     grpo: grpo.GrpoConfig = field(default_factory=grpo.GrpoConfig)
     onpolicy: SampleConfig = field(default_factory=lambda: SampleConfig(num_hinted=0))
     meta: meta.MetaConfig = field(default_factory=meta.MetaConfig)
-    bradley_terry: scalar.BradleyTerryConfig | None = None
+    bradley_terry: bradley_terry_stage.BradleyTerryConfig | None = None
     evaluate: evaluate.EvaluateConfig = field(default_factory=evaluate.EvaluateConfig)
-    unseen: other_items.UnseenConfig | None = None
+    unseen: unseen_stage.UnseenConfig | None = None
     report: report.ReportConfig = field(default_factory=report.ReportConfig)
     steps: dict[str, FurtherStep] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
@@ -116,9 +116,9 @@ def build_steps(recipe: Recipe) -> list[Step]:
     read = {"items": "items", "sample": sampled, "onpolicy": "onpolicy"}
     add("meta", meta.run, recipe.meta, where.meta, **read, init=init_of[recipe.meta.init])
     if recipe.bradley_terry:
-        start = init_of[recipe.bradley_terry.init]
-        add("bradley_terry", scalar.run, recipe.bradley_terry, where.bradley_terry, items="items", init=start)
-    judged = add("unseen", other_items.run, recipe.unseen, items="items") if recipe.unseen else "items"
+        read = {"items": "items", "init": init_of[recipe.bradley_terry.init]}
+        add("bradley_terry", bradley_terry_stage.run, recipe.bradley_terry, where.bradley_terry, **read)
+    judged = add("unseen", unseen_stage.run, recipe.unseen, items="items") if recipe.unseen else "items"
     evaluated: dict[str, str] = {}
     for model, step in (("base", "student"), ("rft", judge), ("grpo", "grpo")):
         # What the base model is worth shows in its greedy judgements.
