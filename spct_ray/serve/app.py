@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextvars import Context
@@ -216,6 +217,7 @@ def update_weights(directory: str) -> Weights:
     Raises ConfigError when nothing is served on the connected cluster or the weights do not fit, EngineError when a
     replica did not take them.
     """
+    _quieten()
     if APP_NAME not in serve.status().applications:
         raise ConfigError("nothing is served on this Ray cluster; start `spct serve` first, or set RAY_ADDRESS to it")
     judge_class, config, old = serve.get_deployment_handle(JUDGE, APP_NAME).deployed.remote().result()
@@ -234,6 +236,7 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
     SpctError when Ray Serve does not start, EngineError when a model will not load. On this machine alone, what has no
     room is a ConfigError too, before anything loads; a cluster may grow, so there it is only said.
     """
+    _quieten()
     config = _placed(config)
     resources = config.resources
     before = serve.status()
@@ -252,6 +255,11 @@ def serving(config: ServeConfig, judge_class: type[LocalJudge] = JudgeReplica) -
             serve.delete(APP_NAME)
         else:
             _shut_down()
+
+
+def _quieten() -> None:
+    """Keep Ray Serve's news of itself, but no warning or error, from this process's terminal."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def _start(host: str, port: int) -> None:
