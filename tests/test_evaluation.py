@@ -358,10 +358,10 @@ def test_a_run_stands_for_its_last_judge_as_it_was_evaluated(tmp_path: Path) -> 
         (
             "evaluate_rft",
             "config",
-            r"evaluate_rft-evaluate_rft/record\.json: config: old_name: unknown key; known keys: judge,",
+            r"evaluate_rft-evaluate_rft/record\.json: config\.old_name: unknown key; known keys: judge,",
         ),
-        ("evaluate_rft", "resources", r"evaluate_rft-evaluate_rft/record\.json: resources: old_name: unknown key"),
-        ("meta_scores", "resources", r"meta_scores-meta_scores0/record\.json: resources: old_name: unknown key"),
+        ("evaluate_rft", "resources", r"evaluate_rft-evaluate_rft/record\.json: resources\.old_name: unknown key"),
+        ("meta_scores", "resources", r"meta_scores-meta_scores0/record\.json: resources\.old_name: unknown key"),
     ],
 )
 def test_a_run_of_another_version_is_refused_by_file_and_field(
