@@ -5,8 +5,8 @@ SFT (RFT's judgements) trains the language model's head; the meta RM and the Bra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spct_ray.learn.batch import Batch, BatchSize, Tokens, make_batch, packed_rows, plan_rows
 from spct_ray.learn.examples import Example
+from spct_ray.learn.model import Head
 from spct_ray.learn.trainer import Trainer
 
 
@@ -55,3 +56,20 @@ def pair_rows(examples: Sequence[Example], rank: int, num_ranks: int, micro_toke
             sequences += [example.ids[:end], np.concatenate([prompt, example.ids[end:]])]
         batches.append(make_batch(sequences, [prompts[i] for i in row for _ in range(2)]))
     return batches
+
+
+@dataclass(frozen=True)
+class SupervisedLoss:
+    """What a model with `head` learns: `loss_fn(trainer, row, size of the update)`, summed over all rows of all ranks,
+    which `make_rows(examples, rank, number of ranks, micro_tokens)` packs for each rank."""
+
+    head: Head
+    loss_fn: Callable[[Trainer, Batch, BatchSize], Tensor]
+    make_rows: Callable[[Sequence[Example], int, int, int], list[Batch]]
+
+
+LOSSES = {
+    "sft": SupervisedLoss("lm", sft_loss, rank_rows),
+    "meta": SupervisedLoss("scalar", meta_loss, rank_rows),
+    "bradley_terry": SupervisedLoss("scalar", bradley_terry_loss, pair_rows),
+}

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from spct_ray.errors import DataError
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
+from spct_ray.learn.examples import Example, make_pair, write_examples
 from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks, train
-
-if TYPE_CHECKING:
-    from spct_ray.learn.examples import Example
+from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks
 
 _Pair = tuple[tuple[Message, ...], str, str]  # query, chosen, rejected
 
@@ -39,20 +37,13 @@ def run(context: StepContext, config: BradleyTerryConfig, resources: TrainResour
 
     Raises DataError when no pair is short enough, SpctError when training diverges.
     """
-    return run_on_ranks(context, config, resources, train_loop, write_training_file)
-
-
-def train_loop(context: StepContext, config: BradleyTerryConfig, resources: TrainResources) -> None:
-    """On every rank: load, resume, train, export."""
-    from spct_ray.learn.losses import bradley_terry_loss, pair_rows
-
-    train(context, config, resources, Task("init", "scalar", bradley_terry_loss, pair_rows, ("pairs.arrow",)))
+    task = Task("init", "bradley_terry", ("pairs.arrow",))
+    return run_on_ranks(context, config, resources, task, write_training_file)
 
 
 def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dict[str, int]:
     """Tokenise pairs.arrow; counts of pairs kept and dropped, and of items without a pair."""
     from spct_ray.data.store import read_items
-    from spct_ray.learn.examples import write_examples
 
     counts: Counter[str] = Counter()
     pairs: list[_Pair] = []
@@ -73,6 +64,4 @@ def write_training_file(context: StepContext, config: BradleyTerryConfig) -> dic
 
 
 def _encode(tokenizer: Any, pair: _Pair) -> Example:
-    from spct_ray.learn.examples import make_pair
-
     return make_pair(tokenizer, *pair)

@@ -7,25 +7,23 @@ their judgements, is held out; AUC, accuracy and calibration are measured on the
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from spct_ray.errors import DataError
-from spct_ray.files import write_atomically
 from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import meta_messages
 from spct_ray.judge.rule import is_correct, is_tied
 from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.examples import Example, make_example, write_examples
 from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks, train
-
-if TYPE_CHECKING:
-    from spct_ray.learn.examples import Example
+from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks
 
 Data = Literal["both", "off_policy", "on_policy"]
 
@@ -63,7 +61,8 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
     """
     from spct_ray.evaluation.statistics import auc, ece
 
-    trained = run_on_ranks(context, config, resources, train_loop, write_training_files)
+    task = Task("init", "meta", ("train.arrow",), scored="heldout")
+    trained = run_on_ranks(context, config, resources, task, write_training_files)
     heldout = json.loads(Path(context.out, "heldout.json").read_text())
     logits, labels = heldout["logits"], heldout["labels"]
     measured: dict[str, Any] = {
@@ -77,25 +76,8 @@ def run(context: StepContext, config: MetaConfig, resources: TrainResources) -> 
     return trained | measured
 
 
-def train_loop(context: StepContext, config: MetaConfig, resources: TrainResources) -> None:
-    """On every rank: load, resume, train, export, score the held-out judgements."""
-    from spct_ray.learn.examples import ExampleFiles
-    from spct_ray.learn.losses import meta_loss, rank_rows
-    from spct_ray.learn.scorers import score_over_ranks
-
-    trainer = train(context, config, resources, Task("init", "scalar", meta_loss, rank_rows, ("train.arrow",)))
-    held = ExampleFiles(f"{context.out}/heldout.arrow")
-    heldout = [held[i] for i in range(len(held))]
-    logits = score_over_ranks(trainer, heldout, resources.micro_tokens)
-    if trainer.rank == 0:
-        content = {"logits": logits, "labels": [int(e.label) for e in heldout]}
-        write_atomically(Path(context.out, "heldout.json"), json.dumps(content).encode())
-
-
 def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, int]:
     """Tokenise to train.arrow and heldout.arrow, split by item; counts by what became of the judgements."""
-    from spct_ray.learn.examples import write_examples
-
     model_dir = str(Path(context.inputs["init"]) / "model")
     counts: Counter[str] = Counter()
     parts: dict[str, list[Example]] = {"train": [], "heldout": []}
@@ -115,8 +97,6 @@ def write_training_files(context: StepContext, config: MetaConfig) -> dict[str, 
 
 
 def _encode(tokenizer: Any, judgement: _Labelled) -> Example:
-    from spct_ray.learn.examples import make_example
-
     *prompt, text = judgement.messages
     return make_example(tokenizer, prompt, text.content, float(judgement.label))
 
@@ -146,6 +126,4 @@ def is_heldout(item_id: str, share: float, seed: int) -> bool:
 
 
 def _sigmoid(logit: float) -> float:
-    import math
-
     return 0.5 * (1 + math.tanh(logit / 2))

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spct_ray.data.program import exercises
 from spct_ray.errors import ConfigError, DataError
@@ -19,12 +19,10 @@ from spct_ray.graph.stage import stage
 from spct_ray.graph.step import StepContext
 from spct_ray.judge.prompt import JudgeConfig
 from spct_ray.judge.seeds import derive_seed
+from spct_ray.learn.examples import Example, make_example, write_examples
 from spct_ray.learn.train_config import OptimConfig, TrainResources
 from spct_ray.records import Message
-from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks, train
-
-if TYPE_CHECKING:
-    from spct_ray.learn.examples import Example
+from spct_ray.stages.supervised import SupervisedConfig, Task, encoded, run_on_ranks
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,14 @@ def run(context: StepContext, config: RftConfig, resources: TrainResources) -> d
 
     Raises DataError when no example is short enough, SpctError when training diverges.
     """
-    return run_on_ranks(context, config, resources, train_loop, write_training_file)
-
-
-def train_loop(context: StepContext, config: RftConfig, resources: TrainResources) -> None:
-    """On every rank: load, resume, train, export."""
-    from spct_ray.learn.losses import rank_rows, sft_loss
-
-    files = ("examples.arrow", "general.arrow")
-    train(context, config, resources, Task("student", "lm", sft_loss, rank_rows, files, config.general_shares))
+    task = Task("student", "sft", ("examples.arrow", "general.arrow"), config.general_shares)
+    return run_on_ranks(context, config, resources, task, write_training_file)
 
 
 def write_training_file(context: StepContext, config: RftConfig) -> dict[str, int]:
     """Tokenise judgements into examples.arrow, general instructions into general.arrow; counts of what was kept and
     dropped."""
     import pyarrow.parquet as pq
-
-    from spct_ray.learn.examples import write_examples
 
     model_dir = str(Path(context.inputs["student"]) / "model")
     path = Path(context.inputs["select"]) / "sft.parquet"
@@ -103,8 +92,6 @@ def write_training_file(context: StepContext, config: RftConfig) -> dict[str, in
 
 def encode(tokenizer: Any, row: Mapping[str, Any]) -> Example:
     """Row {prompt: messages, completion: text} as token ids."""
-    from spct_ray.learn.examples import make_example
-
     return make_example(tokenizer, [Message(**m) for m in row["prompt"]], row["completion"])
 
 

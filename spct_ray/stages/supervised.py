@@ -14,26 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from spct_ray.errors import ConfigError
 from spct_ray.files import write_atomically
 from spct_ray.graph.step import StepContext
+from spct_ray.learn.examples import Example, ExampleFiles, MixedOrder
 from spct_ray.learn.metrics_file import MetricsFile, mean_of_last_tenth, read_metrics
 from spct_ray.learn.train_config import LoraConfig, OptimConfig, TrainResources
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from spct_ray.learn.batch import Batch, BatchSize
-    from spct_ray.learn.examples import Example, MixedOrder
-    from spct_ray.learn.model import Head
-    from spct_ray.learn.trainer import Trainer
 
 R = TypeVar("R")
 T = TypeVar("T")
-TrainLoop = Callable[[StepContext, Any, TrainResources], None]  # runs on every rank
-Counts = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -55,28 +49,29 @@ class SupervisedConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: the model of the input `init`, with `head` and `loss_fn(trainer, row, size of the update)`, on
-    the first of the files `examples`, and with `shares` of a second one, see `learn.examples.MixedOrder`.
+    """One kind of supervised training: the model of the input `init` with a loss of `learn.losses.LOSSES`.
 
-    `make_rows(examples, rank, ranks, micro_tokens)` packs one rank's share, see `learn.losses.rank_rows`.
+    It is trained on the first of the files `examples`, mixed with `shares` of a second one (see
+    `learn.examples.MixedOrder`). If `scored` names held-out examples, SCORED.arrow, the trained model's logits of them
+    are written to SCORED.json with their labels.
     """
 
     init: str
-    head: Head
-    loss_fn: Callable[[Trainer, Batch, BatchSize], Tensor]
-    make_rows: Callable[[Sequence[Example], int, int, int], list[Batch]]
+    loss: Literal["sft", "meta", "bradley_terry"]
     examples: tuple[str, ...]
     shares: tuple[float, ...] = (0.0,)
+    scored: str = ""
 
 
 def run_on_ranks(
     context: StepContext,
-    config: Any,
+    config: SupervisedConfig,
     resources: TrainResources,
-    train_loop: TrainLoop,
-    write: Callable[[StepContext, Any], Counts],
+    task: Task,
+    write: Callable[[StepContext, Any], dict[str, int]],
 ) -> dict[str, Any]:
-    """`write` the training files, train, and return the counts with `summary_of_metrics`.
+    """`write` the training files, train, and return the counts, the number of steps, the mean loss of their last tenth
+    and the median speed.
 
     Files are written once, before any rank starts: a resumed step finds `counts.json` beside them.
     """
@@ -85,10 +80,16 @@ def run_on_ranks(
     written = Path(context.out, "counts.json")
     if not written.exists():
         write_atomically(written, json.dumps(write(context, config)).encode())
-    counts: Counts = json.loads(written.read_text())
+    counts: dict[str, int] = json.loads(written.read_text())
     context.log(", ".join(f"{number} {name}" for name, number in counts.items()))
-    run_ranks(train_loop, (context, config, resources), resources, context)
-    return {**counts, **summary_of_metrics(context.out)}
+    run_ranks(train, (context, config, resources, task), resources, context)
+    lines = read_metrics(context.out)
+    return {
+        **counts,
+        "steps": len(lines),
+        "loss_last_tenth": mean_of_last_tenth(lines, "loss"),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+    }
 
 
 def encoded(
@@ -105,21 +106,24 @@ def encoded(
             too_long["too_long"] += 1
 
 
-def train(context: StepContext, config: SupervisedConfig, resources: TrainResources, task: Task) -> Trainer:
-    """On every rank: train until the data order is used up, from the newest checkpoint on, and export to model/.
+def train(context: StepContext, config: SupervisedConfig, resources: TrainResources, task: Task) -> None:
+    """On every rank: train until the data order is used up, from the newest checkpoint on, export to model/, and score
+    the examples that `task` names.
 
     Writes metrics.jsonl: step (from 0), loss, grad_norm, lr, tokens (trained on), tokens_per_second (real tokens,
     prompts included) and seconds.
     """
     from spct_ray.learn.batch import BatchSize
-    from spct_ray.learn.examples import ExampleFiles
+    from spct_ray.learn.losses import LOSSES
+    from spct_ray.learn.scorers import score_over_ranks
     from spct_ray.learn.trainer import Trainer
 
+    loss = LOSSES[task.loss]
     examples = ExampleFiles(*(f"{context.out}/{name}" for name in task.examples))
     order = data_order(examples.sizes, config, context.seed, task.shares)
     trainer = Trainer(
         str(Path(context.inputs[task.init]) / "model"),
-        head=task.head,
+        head=loss.head,
         optim=config.optim,
         resources=resources,
         total_steps=order.num_steps,
@@ -133,12 +137,12 @@ def train(context: StepContext, config: SupervisedConfig, resources: TrainResour
         batch = [examples[i] for i in order.batch(step)]
         num_tokens = sum(len(e.ids) for e in batch)
         size = BatchSize(len(batch), num_tokens - sum(e.prompt_length for e in batch))
-        return task.make_rows(batch, trainer.rank, trainer.world_size, resources.micro_tokens), size, num_tokens
+        return loss.make_rows(batch, trainer.rank, trainer.world_size, resources.micro_tokens), size, num_tokens
 
     steps = range(trainer.steps_done, order.num_steps)
     started = time.monotonic()
     for step, (rows, size, num_tokens) in zip(steps, one_ahead(prepare, steps), strict=True):
-        numbers = trainer.step(rows, lambda row, size=size: task.loss_fn(trainer, row, size))  # type: ignore[misc]
+        numbers = trainer.step(rows, lambda row, size=size: loss.loss_fn(trainer, row, size))  # type: ignore[misc]
         if metrics is not None:
             seconds = time.monotonic() - started
             rates = {"tokens_per_second": round(num_tokens / seconds, 1), "seconds": round(seconds, 4)}
@@ -150,7 +154,13 @@ def train(context: StepContext, config: SupervisedConfig, resources: TrainResour
     if metrics is not None:
         metrics.close()
     trainer.export(f"{context.out}/model")
-    return trainer
+    if task.scored:
+        held = ExampleFiles(f"{context.out}/{task.scored}.arrow")
+        scored = [held[i] for i in range(len(held))]
+        logits = score_over_ranks(trainer, scored, resources.micro_tokens)
+        if trainer.rank == 0:
+            content = {"logits": logits, "labels": [int(example.label) for example in scored]}
+            write_atomically(Path(context.out, f"{task.scored}.json"), json.dumps(content).encode())
 
 
 def one_ahead(make: Callable[[int], T], steps: Sequence[int]) -> Iterator[T]:
@@ -170,20 +180,8 @@ def data_order(
     sizes: Sequence[int], config: SupervisedConfig, seed: int, shares: Sequence[float] = (0.0,)
 ) -> MixedOrder:
     """`max_steps` batches or, when that is 0, as many as give `epochs` passes over the first kind of examples."""
-    from spct_ray.learn.examples import MixedOrder
-
     batch_size, epochs, max_steps = config.batch_size, config.epochs, config.max_steps
     if batch_size < 1 or epochs < 0 or max_steps < 0 or not (epochs or max_steps):
         raise ConfigError(f"batch_size {batch_size}, epochs {epochs}, max_steps {max_steps}: nothing to train on")
     num_drawn = max(1, round(epochs * sizes[0] * len(shares) / sum(1 - share for share in shares)))
     return MixedOrder(tuple(sizes), max_steps * batch_size or num_drawn, batch_size, seed, tuple(shares))
-
-
-def summary_of_metrics(out: str) -> dict[str, Any]:
-    """Steps, the mean loss of the last tenth of them, and the median speed, from metrics.jsonl."""
-    lines = read_metrics(out)
-    return {
-        "steps": len(lines),
-        "loss_last_tenth": mean_of_last_tenth(lines, "loss"),
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
-    }
