@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "spct_ray"
 FILES = sorted(PACKAGE.glob("**/*.py"))
-BUDGET = 18_300  # lines of code and templates; lower it when the package shrinks, to 11,000 in the end
+BUDGET = 17_000  # lines of code and templates; lower it when the package shrinks
 TOO_LONG: set[str] = set()  # still over MAX_LINES; nothing may join them
 MAX_LINES = 80  # of a function
 MAX_PARAMETERS = 6  # of a function, self and cls aside
