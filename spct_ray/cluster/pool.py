@@ -31,6 +31,7 @@ from spct_ray.records import Completion, Trajectory
 if TYPE_CHECKING:
     from spct_ray.engines.checksums import HeldTensor
 
+BACKGROUND_NICENESS = 10
 MAX_RESTARTS = 3  # of one engine; work that kills every engine must not be tried for ever
 _BLOCKS_IN_FLIGHT = 2  # per engine: the next block joins the batch while the last sequences of the one before run out
 _START_TIMEOUT_S, _EXIT_TIMEOUT_S = 1800.0, 20.0
@@ -47,6 +48,12 @@ def vllm_engine(model: str, config: EngineConfig) -> Engine:
     from spct_ray.engines.vllm import VllmEngine
 
     return VllmEngine(model, config)
+
+
+def background_engine(model: str, config: EngineConfig) -> Engine:
+    """The default engine, yielding its cores to other processes: a training beside it is waited for, it is not."""
+    os.setpriority(os.PRIO_PROCESS, 0, BACKGROUND_NICENESS)  # of this thread, and of those that it starts
+    return vllm_engine(model, config)
 
 
 class EngineActor(EngineHost):

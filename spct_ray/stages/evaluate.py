@@ -63,10 +63,10 @@ class EndpointResources:
 def run(context: StepContext, config: EvaluateConfig, resources: SamplingResources) -> dict[str, Any]:
     """Judge all held-out and benchmark items with input "judge", in two orders greedily where n >= 2 (of a pair, both);
     writes trajectories/*.parquet and timing.json."""
-    from spct_ray.cluster.pool import judge_pool
+    from spct_ray.cluster.pool import background_engine, judge_pool
 
     name, model = context.name.removeprefix("evaluate_"), str((Path(context.inputs["judge"]) / "model").resolve())
-    pool = judge_pool(model, resources, context.log)
+    pool = judge_pool(model, resources, context.log, background_engine)
     spec = JudgeSpec(config.prompt, name, in_chunks=config.in_chunks)
     return _judge(context, config, resources.senders, pool.judge_maker(spec))
 
