@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from graph_toys import keep_actor, own_actor
 from tiny import make_tiny_model
 
-from spct_ray.cluster.pool import family
+from spct_ray.cluster import pool
+from spct_ray.cluster.pool import BACKGROUND_NICENESS, background_engine, family
 from spct_ray.engines.base import EngineConfig, Weights
 from spct_ray.engines.engine_judge import EngineJudge
 from spct_ray.engines.host import EngineHost, JudgeSpec
@@ -101,6 +103,20 @@ def test_after_a_reload_a_judge_says_what_it_says_on_an_engine_of_its_own(tmp_pa
     assert after == fresh
     assert back == before
     assert all(a.text != b.text for a, b in zip(before, after, strict=True))
+
+
+def test_an_engine_in_the_background_yields_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It and what it starts, but not the rest of the process."""
+
+    def niceness(*_: object) -> int:
+        return os.getpriority(os.PRIO_PROCESS, 0)  # of the thread
+
+    before = niceness()
+    monkeypatch.setattr(pool, "vllm_engine", niceness)
+    with ThreadPoolExecutor(1) as thread:
+        engine = thread.submit(background_engine, "model", EngineConfig()).result()
+    assert engine == min(19, before + BACKGROUND_NICENESS)
+    assert niceness() == before
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def vllm_engine(model: str, config: EngineConfig) -> Engine:
 
 def background_engine(model: str, config: EngineConfig) -> Engine:
     """The default engine, yielding its cores to other processes: a training beside it is waited for, it is not."""
-    os.setpriority(os.PRIO_PROCESS, 0, BACKGROUND_NICENESS)  # of this thread, and of those that it starts
+    os.nice(BACKGROUND_NICENESS)  # of this thread, and of those that it starts
     return vllm_engine(model, config)
 
 
