@@ -39,8 +39,7 @@ class EngineHost:
         self._engine = engine
         self._weights = Weights(model)
         self._loading = Lock()
-        self._judge: EngineJudge | None = None
-        self._judge_of: tuple[Weights, JudgeSpec] | None = None
+        self._judge: tuple[Weights, JudgeSpec, EngineJudge] | None = None
 
     def load(self, weights: Weights) -> None:
         """Hold these weights; those that it holds already are not loaded again."""
@@ -57,10 +56,11 @@ class EngineHost:
     def judge_block(self, weights: Weights, spec: JudgeSpec, tasks: Sequence[JudgeTask]) -> list[Trajectory]:
         """One trajectory per task, in order."""
         self.load(weights)
-        if self._judge is None or self._judge_of != (weights, spec):
-            self._judge = EngineJudge(self._engine, spec.prompt, spec.name, spec.guided, spec.in_chunks)
-            self._judge_of = weights, spec
-        judged: list[Trajectory] = self._run(self._judge.judge, tasks)
+        known = self._judge  # read once, as another thread may set it
+        if known is None or known[:2] != (weights, spec):
+            judge = EngineJudge(self._engine, spec.prompt, spec.name, spec.guided, spec.in_chunks)
+            self._judge = known = (weights, spec, judge)
+        judged: list[Trajectory] = self._run(known[2].judge, tasks)
         return judged
 
     def engine_died(self, error: EngineError) -> None:
